@@ -1,0 +1,88 @@
+"""What a system hands to training and export: dims, a checkpoint, and the plan of its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mllm_edge.bundle import Generation, ImagePreprocessing, Prompt, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class LlamaDims:
+    """Shape of a LLaMA-architecture decoder (widths in channels, context in tokens)."""
+
+    vocabulary: int
+    width: int
+    ffn_width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    context: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tied: bool = False
+    head_width: int | None = None
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.head_width or self.width // self.heads
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights of a system under our canonical names, read lazily.
+
+    `tensors[name]` loads one tensor; nothing else is held in memory. `tokenizer` is a folder with `tokenizer.model`
+    (SentencePiece) or `tokenizer.json` (byte-level BPE). `source` says where the weights came from (kind, path, sha256).
+    """
+
+    system: str
+    config: str
+    dims: Any
+    tensors: Mapping[str, torch.Tensor]
+    tokenizer: Path
+    source: dict[str, str]
+
+
+@dataclass(frozen=True)
+class StageExport:
+    """A stage to lower to ONNX. `module()` builds it with its weights (fp32, eval); its forward takes the inputs in
+    order and returns the outputs in order. `precisions` are the ones it may be lowered to; when the one asked for is
+    not among them the last one is used."""
+
+    name: str
+    module: Callable[[], torch.nn.Module]
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    precisions: tuple[str, ...] = ("fp32", "fp16", "int8")
+
+
+@dataclass(frozen=True)
+class LanguageModelExport:
+    """A decoder to write as GGUF. `tensors` has the Hugging Face names of `LlamaForCausalLM`."""
+
+    architecture: str
+    dims: LlamaDims
+    tensors: Mapping[str, torch.Tensor]
+    tokenizer: Path
+    state_positions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """Everything that export needs to know about one checkpoint of one system."""
+
+    tasks: list[str]
+    stages: list[StageExport]
+    language_model: LanguageModelExport
+    preprocessing: list[ImagePreprocessing]
+    prompt: Prompt
+    generation: Generation
+    licences: dict[str, str]

@@ -1,0 +1,302 @@
+"""LLaVA: CLIP vision encoder -> connector -> splice into a LLaMA decoder (Liu et al. 2023, arXiv 2304.08485, 2310.03744)."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mllm_edge.bundle import Generation, ImagePreprocessing, Prompt, TensorSpec
+from mllm_edge.errors import BadInput
+from mllm_edge.models.blocks.vit import VisionEncoder, VitDims, vit_shapes
+from mllm_edge.models.interface import Checkpoint, ExportPlan, LanguageModelExport, LlamaDims, StageExport
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGE_INDEX = -200  # stands in the ids where a picture's embeddings go (llava/constants.py)
+
+
+@dataclass(frozen=True)
+class LlavaDims:
+    """The whole system's shape. `fit` is how a picture becomes square; `template` names an entry of `PROMPTS`."""
+
+    vision: VitDims
+    language: LlamaDims
+    connector: str = "mlp2x_gelu"
+    fit: str = "pad"
+    template: str = "vicuna_v1"
+    mean: tuple[float, ...] = IMAGE_MEAN
+    std: tuple[float, ...] = IMAGE_STD
+
+
+CLIP_L_336 = VitDims(image_size=336, patch_size=14, width=1024, layers=24, heads=16, mlp_width=4096)
+
+CONFIGS: dict[str, LlavaDims] = {
+    "tiny": LlavaDims(
+        vision=VitDims(image_size=128, patch_size=16, width=192, layers=6, heads=3, mlp_width=768),
+        language=LlamaDims(vocabulary=640, width=256, ffn_width=512, layers=4, heads=4, kv_heads=2, context=1024),
+    ),
+    "1b": LlavaDims(CLIP_L_336, LlamaDims(32000, 2048, 5632, layers=22, heads=32, kv_heads=4, context=4096)),
+    "7b": LlavaDims(CLIP_L_336, LlamaDims(32000, 4096, 11008, layers=32, heads=32, kv_heads=32, context=4096)),
+    "13b": LlavaDims(CLIP_L_336, LlamaDims(32000, 5120, 13824, layers=40, heads=40, kv_heads=40, context=4096)),
+}
+
+_ASSISTANT = "gives helpful, detailed, and polite answers to the {0}'s questions."
+_SYSTEM = "A chat between a curious {0} and an artificial intelligence assistant. The assistant " + _ASSISTANT
+_LLAMA_2 = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+
+
+def _prompt(name: str, system: str, first: str, following: str, answer: str, stop: list[str]) -> Prompt:
+    return Prompt(name, system, first, following, answer, "<image>", "<image>\n", lead="", stop=stop)
+
+
+# llava/conversation.py. `first` opens the dialogue, `following` later turns, `answer` closes the assistant's turn.
+_TURN = "USER: {text} ASSISTANT:"
+PROMPTS: dict[str, Prompt] = {
+    prompt.name: prompt
+    for prompt in (
+        _prompt("vicuna_v1", _SYSTEM.format("user"), "{system} " + _TURN, _TURN, " {text}</s>", ["</s>"]),
+        _prompt("llava_v1", _SYSTEM.format("human"), "{system} " + _TURN, _TURN, " {text}</s>", ["</s>"]),
+        _prompt("vicuna_v1_no_system", "", _TURN, " " + _TURN, " {text}</s>", ["</s>"]),
+        _prompt(
+            "llava_v0",
+            _SYSTEM.format("human"),
+            "{system}###Human: {text}###Assistant:",
+            "Human: {text}###Assistant:",
+            " {text}###",
+            ["###"],
+        ),
+        _prompt(
+            "llava_llama_2",
+            _LLAMA_2,
+            "[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{text} [/INST]",
+            "[INST] {text} [/INST]",
+            " {text} </s>",
+            ["</s>"],
+        ),
+        _prompt("plain", "", "{text}", "{text}", "{text}\n", ["\n"]),
+    )
+}
+
+
+def connector(kind: str, width_in: int, width_out: int) -> nn.Sequential:
+    """The projector between vision encoder and decoder: [B,N,width_in] -> [B,N,width_out].
+
+    `kind` is "linear" (v1) or "mlp{N}x_gelu" (v1.5: N=2), as in llava/model/multimodal_projector/builder.py.
+
+    Raises:
+        BadInput: an unknown kind.
+    """
+    if kind == "linear":
+        return nn.Sequential(nn.Linear(width_in, width_out))
+    depth = kind.removeprefix("mlp").removesuffix("x_gelu")
+    if not depth.isdecimal() or int(depth) < 1:
+        raise BadInput(f"connector {kind!r} is not known; use linear or mlp2x_gelu")
+    layers: list[nn.Module] = [nn.Linear(width_in, width_out)]
+    for _ in range(int(depth) - 1):
+        layers += [nn.GELU(), nn.Linear(width_out, width_out)]
+    return nn.Sequential(*layers)
+
+
+def llama(dims: LlamaDims) -> nn.Module:
+    """The decoder: transformers' `LlamaForCausalLM`, which is the reference."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=dims.vocabulary,
+        hidden_size=dims.width,
+        intermediate_size=dims.ffn_width,
+        num_hidden_layers=dims.layers,
+        num_attention_heads=dims.heads,
+        num_key_value_heads=dims.kv_heads,
+        head_dim=dims.head_dim,
+        max_position_embeddings=dims.context,
+        rms_norm_eps=dims.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": dims.rope_theta},
+        tie_word_embeddings=dims.tied,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model: nn.Module = LlamaForCausalLM(config)
+    return model
+
+
+class Llava(nn.Module):
+    """The three parts, for training and as the reference of every parity check."""
+
+    def __init__(self, dims: LlavaDims):
+        super().__init__()
+        self.dims = dims
+        self.vision_encoder = VisionEncoder(dims.vision)
+        self.connector = connector(dims.connector, dims.vision.width, dims.language.width)
+        self.language_model = llama(dims.language)
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """[B,3,S,S] float32 -> [B,N,D] embeddings in the decoder's space."""
+        embeds: Tensor = self.connector(self.vision_encoder(pixel_values))
+        return embeds
+
+    def splice(self, ids: Tensor, image_embeds: Tensor) -> Tensor:
+        """Token embeddings with each row of consecutive `IMAGE_INDEX` filled by `image_embeds` in order.
+
+        Args:
+            ids: int64 [B,T]; a picture takes N places holding IMAGE_INDEX (the form of transformers' port).
+            image_embeds: [P,N,D] for the P pictures of the batch, in reading order.
+
+        Returns:
+            [B,T,D].
+        """
+        table = self.language_model.get_input_embeddings()
+        here = ids == IMAGE_INDEX
+        embeds: Tensor = table(ids.masked_fill(here, 0))
+        return embeds.masked_scatter(here.unsqueeze(-1), image_embeds.to(embeds.dtype))
+
+    def forward(self, ids: Tensor, mask: Tensor, pixel_values: Tensor) -> Tensor:
+        """Logits [B,T,V] of spliced sequences (`mask` int64 [B,T], 0 on padding)."""
+        embeds = self.splice(ids, self.encode(pixel_values))
+        logits: Tensor = self.language_model(inputs_embeds=embeds, attention_mask=mask).logits
+        return logits
+
+
+def tensor_shapes(dims: LlavaDims) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of every tensor of the system, without allocating any."""
+    shapes = {f"vision_encoder.{name}": shape for name, shape in vit_shapes(dims.vision).items()}
+    with torch.device("meta"):
+        parts = {
+            "connector": connector(dims.connector, dims.vision.width, dims.language.width),
+            "language_model": llama(dims.language),
+        }
+    for prefix, module in parts.items():
+        shapes |= {f"{prefix}.{name}": tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    if dims.language.tied:
+        del shapes["language_model.lm_head.weight"]
+    return shapes
+
+
+def resolve(weights: str, config: str | None) -> Checkpoint:
+    """Find the weights: `tiny` (shipped), `random` (needs a config), a folder or a hub id in any known layout.
+
+    Raises:
+        BadInput: unknown config, weights that cannot be found, or that are not LLaVA.
+    """
+    from mllm_edge.export.checkpoint import random_weights, resolve_folder
+    from mllm_edge.models.llava_layouts import load_llava
+
+    if config is not None and config not in CONFIGS:
+        raise BadInput(f"llava has no config {config!r}; it has {', '.join(CONFIGS)}")
+    if weights == "random":
+        name = config or "tiny"
+        dims = CONFIGS[name]
+        source = {"kind": "random", "config": name, "seed": "0"}
+        return Checkpoint("llava", name, dims, random_weights(tensor_shapes(dims)), shipped() / "tiny", source)
+    if weights in ("tiny", ""):
+        if config not in (None, "tiny"):
+            raise BadInput(f"the shipped weights are config tiny, not {config!r}; add --weights random or a path")
+        return load_llava(shipped() / "tiny")
+    if config is not None:
+        raise BadInput("--config goes with --weights random; a checkpoint brings its own config")
+    return load_llava(resolve_folder(weights))
+
+
+def shipped() -> Path:
+    """The folder of the checkpoints that our recipes trained and that come with the package."""
+    return Path(str(importlib.resources.files("mllm_edge"))) / "weights" / "llava"
+
+
+def build(checkpoint: Checkpoint) -> Llava:
+    """The PyTorch reference in fp32 with the checkpoint's weights, in eval mode."""
+    model = Llava(checkpoint.dims)
+    names = tensor_shapes(checkpoint.dims)
+    state = {name: checkpoint.tensors[name].float() for name in names}
+    if checkpoint.dims.language.tied:
+        state["language_model.lm_head.weight"] = state["language_model.model.embed_tokens.weight"]
+    model.load_state_dict(state)
+    return model.eval()
+
+
+class _Part(Mapping[str, Tensor]):
+    """The tensors below a prefix, still lazy."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: list[str], prefix: str):
+        self.tensors, self.prefix = tensors, prefix
+        self.names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[self.prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _stage(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    module.load_state_dict({name: tensors[name].float() for name in tensors})
+    return module.eval()
+
+
+def export_plan(checkpoint: Checkpoint) -> ExportPlan:
+    """What export lowers: vision encoder and connector as stages, the decoder as the language model."""
+    from mllm_edge.export.tokenizer import lead
+
+    dims: LlavaDims = checkpoint.dims
+    names = list(tensor_shapes(dims))
+    vision = _Part(checkpoint.tensors, names, "vision_encoder.")
+    bridge = _Part(checkpoint.tensors, names, "connector.")
+    size, patches = dims.vision.image_size, dims.vision.patches
+    pixels = TensorSpec("pixel_values", "float32", [1, 3, size, size])
+    features = TensorSpec("image_features", "float32", [1, patches, dims.vision.width])
+    embeds = TensorSpec("image_embeds", "float32", [1, patches, dims.language.width])
+    prompt = PROMPTS[dims.template]
+    return ExportPlan(
+        tasks=["chat"],
+        stages=[
+            StageExport("vision_encoder", lambda: _stage(VisionEncoder(dims.vision), vision), [pixels], [features]),
+            StageExport(
+                "connector",
+                lambda: _stage(connector(dims.connector, dims.vision.width, dims.language.width), bridge),
+                [features],
+                [embeds],
+                precisions=("fp32", "fp16"),
+            ),
+        ],
+        language_model=LanguageModelExport(
+            "llama",
+            dims.language,
+            _Part(checkpoint.tensors, names, "language_model."),
+            checkpoint.tokenizer,
+        ),
+        preprocessing=[preprocessing(dims)],
+        prompt=Prompt(**{**vars(prompt), "lead": lead(checkpoint.tokenizer)}),
+        generation=Generation(),
+        licences={"weights": checkpoint.source.get("licence", "see the checkpoint's own licence")},
+    )
+
+
+def preprocessing(dims: LlavaDims) -> ImagePreprocessing:
+    """CLIP's preprocessing; the padding colour is int(255 * mean), truncated as LLaVA's `expand2square` has it."""
+    return ImagePreprocessing(
+        stage="vision_encoder",
+        input="pixel_values",
+        size=dims.vision.image_size,
+        fit=dims.fit,
+        resample="bicubic",
+        pad_color=[int(255 * value) for value in dims.mean],
+        mean=list(dims.mean),
+        std=list(dims.std),
+    )
+
+
+def write_mmproj(checkpoint: Checkpoint, path: Path) -> None:
+    """Write llama.cpp's multimodal projector file, so that its own tools run the same model."""
+    from mllm_edge.export.mmproj import write_mmproj as write
+
+    write(checkpoint.tensors, checkpoint.dims, path)

@@ -1,0 +1,58 @@
+"""Training and fine-tuning by recipes: `train("llava-finetune", ["steps=100"])`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from mllm_edge.errors import BadInput, MissingPackage
+
+if TYPE_CHECKING:
+    from mllm_edge.recipes.recipe import Recipe
+    from mllm_edge.recipes.trainer import Report, Task
+
+
+def _task(recipe: Recipe) -> Task:
+    from mllm_edge.recipes.encoder import EncoderTask
+    from mllm_edge.recipes.language import LanguageTask
+    from mllm_edge.recipes.llava import LlavaTask
+
+    tasks: dict[str, Callable[[Recipe], Task]] = {
+        "encoder": EncoderTask,
+        "language": LanguageTask,
+        "llava-pretrain": lambda r: LlavaTask(r, "pretrain"),
+        "llava-finetune": lambda r: LlavaTask(r, "finetune"),
+    }
+    if recipe.task not in tasks:
+        raise BadInput(f"the recipe's task {recipe.task!r} is not known; use one of {', '.join(tasks)}")
+    return tasks[recipe.task](recipe)
+
+
+def train(recipe: str, overrides: list[str], resume: bool, report: Report) -> dict[str, Any]:
+    """Run a recipe by name or YAML path.
+
+    Args:
+        recipe: a name from `available()` or the path of a YAML file.
+        overrides: `key=value` settings that replace the recipe's.
+        resume: go on from the last saved state.
+        report: called with (step, steps, metrics).
+
+    Returns:
+        The run's report (what `report.json` holds) and `out`, its folder.
+
+    Raises:
+        BadInput: unknown recipe, key or value; missing parts; nothing to resume from.
+        MissingPackage: the `train` extra is not installed.
+    """
+    from mllm_edge.recipes.recipe import load
+
+    settings = load(recipe, overrides)
+    try:
+        from mllm_edge.recipes.trainer import run
+
+        result = run(settings, _task(settings), resume, report)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("mllm_edge"):
+            raise
+        raise MissingPackage(error.name or "torch", "train") from None
+    return {**result, "out": settings.out}

@@ -1,0 +1,136 @@
+"""Recipe task `encoder`: the small vision transformer learns scenes from dense labels, a prediction per patch.
+
+Its checkpoint stands where a real system has CLIP, and all systems share it. Each patch says which color, shape and
+size covers it, whether the object's center lies in it, and where that center is; the classes are separate heads, so
+that a color is known on shapes it was never seen on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mllm_edge.models.blocks.vit import VisionEncoder
+from mllm_edge.models.llava import CONFIGS, LlavaDims, preprocessing
+from mllm_edge.recipes.conversation import IGNORE
+from mllm_edge.recipes.recipe import Recipe
+from mllm_edge.recipes.scenes import COLORS, SHAPES, SIZES, Scene, masks, render, sample_scene
+from mllm_edge.recipes.weights import read_part, save_part
+from mllm_edge.runtime.preprocess import preprocess
+
+COVERED = 0.08  # share of a patch that an object must cover to own it
+
+
+def pixels(scene: Scene, dims: LlavaDims) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The scene as the encoder sees it, by the runtime's own preprocessing: float32 [3,S,S]."""
+    picture = Image.fromarray(render(scene, dims.vision.image_size))
+    return preprocess(picture, preprocessing(dims))[0]
+
+
+def dense_labels(scene: Scene, grid: int, size: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Labels per patch of a `grid` x `grid` raster.
+
+    Returns:
+        `color`, `shape`, `size`: int64 [N], -100 where no object covers the patch; `object`, `center`: float32 [N] in
+        {0,1}; `offset`: float32 [N,2], from the patch's middle to its object's center, in pictures.
+    """
+    owned = masks(scene, size).reshape(-1, grid, size // grid, grid, size // grid).mean(axis=(2, 4))
+    owned = owned.reshape(len(scene.objects), -1)  # [n,N] covered share
+    owner = np.where(owned.max(axis=0) >= COVERED, owned.argmax(axis=0), -1)
+
+    def classes(indices: list[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return np.where(owner >= 0, np.array(indices)[owner], IGNORE).astype(np.int64)
+
+    middle = (np.arange(grid) + 0.5) / grid
+    middles = np.stack(np.meshgrid(middle, middle), axis=-1).reshape(-1, 2)
+    centers = np.array([(thing.x, thing.y) for thing in scene.objects])
+    cells = np.clip((centers * grid).astype(int), 0, grid - 1)
+    center = np.zeros(grid * grid, np.float32)
+    center[cells[:, 1] * grid + cells[:, 0]] = 1
+    return {
+        "color": classes([list(COLORS).index(thing.color) for thing in scene.objects]),
+        "shape": classes([list(SHAPES).index(thing.shape) for thing in scene.objects]),
+        "size": classes([list(SIZES).index(thing.size) for thing in scene.objects]),
+        "object": (owner >= 0).astype(np.float32),
+        "center": center,
+        "offset": (centers[owner] - middles).astype(np.float32),
+    }
+
+
+class DenseModel(nn.Module):
+    """Vision encoder with the dense heads on the tapped hidden state."""
+
+    def __init__(self, dims: LlavaDims):
+        super().__init__()
+        self.vision_encoder = VisionEncoder(dims.vision)
+        self.split = {"color": len(COLORS), "shape": len(SHAPES), "size": len(SIZES), "flags": 2, "offset": 2}
+        self.norm = nn.LayerNorm(dims.vision.width)
+        self.heads = nn.Linear(dims.vision.width, sum(self.split.values()))
+
+    def predict(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """[B,3,S,S] -> per patch logits of each head, [B,N,classes]."""
+        features = self.norm(self.vision_encoder(pixel_values))
+        parts = self.heads(features).split(list(self.split.values()), dim=-1)
+        return dict(zip(self.split, parts, strict=True))
+
+    def forward(self, pixel_values: Tensor, **labels: Tensor) -> dict[str, Tensor]:
+        """`loss` and the accuracy of each class over covered patches."""
+        out = {name: value.float() for name, value in self.predict(pixel_values).items()}
+        result: dict[str, Tensor] = {}
+        loss = torch.zeros((), device=pixel_values.device)
+        for name in ("color", "shape", "size"):
+            truth = labels[name]
+            loss = loss + functional.cross_entropy(out[name].flatten(0, 1), truth.flatten(), ignore_index=IGNORE)
+            seen = truth != IGNORE
+            result[name] = (out[name].argmax(-1)[seen] == truth[seen]).float().mean()
+        flags = torch.stack([labels["object"], labels["center"]], dim=-1)
+        weight = torch.tensor([1.0, 8.0], device=flags.device)  # one patch in about 30 holds a center
+        loss = loss + functional.binary_cross_entropy_with_logits(out["flags"], flags, pos_weight=weight)
+        covered = labels["object"].unsqueeze(-1)
+        away = functional.smooth_l1_loss(out["offset"] * covered, labels["offset"] * covered, beta=0.05)
+        return {"loss": loss + 4 * away, **result}
+
+
+class EncoderTask:
+    """Train the vision encoder of `recipe.config` on dense labels of scenes."""
+
+    def __init__(self, recipe: Recipe):
+        torch.manual_seed(recipe.seed)
+        self.recipe = recipe
+        self.dims = CONFIGS[recipe.config]
+        self.model = DenseModel(self.dims)
+        if "vision_encoder" in recipe.init:
+            self.model.vision_encoder.load_state_dict(read_part(recipe.init["vision_encoder"], "vision_encoder"))
+
+    def parameters(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.model.parameters())}]
+
+    def sample(self, index: int, split: str = "train") -> dict[str, np.ndarray[Any, Any]]:
+        scene = sample_scene(split, index, self.recipe.seed)
+        vision = self.dims.vision
+        labels = dense_labels(scene, vision.image_size // vision.patch_size, vision.image_size)
+        return {"pixel_values": pixels(scene, self.dims), **labels}
+
+    def collate(self, samples: Sequence[dict[str, np.ndarray[Any, Any]]]) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
+
+    @torch.no_grad()
+    def evaluate(self, samples: int) -> dict[str, float]:
+        """Accuracy per covered patch on validation scenes and on scenes with kept-out pairs."""
+        metrics: dict[str, float] = {}
+        device = next(self.model.parameters()).device
+        for split in ("validation", "held_out"):
+            batch = self.collate([self.sample(i, split) for i in range(samples)])
+            result = self.model(**{name: value.to(device) for name, value in batch.items()})
+            metrics |= {f"{split}_{name}": round(float(value), 4) for name, value in result.items()}
+        return metrics
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        save_part(folder, "vision_encoder", self.dims.vision, state, "vision_encoder.", self.recipe.dtype)

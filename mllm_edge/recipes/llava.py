@@ -1,0 +1,199 @@
+"""Recipe tasks `llava-pretrain` (connector only) and `llava-finetune` (connector and decoder, or LoRA): paper section 4.
+
+The vision encoder stays frozen in both, as in the original scripts.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mllm_edge.errors import BadInput
+from mllm_edge.models.llava import CONFIGS, PROMPTS, Llava, LlavaDims, preprocessing
+from mllm_edge.recipes.conversation import Sample, encode_dialogue, next_token_loss, pad
+from mllm_edge.recipes.encoder import pixels
+from mllm_edge.recipes.language import TOKENIZER, sentencepiece_vocabulary
+from mllm_edge.recipes.readers import Conversation, read_llava
+from mllm_edge.recipes.recipe import LoraSettings, Recipe
+from mllm_edge.recipes.scenes import Question, Scene, caption, questions, sample_scene
+from mllm_edge.recipes.weights import read_part, save_part
+from mllm_edge.runtime.images import load_image
+from mllm_edge.runtime.preprocess import preprocess
+
+SHORT = "\nAnswer the question using a single word or phrase."  # docs/Evaluation.md of LLaVA
+DESCRIBE = ("Describe the picture.", "What do you see?", "What is in the picture?")
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class LlavaModel(nn.Module):
+    """LLaVA with its loss: cross-entropy on the assistant's text."""
+
+    def __init__(self, llava: Llava):
+        super().__init__()
+        self.llava = llava
+
+    def forward(self, ids: Tensor, labels: Tensor, mask: Tensor, pixel_values: Tensor) -> dict[str, Tensor]:
+        logits = self.llava(ids, mask, pixel_values)
+        loss = next_token_loss(logits, labels)
+        with torch.no_grad():
+            seen = labels[:, 1:] != -100
+            right = (logits[:, :-1].argmax(-1) == labels[:, 1:])[seen].float().mean()
+        return {"loss": loss, "token_accuracy": right}
+
+
+def dialogue(scene: Scene, rng: np.random.Generator, turns: int) -> list[tuple[str, str]]:
+    """A conversation about a scene: up to `turns` questions, most of them asking for a short answer, sometimes a
+    description first. Only the first turn carries the picture."""
+    result = [
+        (q.question + SHORT, q.answer) if rng.random() < 0.6 else (q.question, q.sentence)
+        for q in draw(scene, rng, turns)
+    ]
+    if rng.random() < 0.3 or not result:
+        result.insert(0, (str(rng.choice(DESCRIBE)), caption(scene, rng)))
+    first, *rest = result
+    return [("<image>\n" + first[0], first[1]), *rest]
+
+
+def draw(scene: Scene, rng: np.random.Generator, number: int) -> list[Question]:
+    """Up to `number` different questions, by kind first: a scene allows many more of some kinds than of others."""
+    left = questions(scene, rng)
+    drawn: list[Question] = []
+    while left and len(drawn) < number:
+        kind = rng.choice(sorted({question.kind for question in left}))
+        of_kind = [question for question in left if question.kind == kind]
+        drawn.append(of_kind[int(rng.integers(len(of_kind)))])
+        left.remove(drawn[-1])
+    return drawn
+
+
+class LlavaTask:
+    """Both stages of the paper; `stage` is "pretrain" or "finetune"."""
+
+    def __init__(self, recipe: Recipe, stage: str):
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.stage = recipe, stage
+        self.dims: LlavaDims = CONFIGS[recipe.config]
+        self.prompt = PROMPTS["plain" if stage == "pretrain" else self.dims.template]
+        self.turns = int(recipe.data.get("turns", 5))
+        self.tokenizer = Path(self._init("language_model")) / TOKENIZER
+        self.vocabulary = sentencepiece_vocabulary(self.tokenizer)
+        self.conversations = self._read_conversations()
+        self.model = LlavaModel(self._assemble())
+
+    def _init(self, part: str) -> str:
+        if part not in self.recipe.init:
+            raise BadInput(f"the recipe's init names no {part}; add init.{part}=FOLDER")
+        return self.recipe.init[part]
+
+    def _assemble(self) -> Llava:
+        llava = Llava(self.dims)
+        llava.vision_encoder.load_state_dict(read_part(self._init("vision_encoder"), "vision_encoder"))
+        llava.language_model.load_state_dict(read_part(self._init("language_model"), "language_model"))
+        if "connector" in self.recipe.init:
+            llava.connector.load_state_dict(read_part(self.recipe.init["connector"], "connector"))
+        llava.requires_grad_(False)
+        llava.connector.requires_grad_(True)
+        if self.stage == "finetune":
+            if self.recipe.lora is None:
+                llava.language_model.requires_grad_(True)
+            else:
+                llava.language_model = add_lora(llava.language_model, self.recipe.lora)
+        return llava
+
+    def _read_conversations(self) -> list[Conversation]:
+        if "conversations" not in self.recipe.data:
+            return []
+        return list(read_llava(Path(self.recipe.data["conversations"]), Path(self.recipe.data.get("images", "."))))
+
+    def parameters(self) -> list[dict[str, Any]]:
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        decayed = [p for _, p in named if p.ndim > 1]
+        return [{"params": decayed}, {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0}]
+
+    def sample(self, index: int) -> tuple[Sample, np.ndarray[Any, np.dtype[np.float32]]]:
+        rng = np.random.default_rng([self.recipe.seed, 17, index])
+        if self.conversations:
+            turns, pixel_values = self._from_file(self.conversations[index % len(self.conversations)])
+        else:
+            scene = sample_scene("train", index, self.recipe.seed)
+            pixel_values = pixels(scene, self.dims)
+            pretrain = self.stage == "pretrain"
+            turns = [("<image>", caption(scene, rng))] if pretrain else dialogue(scene, rng, self.turns)
+        limit = self.dims.language.context
+        patches = self.dims.vision.patches
+        return encode_dialogue(self.prompt, turns, self.vocabulary, patches, limit), pixel_values
+
+    def _from_file(self, entry: Conversation) -> tuple[list[tuple[str, str]], np.ndarray[Any, np.dtype[np.float32]]]:
+        """A user's own conversation. Text-only ones get a blank picture, whose embeddings no id points to."""
+        if entry.image is None:
+            size = self.dims.vision.image_size
+            return list(entry.turns), np.zeros((3, size, size), np.float32)
+        turns = list(entry.turns)
+        if self.stage == "pretrain":
+            turns = [("<image>", turns[0][1])]
+        return turns, preprocess(load_image(entry.image), preprocessing(self.dims))[0]
+
+    def collate(self, samples: Sequence[tuple[Sample, np.ndarray[Any, np.dtype[np.float32]]]]) -> dict[str, Tensor]:
+        pictures = np.stack([picture for sample, picture in samples if min(sample.ids) < 0] or [samples[0][1]])
+        batch = pad([sample for sample, _ in samples], self.vocabulary.pad)
+        return {**batch, "pixel_values": torch.from_numpy(pictures)}
+
+    @torch.no_grad()
+    def evaluate(self, samples: int) -> dict[str, float]:
+        """Share of short answers that are exact (teacher-forced: every token of the answer is the most likely)."""
+        device = next(self.model.parameters()).device
+        metrics = {}
+        for split in ("validation", "held_out"):
+            right = total = 0
+            for index in range(samples):
+                scene = sample_scene(split, index, self.recipe.seed)
+                rng = np.random.default_rng([self.recipe.seed, 19, index])
+                question = draw(scene, rng, 1)[0]
+                turns = [("<image>\n" + question.question + SHORT, question.answer)]
+                prompt = PROMPTS[self.dims.template]
+                sample = encode_dialogue(prompt, turns, self.vocabulary, self.dims.vision.patches, 4096)
+                batch = {k: v.to(device) for k, v in self.collate([(sample, pixels(scene, self.dims))]).items()}
+                total += 1
+                right += int(self.model(**batch)["token_accuracy"] == 1.0)
+            metrics[f"{split}_exact"] = round(right / total, 4)
+        return metrics
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        connector = {name: tensor for name, tensor in state.items() if name.startswith("llava.connector.")}
+        save_part(folder, "connector", {"kind": self.dims.connector}, connector, "llava.connector.", self.recipe.dtype)
+        if self.stage == "finetune":
+            self._save_whole(folder, state)
+
+    def _save_whole(self, folder: Path, state: dict[str, Tensor]) -> None:
+        from mllm_edge.models.llava_layouts import save_llava
+
+        if self.recipe.lora is not None:
+            self.model.llava.language_model = self.model.llava.language_model.merge_and_unload()  # type: ignore[operator]
+            state = self.model.state_dict()
+        names = {name.removeprefix("llava."): tensor.detach().cpu() for name, tensor in state.items()}
+        tokenizer = folder / "tokenizer"
+        tokenizer.mkdir(exist_ok=True)
+        shutil.copy(self.tokenizer, tokenizer / TOKENIZER)
+        save_llava(folder / "checkpoint", self.dims, names, tokenizer, dtype=getattr(torch, self.recipe.dtype))
+
+
+def add_lora(decoder: nn.Module, settings: LoraSettings) -> nn.Module:
+    """Wrap every linear of the decoder except the head with peft's LoRA."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=LINEARS,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    wrapped: nn.Module = get_peft_model(decoder, config)  # type: ignore[arg-type]
+    return wrapped

@@ -1,0 +1,131 @@
+"""A recipe: a YAML file that trains or fine-tunes one part of a system."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.resources
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mllm_edge.errors import BadInput
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adaptation of every linear of the decoder except its head (the paper's choice: r 128, alpha 256)."""
+
+    r: int = 128
+    alpha: int = 256
+    dropout: float = 0.05
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a training run depends on.
+
+    `batch` counts samples per optimizer step over all processes and accumulation steps. `init` maps a part of the model
+    to the folder of an earlier run. `data` is the task's own (empty: our scenes). `precision` "auto" takes bf16 where
+    the hardware multiplies it natively, else fp32.
+    """
+
+    task: str
+    out: str
+    summary: str = ""
+    config: str = "tiny"
+    seed: int = 0
+    steps: int = 1000
+    batch: int = 32
+    accumulate: int = 1
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    warmup: float = 0.03
+    clip: float = 1.0
+    precision: str = "auto"
+    save_every: int = 500
+    log_every: int = 10
+    evaluate: int = 0
+    workers: int = 0
+    init: dict[str, str] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    lora: LoraSettings | None = None
+    dtype: str = "float16"
+
+
+def available() -> dict[str, str]:
+    """Name -> one-line summary of every recipe that ships with the package."""
+    files = sorted(_folder().glob("*.yaml"))
+    return {file.stem: str(yaml.safe_load(file.read_text(encoding="utf-8")).get("summary", "")) for file in files}
+
+
+def load(name: str, overrides: list[str]) -> Recipe:
+    """Read a recipe by name or YAML path and apply `key=value` overrides (dots reach into `init`, `data`, `lora`).
+
+    Raises:
+        BadInput: unknown recipe or key (with the nearest known one), or a value of the wrong type.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else _folder() / f"{name}.yaml"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, available(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "see: mllm-edge recipes"
+        raise BadInput(f"there is no recipe {name!r}; {hint}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise BadInput(f"{path} is not valid YAML ({str(error).splitlines()[0]}); correct it") from None
+    if not isinstance(values, dict):
+        raise BadInput(f"{path} must hold `key: value` lines; see the shipped recipes")
+    for override in overrides:
+        _apply(values, override)
+    return _build(Recipe, values, path.name)
+
+
+def _folder() -> Path:
+    return Path(str(importlib.resources.files("mllm_edge"))) / "recipes"
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise BadInput(f"{override!r} is not an override; write key=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        values[parent] = values.get(parent) or {}
+        values = values[parent]
+        if not isinstance(values, dict):
+            raise BadInput(f"{key} reaches into {parent}, which holds a plain value; correct the key")
+    values[last] = yaml.safe_load(text) if text else text
+
+
+def _build(kind: type[Any], values: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            raise BadInput(
+                f"{where} has no setting {key!r}; " + (f"did you mean {near[0]!r}?" if near else "remove it")
+            )
+    needed = dataclasses.MISSING
+    missing = [n for n, f in fields.items() if n not in values and f.default is needed and f.default_factory is needed]
+    if missing:
+        raise BadInput(f"{where} lacks {', '.join(missing)}; add it")
+    return kind(**{key: _convert(hints[key], value, f"{where}: {key}") for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if hint == (LoraSettings | None):
+        return None if value is None else _build(LoraSettings, value, where)
+    plain = typing.get_origin(hint) or hint
+    if plain is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-3 as a string
+        except ValueError:
+            pass
+    if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
+        raise BadInput(f"{where} must be {plain.__name__}, not {value!r}; correct it")
+    return value

@@ -1,0 +1,49 @@
+"""Synthetic scenes: one generator of pictures, masks and language for every system trained here."""
+
+from mllm_edge.recipes.scenes.captions import GroundedCaption, caption, grounded_caption
+from mllm_edge.recipes.scenes.drawing import boxes, masks, render
+from mllm_edge.recipes.scenes.edits import EDIT_KINDS, Edit, edit
+from mllm_edge.recipes.scenes.model import (
+    COLOR_RGB,
+    COLORS,
+    HELD_OUT_PAIRS,
+    SHAPES,
+    SIZES,
+    Background,
+    Scene,
+    SceneObject,
+)
+from mllm_edge.recipes.scenes.phrases import LOCATIONS, referring_expressions
+from mllm_edge.recipes.scenes.questions import QUESTION_KINDS, Question, held_out_questions, questions
+from mllm_edge.recipes.scenes.sampling import SPLITS, sample_scene, split_of
+from mllm_edge.recipes.scenes.story import scene_text
+
+__all__ = [
+    "COLORS",
+    "COLOR_RGB",
+    "EDIT_KINDS",
+    "HELD_OUT_PAIRS",
+    "LOCATIONS",
+    "QUESTION_KINDS",
+    "SHAPES",
+    "SIZES",
+    "SPLITS",
+    "Background",
+    "Edit",
+    "GroundedCaption",
+    "Question",
+    "Scene",
+    "SceneObject",
+    "boxes",
+    "caption",
+    "edit",
+    "grounded_caption",
+    "held_out_questions",
+    "masks",
+    "questions",
+    "referring_expressions",
+    "render",
+    "sample_scene",
+    "scene_text",
+    "split_of",
+]

@@ -1,0 +1,133 @@
+"""What a scene is: objects and a background in coordinates that know no pixel size."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+Rgb = tuple[int, int, int]
+Pair = tuple[str, str]
+Item = TypeVar("Item")
+
+COLOR_RGB: dict[str, Rgb] = {
+    "red": (215, 30, 35),
+    "green": (30, 165, 55),
+    "blue": (35, 75, 235),
+    "yellow": (250, 225, 30),
+    "purple": (145, 35, 190),
+    "orange": (250, 130, 10),
+    "cyan": (45, 215, 225),
+    "white": (244, 244, 244),
+}
+COLORS: tuple[str, ...] = tuple(COLOR_RGB)
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "ring")
+RADIUS_RANGES: dict[str, tuple[float, float]] = {"small": (0.075, 0.092), "large": (0.145, 0.18)}
+SIZES: tuple[str, ...] = tuple(RADIUS_RANGES)
+
+# One pair for each shape, each with another color, so that every color keeps at least five of its
+# six shapes, and every shape seven of its eight colors, in the scenes a model learns from.
+HELD_OUT_PAIRS: tuple[Pair, ...] = (
+    ("green", "circle"),
+    ("purple", "square"),
+    ("blue", "triangle"),
+    ("red", "star"),
+    ("yellow", "cross"),
+    ("orange", "ring"),
+)
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One flat shape.
+
+    Attributes:
+        color: One of `COLORS`.
+        shape: One of `SHAPES`.
+        size: One of `SIZES`.
+        x: Center, in picture widths from the left edge (0..1).
+        y: Center, in picture heights from the top edge (0..1).
+        radius: Nominal radius in picture widths; no shape reaches farther than `drawing.REACH` radii.
+        angle: Clockwise rotation in radians.
+        rgb: The exact color drawn, 0..255 each.
+
+    Raises:
+        ValueError: The color, shape or size is not one of the known words.
+    """
+
+    color: str
+    shape: str
+    size: str
+    x: float
+    y: float
+    radius: float
+    angle: float
+    rgb: Rgb
+
+    def __post_init__(self) -> None:
+        for word, known in ((self.color, COLORS), (self.shape, SHAPES), (self.size, SIZES)):
+            if word not in known:
+                raise ValueError(f"a scene object cannot be {word!r}; use one of: {', '.join(known)}")
+
+    @property
+    def pair(self) -> Pair:
+        """The (color, shape) pair that `HELD_OUT_PAIRS` speaks of."""
+        return self.color, self.shape
+
+
+@dataclass(frozen=True)
+class Background:
+    """What lies behind the objects.
+
+    Attributes:
+        kind: "plain" (only `first`), "gradient" (`first` to `second` along `angle`) or "texture"
+            (noise grown from `seed` between `first` and `second`).
+        first: A muted color, 0..255 each.
+        second: Another muted color, 0..255 each.
+        angle: Direction of a gradient in radians.
+        seed: Seed of a texture.
+    """
+
+    kind: str
+    first: Rgb
+    second: Rgb
+    angle: float
+    seed: int
+
+    def digest(self) -> str:
+        """Returns the sha256 of the content, in hexadecimal."""
+        return _sha256([self.kind, self.first, self.second, self.angle, self.seed])
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Objects on a background; later objects lie on top of earlier ones."""
+
+    objects: tuple[SceneObject, ...]
+    background: Background
+
+    def fingerprint(self) -> str:
+        """Returns the sha256 of the whole content, in hexadecimal: equal scenes, equal fingerprints."""
+        rows = [[o.color, o.shape, o.size, o.x, o.y, o.radius, o.angle, o.rgb] for o in self.objects]
+        return _sha256([rows, self.background.digest()])
+
+    @property
+    def shows_held_out_pair(self) -> bool:
+        """Whether some object has one of `HELD_OUT_PAIRS`."""
+        return any(item.pair in HELD_OUT_PAIRS for item in self.objects)
+
+
+def pick(rng: np.random.Generator, items: Sequence[Item]) -> Item:
+    """Draws one item, each as likely; unlike `rng.choice` it keeps the item's Python type."""
+    return items[int(rng.integers(len(items)))]
+
+
+def shuffled(rng: np.random.Generator, items: Sequence[Item]) -> list[Item]:
+    """Returns the items in random order."""
+    return [items[i] for i in rng.permutation(len(items))]
+
+
+def _sha256(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,0 +1,66 @@
+"""Scenes told in words alone, for a language model that has yet to meet a picture."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from mllm_edge.recipes.scenes.captions import caption, full_caption
+from mllm_edge.recipes.scenes.edits import edit
+from mllm_edge.recipes.scenes.model import Scene, pick, shuffled
+from mllm_edge.recipes.scenes.phrases import cell_center
+from mllm_edge.recipes.scenes.questions import questions
+from mllm_edge.recipes.scenes.sampling import is_legible, sample_scene
+
+_STREAM = 77  # sets the choice of words apart from the choice of the scene, which has the same index
+_MOST_QUESTIONS = 4
+
+
+def scene_text(index: int, seed: int = 0) -> str:
+    """Tells one scene of the train split: a caption, a dialogue about a description, or an edit.
+
+    Every answer follows from the description before it. A dialogue reads "A small red circle at the
+    top left. Question: What color is the circle? Answer: red.", an edit "Before: ... Instruction:
+    ... After: ...".
+
+    Args:
+        index: Number of the text, from 0.
+        seed: Another seed gives another series of texts.
+
+    Returns:
+        One line of text.
+
+    Raises:
+        ValueError: The index or seed is negative.
+    """
+    scene = _snapped(sample_scene("train", index, seed))
+    rng = np.random.default_rng(np.random.SeedSequence([seed, _STREAM, index]))
+    form = rng.random()
+    if form < 0.25:
+        return caption(scene, rng)
+    # Objects of one cell now lie on each other, and some cannot be told apart: nothing to point at.
+    if form < 0.9 or not is_legible(scene):
+        return f"{full_caption(scene, rng)} {_dialogue(scene, rng)}"
+    change = edit(scene, rng)
+    before, after = full_caption(scene, rng), full_caption(change.after, rng)
+    return f"Before: {before} Instruction: {change.instruction} After: {after}"
+
+
+def _dialogue(scene: Scene, rng: np.random.Generator) -> str:
+    asked = questions(scene, rng)
+    # By kind first: a scene allows many more questions of some kinds than of others.
+    kinds = sorted({question.kind for question in asked})
+    turns: list[str] = []
+    for kind in shuffled(rng, kinds)[: int(rng.integers(1, _MOST_QUESTIONS + 1))]:
+        question = pick(rng, [question for question in asked if question.kind == kind])
+        answer = question.sentence if rng.random() < 0.5 else f"{question.answer}."
+        turns.append(f"Question: {question.question} Answer: {answer}")
+    return " ".join(turns)
+
+
+def _snapped(scene: Scene) -> Scene:
+    """Moves every object to the middle of its grid cell, so that the words tell all there is to know."""
+    moved = []
+    for item in scene.objects:
+        x, y = cell_center(item)
+        moved.append(replace(item, x=x, y=y))
+    return replace(scene, objects=tuple(moved))

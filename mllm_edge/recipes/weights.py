@@ -1,0 +1,43 @@
+"""Parts of a model on disk between recipes: `<part>.safetensors` in the folder of the run that trained it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm_edge.errors import BadInput
+
+
+def save_part(folder: Path, part: str, dims: Any, state: dict[str, Tensor], prefix: str, dtype: str) -> None:
+    """Write the tensors below `prefix` (which is taken off) as `dtype`, with the part's dims in the metadata."""
+    from safetensors.torch import save_file
+
+    kept = {
+        name.removeprefix(prefix): tensor.to(getattr(torch, dtype)).contiguous().cpu()
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }
+    save_file(kept, folder / f"{part}.safetensors", {"dims": json.dumps(dataclasses.asdict(dims))})
+
+
+def read_part(folder: str, part: str) -> dict[str, Tensor]:
+    """Read what `save_part` wrote, in fp32.
+
+    Raises:
+        BadInput: the run has not been trained, or its file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(folder) / f"{part}.safetensors"
+    if not path.is_file():
+        raise BadInput(f"{path} is missing; train that part first (see: mllm-edge recipes)")
+    try:
+        return {name: tensor.float() for name, tensor in load_file(path).items()}
+    except SafetensorError as error:
+        raise BadInput(f"{path} is damaged ({error}); train that part again") from None

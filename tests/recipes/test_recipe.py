@@ -1,0 +1,44 @@
+"""Recipe files and overrides."""
+
+from pathlib import Path
+
+import pytest
+
+from mllm_edge.errors import BadInput
+from mllm_edge.recipes.recipe import available, load
+
+
+def test_every_shipped_recipe_loads() -> None:
+    names = available()
+    assert {"encoder-pretrain", "lm-pretrain", "llava-pretrain", "llava-finetune"} <= names.keys()
+    for name, summary in names.items():
+        assert load(name, []).summary == summary != ""
+
+
+def test_overrides_reach_nested_settings() -> None:
+    recipe = load("llava-finetune", ["steps=7", "lr=1e-4", "init.connector=elsewhere", "lora.r=8"])
+    assert (recipe.steps, recipe.lr, recipe.init["connector"]) == (7, 1e-4, "elsewhere")
+    assert recipe.lora is not None and (recipe.lora.r, recipe.lora.alpha) == (8, 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("encoder-pretrian", [], "encoder-pretrain"),
+        ("encoder-pretrain", ["stepz=3"], "steps"),
+        ("encoder-pretrain", ["steps=many"], "steps"),
+        ("encoder-pretrain", ["steps"], "key=value"),
+        ("encoder-pretrain", ["steps.x=1"], "plain value"),
+        ("nowhere.yaml", [], "nowhere.yaml"),
+    ],
+)
+def test_mistakes_are_named(name: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        load(name, overrides)
+
+
+def test_broken_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("task: [encoder")
+    with pytest.raises(BadInput, match="not valid YAML"):
+        load(str(path), [])

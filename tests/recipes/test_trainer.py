@@ -1,0 +1,106 @@
+"""The training loop: it learns, resumes to the same losses, and its tasks save what the next recipe reads."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mllm_edge.errors import BadInput
+from mllm_edge.recipes import train
+from mllm_edge.recipes.trainer import schedule
+from mllm_edge.recipes.weights import read_part
+
+
+def quiet(step: int, steps: int, metrics: dict[str, float]) -> None:
+    pass
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_schedule_warms_up_and_ends_at_zero() -> None:
+    values = [schedule(step, 100, 0.1) for step in range(101)]
+    assert values[0] == pytest.approx(0.1)
+    assert values[9] == values[10] == 1.0
+    assert values[55] == pytest.approx(0.5)
+    assert values[100] == pytest.approx(0.0)
+
+
+SMALL = ["batch=4", "log_every=1", "precision=fp32", "warmup=0.0"]
+
+
+def test_resume_gives_the_same_losses(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train("encoder-pretrain", [*SMALL, f"out={whole}", "steps=4", "evaluate=0"], False, quiet)
+
+    class Killed(Exception):
+        pass
+
+    def kill(step: int, steps: int, metrics: dict[str, float]) -> None:
+        if step == 3:
+            raise Killed
+
+    settings = [*SMALL, f"out={parts}", "steps=4", "evaluate=0", "save_every=2"]
+    with pytest.raises(Killed):
+        train("encoder-pretrain", settings, False, kill)
+    train("encoder-pretrain", settings, True, quiet)
+    assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
+    assert (parts / "loss.png").stat().st_size > 1000
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="nothing to resume"):
+        train("encoder-pretrain", [*SMALL, f"out={tmp_path / 'new'}", "steps=1"], True, quiet)
+
+
+def test_accumulation_equals_a_large_batch(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    train("lm-pretrain", [*SMALL, f"out={one}", "steps=3", "evaluate=0", "data.length=32"], False, quiet)
+    again = [*SMALL, f"out={two}", "steps=3", "evaluate=0", "data.length=32", "accumulate=2"]
+    train("lm-pretrain", again, False, quiet)
+    assert losses(two) == pytest.approx(losses(one), abs=2e-4)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_whole_chain(tmp_path: Path, lora: bool) -> None:
+    from mllm_edge.models.llava import build, resolve
+
+    parts = {name: tmp_path / name for name in ("encoder", "lm", "stage1", "stage2")}
+    train("encoder-pretrain", [*SMALL, f"out={parts['encoder']}", "steps=1", "evaluate=2"], False, quiet)
+    train("lm-pretrain", [*SMALL, f"out={parts['lm']}", "steps=1", "evaluate=1"], False, quiet)
+    init = [f"init.vision_encoder={parts['encoder']}", f"init.language_model={parts['lm']}"]
+    train("llava-pretrain", [*SMALL, *init, f"out={parts['stage1']}", "steps=1"], False, quiet)
+    init += [f"init.connector={parts['stage1']}", "evaluate=2", *(["lora.r=4"] if lora else [])]
+    report = train("llava-finetune", [*SMALL, *init, f"out={parts['stage2']}", "steps=2"], False, quiet)
+    assert 0 <= report["metrics"]["validation_exact"] <= 1
+    model = build(resolve(str(parts["stage2"] / "checkpoint"), None))
+    frozen = read_part(str(parts["encoder"]), "vision_encoder")
+    for name, tensor in model.vision_encoder.state_dict().items():
+        assert torch.equal(tensor, frozen[name]), name
+    start = read_part(str(parts["lm"]), "language_model")["model.layers.0.mlp.up_proj.weight"]
+    assert not torch.equal(model.language_model.state_dict()["model.layers.0.mlp.up_proj.weight"], start)
+
+
+def test_user_conversations_are_trained_on(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "What?\n<image>"}, {"from": "gpt", "value": "A red picture."}]
+    text = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi."}]
+    data = [{"id": "0", "image": "a.png", "conversations": turns}, {"id": "1", "conversations": text}]
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    train("encoder-pretrain", [*SMALL, f"out={tmp_path / 'e'}", "steps=1", "evaluate=0"], False, quiet)
+    train("lm-pretrain", [*SMALL, f"out={tmp_path / 'l'}", "steps=1", "evaluate=0"], False, quiet)
+    settings = [
+        f"init.vision_encoder={tmp_path / 'e'}",
+        f"init.language_model={tmp_path / 'l'}",
+        f"data.conversations={tmp_path / 'data.json'}",
+        f"data.images={tmp_path}",
+        f"out={tmp_path / 's'}",
+        "steps=3",
+    ]
+    train("llava-pretrain", [*SMALL, *settings], False, quiet)
+    values = losses(tmp_path / "s")
+    assert values[-1] < values[0]
