@@ -20,9 +20,8 @@ from rich.progress import track
 from rich.table import Table
 
 import mllm_edge
-from mllm_edge.recipes.scenes import Question, Scene, held_out_questions, questions, render, sample_scene
+from mllm_edge.recipes.scenes import SHORT, Question, Scene, held_out_questions, questions, render, sample_scene
 
-SHORT = "\nAnswer the question using a single word or phrase."
 Asker = Callable[[Scene, np.random.Generator], list[Question]]
 
 

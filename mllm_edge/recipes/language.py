@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import string
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from mllm_edge.errors import BadInput
 from mllm_edge.models.llava import CONFIGS, PROMPTS, llama
 from mllm_edge.recipes.conversation import Sample, Vocabulary, next_token_loss, pad
 from mllm_edge.recipes.recipe import Recipe
-from mllm_edge.recipes.scenes import scene_text
+from mllm_edge.recipes.scenes import SHORT, scene_text
 from mllm_edge.recipes.weights import save_part
 
 TOKENIZER = "tokenizer.model"
-CORPUS = 20_000  # texts that the tokenizer is trained on
+CORPUS = 2_000  # texts that the tokenizer is trained on
 VALIDATION = 10_000_000  # texts from here on are never trained on
 
 
@@ -40,6 +41,7 @@ def train_tokenizer(path: Path, size: int, texts: Iterator[str]) -> None:
             split_digits=True,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
+            character_coverage=1.0,
             allow_whitespace_only_pieces=True,
             unk_id=0,
             bos_id=1,
@@ -91,10 +93,15 @@ class LanguageTask:
         self.model = LanguageModel(llama(self.dims.language))
 
     def _corpus(self) -> Iterator[str]:
+        """Scene texts, and between them the words of the chat template. Newlines stay out: as in LLaMA's vocabulary
+        they are bytes."""
         prompt = PROMPTS[self.dims.template]
-        yield prompt.first.format(system=prompt.system, text="")
+        template = prompt.first.format(system=prompt.system, text=SHORT.strip())
         for index in range(CORPUS):
             yield scene_text(index, self.recipe.seed)
+            if index % 20 == 0:
+                yield template
+        yield string.ascii_letters + string.digits + string.punctuation
 
     def parameters(self) -> list[dict[str, Any]]:
         return [{"params": list(self.model.parameters())}]

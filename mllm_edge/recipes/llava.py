@@ -21,12 +21,11 @@ from mllm_edge.recipes.encoder import pixels
 from mllm_edge.recipes.language import TOKENIZER, sentencepiece_vocabulary
 from mllm_edge.recipes.readers import Conversation, read_llava
 from mllm_edge.recipes.recipe import LoraSettings, Recipe
-from mllm_edge.recipes.scenes import Question, Scene, caption, questions, sample_scene
+from mllm_edge.recipes.scenes import SHORT, Question, Scene, caption, questions, sample_scene
 from mllm_edge.recipes.weights import read_part, save_part
 from mllm_edge.runtime.images import load_image
 from mllm_edge.runtime.preprocess import preprocess
 
-SHORT = "\nAnswer the question using a single word or phrase."  # docs/Evaluation.md of LLaVA
 DESCRIBE = ("Describe the picture.", "What do you see?", "What is in the picture?")
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -1,7 +1,7 @@
 """Readers of training data that people already have: LLaVA conversations, COCO and RefCOCO.
 
-Every refusal is a `ValueError` of one line that names the file and the entry, says what is wrong and
-what to do. A missing file is an `OSError` as ever.
+Every refusal is a `BadInput` of one line that names the file and the entry, says what is wrong and
+what to do.
 """
 
 import json
@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from mllm_edge.errors import BadInput
 
 IMAGE_PLACEHOLDER = "<image>"
 
@@ -96,7 +98,7 @@ def read_llava(path: str | Path, image_folder: str | Path) -> list[Conversation]
         The conversations in the order of the file.
 
     Raises:
-        ValueError: The file is not such a list, the speakers do not alternate human/gpt, the
+        BadInput: The file is not such a list, the speakers do not alternate human/gpt, the
             "<image>" placeholder does not go with the "image" entry, or an image path leads out of
             the folder.
     """
@@ -117,7 +119,7 @@ def read_coco(path: str | Path) -> list[CocoImage]:
         The pictures in the order of the file, each with its instances and captions.
 
     Raises:
-        ValueError: The file is malformed, an annotation names an unknown picture or category, or a
+        BadInput: The file is malformed, an annotation names an unknown picture or category, or a
             file name leads out of its folder.
     """
     data = _as(dict, _load(path), str(path), "its content")
@@ -165,7 +167,7 @@ def read_refcoco(refs_path: str | Path, instances_path: str | Path, split: str) 
         The references of that split in the order of the file.
 
     Raises:
-        ValueError: A file is malformed or a pickle, the split does not occur, or a reference names an
+        BadInput: A file is malformed or a pickle, the split does not occur, or a reference names an
             annotation that its image does not have.
     """
     images = {image.id: image for image in read_coco(instances_path)}
@@ -196,7 +198,7 @@ def decode_segmentation(segmentation: Segmentation, height: int, width: int) -> 
         bool [height, width]. A pixel is in a polygon when its center is (by the even-odd rule).
 
     Raises:
-        ValueError: The segmentation is malformed or does not have the picture's size.
+        BadInput: The segmentation is malformed or does not have the picture's size.
     """
     where = "segmentation"
     if min(height, width) < 1 or height * width > _MOST_PIXELS:
@@ -344,6 +346,8 @@ def _load(path: str | Path) -> object:
         raise _refusal(str(path), "a pickle can run any code when read", "convert it to JSON where you trust it")
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _refusal(str(path), f"it cannot be read ({error.strerror})", "check the path") from None
     except (ValueError, RecursionError) as error:
         raise _refusal(str(path), f"it is not valid JSON ({error})", "check that it was copied whole") from None
 
@@ -376,5 +380,5 @@ def _inner_path(entry: dict[str, Any], key: str, where: str) -> str:
     return name
 
 
-def _refusal(where: str, wrong: str, remedy: str) -> ValueError:
-    return ValueError(f"{where}: {wrong}; {remedy}")
+def _refusal(where: str, wrong: str, remedy: str) -> BadInput:
+    return BadInput(f"{where}: {wrong}; {remedy}")

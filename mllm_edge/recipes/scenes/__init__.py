@@ -14,7 +14,7 @@ from mllm_edge.recipes.scenes.model import (
     SceneObject,
 )
 from mllm_edge.recipes.scenes.phrases import LOCATIONS, referring_expressions
-from mllm_edge.recipes.scenes.questions import QUESTION_KINDS, Question, held_out_questions, questions
+from mllm_edge.recipes.scenes.questions import QUESTION_KINDS, SHORT, Question, held_out_questions, questions
 from mllm_edge.recipes.scenes.sampling import SPLITS, sample_scene, split_of
 from mllm_edge.recipes.scenes.story import scene_text
 
@@ -26,6 +26,7 @@ __all__ = [
     "LOCATIONS",
     "QUESTION_KINDS",
     "SHAPES",
+    "SHORT",
     "SIZES",
     "SPLITS",
     "Background",

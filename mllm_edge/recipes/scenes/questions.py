@@ -20,6 +20,8 @@ from mllm_edge.recipes.scenes.phrases import (
     with_article,
 )
 
+# Appended to a question, it asks for `Question.answer` rather than `Question.sentence` (LLaVA's docs/Evaluation.md).
+SHORT = "\nAnswer the question using a single word or phrase."
 QUESTION_KINDS: tuple[str, ...] = ("what", "color", "count", "where", "yesno")
 
 _RELATIONS: tuple[tuple[str, str, int], ...] = (
