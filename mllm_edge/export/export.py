@@ -1,0 +1,215 @@
+"""From a checkpoint to a verified bundle."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mllm_edge
+from mllm_edge import bundle, models
+from mllm_edge.bundle import EmbeddingTable, LanguageModelEntry, Manifest, StageEntry
+from mllm_edge.errors import BadInput
+from mllm_edge.export.gguf import export_language_model
+from mllm_edge.export.onnx import PRECISIONS, export_stage
+from mllm_edge.export.samples import Samples, pictures
+from mllm_edge.export.verify import PICTURES, require, verify, weight_count
+from mllm_edge.export.workplace import Finished, Workplace, disk_full_explained
+from mllm_edge.models.interface import Checkpoint, ExportPlan, LanguageModelExport, LlamaDims, StageExport
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PRECISION = {"cpu": "fp32", "cuda": "fp16"}
+CALIBRATION_PICTURES = {"fp32": 0, "fp16": 8, "int8": 32}  # other pictures than those of the verification
+BYTES_PER_WEIGHT = {"f32": 4.0, "f16": 2.0, "q8_0": 1.07, "q6_k": 0.83, "q5_k_m": 0.72, "q4_k_m": 0.62}
+
+# (step, its number from 1, how many there are, seconds that it took or None when it begins)
+Report = Callable[[str, int, int, "float | None"], None]
+
+
+def export(
+    system: str,
+    weights: str = "tiny",
+    config: str | None = None,
+    *,
+    target: str = "cpu",
+    precision: str | None = None,
+    quant: str = "q8_0",
+    out: str | Path | None = None,
+    force: bool = False,
+    mmproj: bool = False,
+    check: bool = True,
+    report: Report | None = None,
+) -> Path:
+    """Write a system's checkpoint as a bundle.
+
+    The bundle grows in `<out>.partial` and gets its name when it is complete and verified. When this fails or is
+    interrupted, nothing is at `out`, and the same call goes on where it stopped.
+
+    Args:
+        system: a name from the registry.
+        weights: "tiny", "random", a folder or a hub id.
+        config: the size of "random" weights.
+        target: "cpu" or "cuda".
+        precision: of the stages, "fp32", "fp16" or "int8"; by default fp32 for cpu and fp16 for cuda. A stage that is
+            not made for it takes the last of those that it is made for.
+        quant: of the language model: "f32", "f16", "q8_0", "q6_k", "q5_k_m" or "q4_k_m".
+        out: the bundle's folder; by default `<system>-<config>.bundle` in the working directory.
+        force: replace a bundle that is already there.
+        mmproj: also write llama.cpp's multimodal projector file.
+        check: compare the bundle with PyTorch before it gets its name.
+        report: called when a step begins and when it has ended.
+
+    Returns:
+        The bundle's folder.
+
+    Raises:
+        BadInput: an option or the weights cannot be used, or `out` is taken.
+        OutOfTolerance: the bundle differs too much from PyTorch.
+        MllmEdgeError: the disk is full, or a stage cannot be lowered.
+    """
+    precision = _check_options(target, precision, quant)
+    module = models.get(system).load_module()
+    checkpoint = module.resolve(weights, config)
+    if mmproj and not hasattr(module, "write_mmproj"):
+        raise BadInput(f"{system} has no multimodal projector in llama.cpp; export without --mmproj")
+    plan = module.export_plan(checkpoint)
+    final = Path(out or f"{system}-{checkpoint.config}.bundle")
+    with disk_full_explained(final.parent), Workplace(final, force) as place:
+        job = _Job(place, checkpoint, plan, precision, quant, _Clock(report, len(plan.stages) + 1 + mmproj + check))
+        manifest = job.manifest(target)
+        if mmproj:
+            manifest.extra_files.append(job.extra_file("mmproj", "mmproj.gguf", module.write_mmproj))
+        bundle.write(manifest, place.folder)
+        if check:
+            with job.clock.step("verify"):
+                rows = verify(place.folder, checkpoint, plan, pictures(PICTURES))
+            require(rows)
+            bundle.write(dataclasses.replace(manifest, parity=rows), place.folder)
+        return place.publish(manifest.files())
+
+
+def _check_options(target: str, precision: str | None, quant: str) -> str:
+    if target == "trt":
+        raise BadInput("target trt comes with a later version; use --target cuda, or cpu")
+    if target not in DEFAULT_PRECISION:
+        raise BadInput(f"unknown target {target!r}; use cpu or cuda")
+    if precision is not None and precision not in PRECISIONS:
+        raise BadInput(f"unknown precision {precision!r}; use one of {', '.join(PRECISIONS)}")
+    if quant not in BYTES_PER_WEIGHT:
+        raise BadInput(f"unknown quantization {quant!r}; use one of {', '.join(BYTES_PER_WEIGHT)}")
+    return precision or DEFAULT_PRECISION[target]
+
+
+class _Clock:
+    """Numbers the steps and tells the caller of each."""
+
+    def __init__(self, report: Report | None, total: int):
+        self._report = report or (lambda *_: None)
+        self._total = total
+        self._number = 0
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        self._number += 1
+        self._report(name, self._number, self._total, None)
+        began = time.monotonic()
+        yield
+        self._report(name, self._number, self._total, time.monotonic() - began)
+
+
+@dataclasses.dataclass
+class _Job:
+    """One export: makes the files of a bundle in its workplace, or takes over those of an earlier try."""
+
+    place: Workplace
+    checkpoint: Checkpoint
+    plan: ExportPlan
+    precision: str
+    quant: str
+    clock: _Clock
+
+    def manifest(self, target: str) -> Manifest:
+        """Lower all stages and the language model."""
+        self.place.need(_language_model_bytes(self.plan.language_model.dims, self.quant), "the language model")
+        stages = [self._stage(stage) for stage in self.plan.stages]
+        return Manifest(
+            system=self.checkpoint.system,
+            config=self.checkpoint.config,
+            target=target,
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            tool_version=mllm_edge.__version__,
+            licences=self.plan.licences,
+            source=self.checkpoint.source,
+            tasks=self.plan.tasks,
+            stages=stages,
+            language_model=self._language_model(self.plan.language_model),
+            preprocessing=self.plan.preprocessing,
+            prompt=self.plan.prompt,
+            generation=self.plan.generation,
+        )
+
+    def extra_file(self, step: str, file: str, write: Callable[[Checkpoint, Path], None]) -> bundle.FileEntry:
+        """A file that belongs to the bundle but to no stage."""
+
+        def build() -> Finished:
+            write(self.checkpoint, self.place.folder / file)
+            return Finished([self.place.entry(self.place.folder / file)])
+
+        with self.clock.step(step):
+            return self.place.step(step, self._made_from(file=file), build).files[0]
+
+    def _stage(self, stage: StageExport) -> StageEntry:
+        precision = self.precision if self.precision in stage.precisions else stage.precisions[-1]
+        if precision != self.precision:
+            log.info("%s is lowered to %s: it is not made for %s", stage.name, precision, self.precision)
+
+        def build() -> Finished:
+            module = stage.module()
+            weights = sum(parameter.nbytes for parameter in module.parameters())
+            self.place.need(int(weights * 2.5), stage.name)  # the fp32 graph, its copy for calibration, the result
+            path = self.place.folder / f"{stage.name}.onnx"
+            samples = Samples(self.plan, pictures(CALIBRATION_PICTURES[precision], first=PICTURES))
+            feeds = samples.inputs(stage) if precision != "fp32" else []
+            data_files = export_stage(dataclasses.replace(stage, module=lambda: module), path, precision, feeds)
+            return Finished([self.place.entry(file) for file in (path, *data_files)])
+
+        shapes = [dataclasses.asdict(spec) for spec in (*stage.inputs, *stage.outputs)]
+        pixels = [dataclasses.asdict(step) for step in self.plan.preprocessing]
+        key = self._made_from(precision=precision, shapes=shapes, preprocessing=pixels)
+        with self.clock.step(stage.name):
+            file, *data_files = self.place.step(stage.name, key, build).files
+        return StageEntry(
+            **dataclasses.asdict(file),
+            name=stage.name,
+            engine="onnx",
+            precision=precision,
+            inputs=stage.inputs,
+            outputs=stage.outputs,
+            data_files=data_files,
+        )
+
+    def _language_model(self, lm: LanguageModelExport) -> LanguageModelEntry:
+        def build() -> Finished:
+            entry = export_language_model(lm, self.place.folder / "language_model.gguf", self.quant)
+            return Finished([self.place.entry(self.place.folder / entry.file)], dataclasses.asdict(entry))
+
+        key = self._made_from(quant=self.quant, state_positions=lm.state_positions)
+        with self.clock.step("language_model"):
+            details = self.place.step("language_model", key, build).details
+        return LanguageModelEntry(**{**details, "embedding": EmbeddingTable(**details["embedding"])})
+
+    def _made_from(self, **options: Any) -> dict[str, Any]:
+        weights = {"source": self.checkpoint.source, "dims": repr(self.checkpoint.dims)}
+        return {"tool": mllm_edge.__version__, **weights, **options}
+
+
+def _language_model_bytes(dims: LlamaDims, quant: str) -> int:
+    """Room that writing the language model takes: the file, and the 16-bit file that it is quantized from."""
+    source = 0.0 if quant in ("f32", "f16") else BYTES_PER_WEIGHT["f16"]
+    return int(weight_count(dims) * (BYTES_PER_WEIGHT[quant] + source) * 1.05)

@@ -1,0 +1,188 @@
+"""Lowers a stage to ONNX: opset 18, static shapes, precision in the graph."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+from mllm_edge import __version__
+from mllm_edge.bundle import TensorSpec
+from mllm_edge.errors import BadInput, MllmEdgeError
+from mllm_edge.export.precision import to_float16
+from mllm_edge.export.quantize import activation_peaks, quantize
+
+if TYPE_CHECKING:
+    from mllm_edge.models.interface import StageExport
+
+OPSET = 18
+PRECISIONS = ("fp32", "fp16", "int8")
+INLINE_LIMIT = 1_500_000_000  # bytes of weights; a protobuf file cannot pass 2 GB
+
+Feed = dict[str, np.ndarray]
+
+
+def export_stage(stage: StageExport, path: Path, precision: str, calibration: Iterable[Feed] = ()) -> list[Path]:
+    """Write a stage as an ONNX file that is checked and has exactly the stage's inputs and outputs.
+
+    Inputs and outputs stay float32 at every precision. Weights above 1.5 GB go into `<path>.data` beside the file.
+
+    Args:
+        stage: what to lower; its module is built, traced and released here.
+        path: the file to write, replaced when it exists.
+        precision: "fp32", "fp16" (norms, softmax and reductions in fp32) or "int8" (weights and inputs of the linear
+            layers and convolutions).
+        calibration: inputs by name, as the stage will see them. int8 takes its scales from them; fp16 looks for values
+            that leave the range of fp16 and keeps their nodes in fp32, which is announced as a warning.
+
+    Returns:
+        The external data files that belong to `path`: none, or one.
+
+    Raises:
+        BadInput: unknown precision, a free axis in the stage's shapes, or int8 without calibration inputs.
+        MllmEdgeError: the exporter refuses the module, or the graph is not what the stage says it is.
+    """
+    if precision not in PRECISIONS:
+        raise BadInput(f"unknown precision {precision!r}; use one of {', '.join(PRECISIONS)}")
+    model = lower(stage)
+    model.metadata_props.update(stage=stage.name, precision=precision, mllm_edge=__version__)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        plain = path if precision == "fp32" else Path(scratch) / "fp32.onnx"
+        data_files = _save(model, plain)
+        if precision == "fp16":
+            _announce(stage.name, to_float16(model, activation_peaks(plain, calibration)))
+            data_files = _save(model, path)
+        elif precision == "int8":
+            del model
+            data_files = quantize(plain, path, calibration, external_data=bool(data_files))
+    check_graph(path, stage)
+    return data_files
+
+
+def lower(stage: StageExport) -> ir.Model:
+    """Trace a stage into an fp32 graph whose nodes are named after the module that they come from.
+
+    Raises:
+        BadInput: a free axis in the stage's input shapes.
+        MllmEdgeError: the exporter refuses the module.
+    """
+    module = stage.module().eval()
+    inputs = tuple(_example(stage.name, spec) for spec in stage.inputs)
+    with _quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                module,
+                inputs,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[spec.name for spec in stage.inputs],
+                output_names=[spec.name for spec in stage.outputs],
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason = next(
+                (line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "no reason given"
+            )
+            raise MllmEdgeError(f"{stage.name} cannot be lowered to ONNX ({reason}); see --debug") from error
+    if program is None:
+        raise MllmEdgeError(f"{stage.name}: torch.onnx.export gave no graph; check the version of torch")
+    model = program.model
+    _name_nodes(model.graph)
+    ClearMetadataAndDocStringPass()(model)  # stack traces would carry the paths of this machine
+    model.producer_name, model.producer_version = "mllm-edge", __version__
+    return model
+
+
+def check_graph(path: Path, stage: StageExport) -> None:
+    """Check that an ONNX file is valid and that names, dtypes and shapes are those of the stage.
+
+    Raises:
+        MllmEdgeError: names the first thing that differs.
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise MllmEdgeError(f"{path.name} is not valid ONNX ({str(error).splitlines()[0]}); report this") from error
+    graph = onnx.load(str(path), load_external_data=False).graph
+    for kind, values, specs in (("input", graph.input, stage.inputs), ("output", graph.output, stage.outputs)):
+        found = [_spec(value) for value in values]
+        if found != list(specs):
+            raise MllmEdgeError(
+                f"{stage.name}: the graph's {kind}s are {_describe(found)} but the stage says {_describe(specs)}; "
+                "correct the stage's specs or its module"
+            )
+
+
+def _example(stage: str, spec: TensorSpec) -> torch.Tensor:
+    shape = [size for size in spec.shape if isinstance(size, int)]
+    if len(shape) != len(spec.shape):
+        raise BadInput(f"{stage}: input {spec.name} has a free axis {spec.shape}; stages have static shapes")
+    return torch.zeros(shape, dtype=getattr(torch, spec.dtype))
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """`blocks.0.mlp.fc1/MatMul` instead of `node_MatMul_81`: errors, profiles and calibration speak of modules."""
+    taken: set[str] = set()
+    for node in graph:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        module = next((scope for scope in reversed(scopes[:-1]) if scope), "")
+        base = f"{module}/{node.op_type}" if module else node.op_type
+        name, number = base, 1
+        while name in taken:
+            number += 1
+            name = f"{base}_{number}"
+        taken.add(name)
+        node.name = name
+
+
+def _save(model: ir.Model, path: Path) -> list[Path]:
+    weights = sum(
+        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
+    )
+    if weights <= INLINE_LIMIT:
+        ir.save(model, path)
+        return []
+    data = path.with_name(path.name + ".data")
+    ir.save(model, path, external_data=data.name)
+    return [data]
+
+
+def _announce(stage: str, kept: dict[str, float]) -> None:
+    if kept:
+        named = ", ".join(f"{node} ({peak:.3g})" for node, peak in kept.items())
+        warnings.warn(f"{stage}: kept in fp32, their values leave the range of fp16: {named}", stacklevel=3)
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    shape = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in tensor.shape.dim]
+    return TensorSpec(value.name, str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)), shape)
+
+
+def _describe(specs: Iterable[TensorSpec]) -> str:
+    return ", ".join(f"{spec.name} {spec.dtype} {spec.shape}" for spec in specs)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter reports torchvision's absence and its own deprecations; neither concerns the user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,268 @@
+"""Compares a bundle with the PyTorch reference: each stage, the language model, and the two end to end.
+
+Later stages and the language model get the reference's inputs and, step by step, the reference's tokens (teacher
+forcing), so that a row speaks of its own stage alone. `end_to_end` lets the bundle go its own way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mllm_edge import bundle, models
+from mllm_edge.bundle import Manifest, Parity
+from mllm_edge.errors import BadInput, MllmEdgeError, OutOfTolerance
+from mllm_edge.export.samples import Samples, pictures
+from mllm_edge.export.tokenizer import assert_same_tokens
+from mllm_edge.models.interface import Checkpoint, ExportPlan, LlamaDims
+from mllm_edge.runtime import Model, load
+from mllm_edge.runtime.prompt import piece_ids, render
+from mllm_edge.runtime.stage import Floats, LanguageModel
+
+# cosine, top1 and agreement are at least this, the others at most. relative_max is the largest difference over the
+# largest value of the reference. Agreement is asked for only where rounding cannot turn a close decision.
+STAGE_TOLERANCE: dict[str, dict[str, float]] = {
+    "fp32": {"cosine": 0.9999, "relative_max": 1e-4},
+    "fp16": {"cosine": 0.999, "relative_max": 0.05},
+    "int8": {"cosine": 0.98, "relative_max": 0.5},
+}
+LANGUAGE_MODEL_TOLERANCE: dict[str, dict[str, float]] = {
+    "f32": {"cosine": 0.9999, "relative_max": 1e-3, "top1": 1.0},
+    "f16": {"cosine": 0.9999, "relative_max": 0.01, "top1": 0.95},
+    "q8_0": {"cosine": 0.995, "relative_max": 0.1, "top1": 0.85},
+    "q6_k": {"cosine": 0.99, "relative_max": 0.2, "top1": 0.8},
+    "q5_k_m": {"cosine": 0.98, "relative_max": 0.3, "top1": 0.7},
+    "q4_k_m": {"cosine": 0.95, "relative_max": 0.5, "top1": 0.5},
+}
+EXACT = ({"fp32"}, {"f32", "f16"})
+AT_LEAST = ("cosine", "top1", "agreement")
+
+TOKENS = 16
+PICTURES = 4
+QUESTION = "What is in the picture?"
+
+
+def verify(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, pictures: Sequence[np.ndarray]) -> list[Parity]:
+    """Measure a bundle against its checkpoint.
+
+    Args:
+        folder: the bundle.
+        checkpoint: the weights that it was made from.
+        plan: the checkpoint's export plan.
+        pictures: uint8 [H,W,3] each; the more, the stricter, as the worst picture counts.
+
+    Returns:
+        A row per stage, `language_model` and `end_to_end`. The last two are left out, with a warning, when the
+        reference does not fit in this machine's memory.
+
+    Raises:
+        MllmEdgeError: the bundle's language model tokenizes differently from the checkpoint's tokenizer.
+    """
+    manifest = bundle.read(folder)
+    assert_same_tokens(folder / manifest.language_model.file, checkpoint.tokenizer)
+    samples = Samples(plan, pictures)
+    # The KV cache's type is chosen at run time and not what is measured here; read() has checked the hashes.
+    with load(folder, kv_type="f32", context=_context(plan), verify_hash=False) as model:
+        rows = _stage_rows(model, manifest, plan, samples)
+        if _fits(plan.language_model.dims):
+            rows += _language_rows(model, manifest, plan, samples, pictures, _reference(checkpoint))
+    return rows
+
+
+def verify_bundle(folder: Path, weights: str | None = None) -> list[Parity]:
+    """Verify a finished bundle and write the result into its manifest.
+
+    Args:
+        folder: the bundle.
+        weights: where its checkpoint is now; by default where it was when the bundle was made.
+
+    Raises:
+        BadInput: not a bundle, or the checkpoint is not found or is another one.
+        OutOfTolerance: names what failed; the manifest has the rows all the same.
+    """
+    manifest = bundle.read(folder)
+    module = models.get(manifest.system).load_module()
+    source = manifest.source
+    weights = weights or source.get("path") or source["kind"]  # "random" and the shipped ones have no path
+    checkpoint = module.resolve(weights, manifest.config if weights == "random" else None)
+    if checkpoint.source.get("sha256") != source.get("sha256"):
+        raise BadInput(f"{folder} was made from other weights ({source}); say where those are with --weights")
+    rows = verify(folder, checkpoint, module.export_plan(checkpoint), pictures(PICTURES))
+    bundle.write(dataclasses.replace(manifest, parity=rows), folder)
+    require(rows)
+    return rows
+
+
+def require(rows: Sequence[Parity]) -> None:
+    """Raise OutOfTolerance that lists the failed rows, the worst first."""
+    failed = sorted((row for row in rows if not row.passed), key=_excess, reverse=True)
+    if failed:
+        raise OutOfTolerance(
+            f"out of tolerance: {'; '.join(_describe(row) for row in failed)}; "
+            "export with a higher precision or quantization, or check that the weights are the bundle's"
+        )
+
+
+def compare(measured: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    """Cosine, largest difference, and that over the largest value of `expected`, of two arrays of one shape."""
+    if measured.shape != expected.shape:
+        raise MllmEdgeError(
+            f"the bundle gives shape {measured.shape} where PyTorch gives {expected.shape}; export it again"
+        )
+    a, b = measured.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
+    lengths, largest = float(np.linalg.norm(a) * np.linalg.norm(b)), float(np.abs(b).max())
+    max_abs = float(np.abs(a - b).max())
+    return {
+        "cosine": float(a @ b) / lengths if lengths else float(max_abs == 0),
+        "max_abs": max_abs,
+        "relative_max": max_abs / largest if largest else max_abs,
+    }
+
+
+def parity(name: str, measured: dict[str, float], tolerance: dict[str, float]) -> Parity:
+    """A row; not-a-number never passes."""
+    passed = all(measured[k] >= limit if k in AT_LEAST else measured[k] <= limit for k, limit in tolerance.items())
+    return Parity(name, passed, measured, tolerance)
+
+
+def weight_count(dims: LlamaDims) -> int:
+    """How many weights a decoder has; its norms are too few to count."""
+    attention = 2 * dims.width * dims.head_dim * (dims.heads + dims.kv_heads)
+    tables = (1 if dims.tied else 2) * dims.vocabulary * dims.width
+    return dims.layers * (attention + 3 * dims.width * dims.ffn_width) + tables
+
+
+def _context(plan: ExportPlan) -> int:
+    """Positions that a picture, a question and the tokens take."""
+    pictured = sum(int(spec.shape[1]) for spec in plan.stages[-1].outputs)
+    return min(plan.language_model.dims.context, pictured + 512)
+
+
+def _stage_rows(model: Model, manifest: Manifest, plan: ExportPlan, samples: Samples) -> list[Parity]:
+    rows = []
+    for stage in plan.stages:
+        engine = model.stages[stage.name]
+        pairs = [
+            (engine(**feed)[name], expected[name])
+            for feed, expected in zip(samples.inputs(stage), samples.outputs(stage), strict=True)
+            for name in expected
+        ]
+        measured = _worst([compare(*pair) for pair in pairs])
+        rows.append(parity(stage.name, measured, STAGE_TOLERANCE[manifest.stage(stage.name).precision]))
+    return rows
+
+
+def _language_rows(
+    model: Model, manifest: Manifest, plan: ExportPlan, samples: Samples, pictures: Sequence[np.ndarray], reference: Any
+) -> list[Parity]:
+    lm = model.language_model
+    before, after = (piece_ids(piece, lm) for piece in render(manifest.prompt, QUESTION, images=1))
+    before = [*([] if lm.bos is None else [lm.bos]), *before]
+    table = reference.get_input_embeddings().weight.detach()
+    logits, greedy = [], []
+    for picture, expected in zip(pictures, samples.outputs(plan.stages[-1]), strict=True):
+        embeds = np.concatenate([table[before].numpy(), expected["image_embeds"][0], table[after].numpy()])
+        tokens, wanted = _generate(reference, embeds)
+        logits.append((_forced(lm, embeds, tokens), wanted))
+        greedy.append(_agreement(_free(lm, model.prompt_embeds(QUESTION, picture)), tokens))
+    top1 = np.mean([a.argmax(-1) == b.argmax(-1) for a, b in logits])
+    measured = {**_worst([compare(a, b) for a, b in logits]), "top1": float(top1)}
+    quant = manifest.language_model.precision
+    exact = {stage.precision for stage in manifest.stages} <= EXACT[0] and quant in EXACT[1]
+    return [
+        parity("language_model", measured, LANGUAGE_MODEL_TOLERANCE[quant]),
+        parity("end_to_end", {"tokens": float(TOKENS), "agreement": min(greedy)}, {"agreement": 1.0} if exact else {}),
+    ]
+
+
+def _worst(measurements: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Per measure the worst value (np keeps not-a-number)."""
+    pick = {key: np.min if key in AT_LEAST else np.max for key in measurements[0]}
+    return {key: float(worst([measured[key] for measured in measurements])) for key, worst in pick.items()}
+
+
+@torch.no_grad()
+def _generate(reference: Any, embeds: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """The reference's greedy tokens, and the logits that each was chosen from: f32 [TOKENS,V]."""
+    result = reference(inputs_embeds=torch.from_numpy(embeds)[None], use_cache=True)
+    tokens: list[int] = []
+    logits: list[np.ndarray] = []
+    while True:
+        logits.append(result.logits[0, -1].float().numpy())
+        tokens.append(int(logits[-1].argmax()))
+        if len(tokens) == TOKENS:
+            return tokens, np.stack(logits)
+        result = reference(torch.tensor([tokens[-1:]]), past_key_values=result.past_key_values, use_cache=True)
+
+
+def _forced(lm: LanguageModel, embeds: Floats, tokens: Sequence[int]) -> Floats:
+    """The bundle's logits along the reference's tokens: f32 [TOKENS,V]."""
+    return np.stack([lm.prefill(embeds).logits, *(lm.step(token).logits for token in tokens[:-1])])
+
+
+def _free(lm: LanguageModel, embeds: Floats) -> list[int]:
+    """The bundle's own greedy tokens."""
+    tokens = [int(lm.prefill(embeds).logits.argmax())]
+    while len(tokens) < TOKENS:
+        tokens.append(int(lm.step(tokens[-1]).logits.argmax()))
+    return tokens
+
+
+def _agreement(tokens: Sequence[int], expected: Sequence[int]) -> float:
+    """Share of the tokens before the first that differs."""
+    same = next((i for i, (a, b) in enumerate(zip(tokens, expected, strict=True)) if a != b), len(expected))
+    return same / len(expected)
+
+
+def _reference(checkpoint: Checkpoint) -> Any:
+    return models.get(checkpoint.system).load_module().build(checkpoint).language_model
+
+
+def _fits(dims: LlamaDims) -> bool:
+    """Whether the fp32 reference fits in free memory; says so when it does not."""
+    needed = 2 * 4 * weight_count(dims)  # the module, and the tensors that it is filled from
+    free = _free_memory()
+    if free is None or needed < free:
+        return True
+    warnings.warn(
+        f"the language model is not verified: its fp32 reference needs {needed / 1e9:.0f} GB of memory and "
+        f"{free / 1e9:.0f} GB are free; verify the bundle on a larger machine with: mllm-edge verify",
+        stacklevel=3,
+    )
+    return False
+
+
+def _free_memory() -> int | None:
+    """Bytes that can be had without swapping, where the system says so (Linux)."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return None
+    fields = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
+
+
+def _excess(row: Parity) -> float:
+    """How many times over its tolerance a row is."""
+    ratios = []
+    for key, limit in row.tolerance.items():
+        off, allowed = (1 - row.measured[key], 1 - limit) if key in AT_LEAST else (row.measured[key], limit)
+        ratios.append(math.inf if math.isnan(off) or (off > 0 and not allowed) else off / (allowed or 1))
+    return max(ratios, default=0.0)
+
+
+def _describe(row: Parity) -> str:
+    parts = []
+    for key, limit in row.tolerance.items():
+        value = row.measured[key]
+        if key in AT_LEAST and not value >= limit:
+            parts.append(f"{key} {value:.4g} (at least {limit:g})")
+        elif key not in AT_LEAST and not value <= limit:
+            parts.append(f"{key} {value:.4g} (at most {limit:g})")
+    return f"{row.name} {', '.join(parts)}"

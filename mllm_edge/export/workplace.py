@@ -1,0 +1,184 @@
+"""The folder in which a bundle grows: `<name>.partial`, beside its final name, until everything in it is verified.
+
+Each finished step is written into `progress.json` with a key that stands for everything it was made from, so that a
+second try after a crash, a full disk or Ctrl-C redoes only what is missing or was asked for differently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mllm_edge.bundle import MANIFEST, FileEntry, file_entry, sha256
+from mllm_edge.errors import BadInput, MllmEdgeError
+
+PROGRESS = "progress.json"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A step's files, and what else is worth keeping of its result (JSON values)."""
+
+    files: list[FileEntry]
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Workplace:
+    """One export's place on disk. Use it as a context manager: it holds the lock on the final name.
+
+    Attributes:
+        folder: where to build.
+    """
+
+    def __init__(self, final: Path, force: bool):
+        self.final = final
+        self.folder = _beside(final, "partial")
+        self._force = force
+        self._old = _beside(final, "old")
+        self._lock = _beside(final, "lock")
+
+    def __enter__(self) -> Workplace:
+        """Take the lock and make the folder.
+
+        Raises:
+            BadInput: another export writes there, or the final name is taken.
+        """
+        self.final.parent.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        try:
+            if self._old.exists() and not self.final.exists():
+                self._old.rename(self.final)  # a process died between the two renames of `publish`
+            self._check_final()
+            self.folder.mkdir(exist_ok=True)
+        except BaseException:
+            self._lock.unlink()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.unlink(missing_ok=True)
+
+    def step(self, name: str, made_from: dict[str, Any], build: Callable[[], Finished]) -> Finished:
+        """The result of `build`, or of an earlier run of it from the same things whose files are still intact."""
+        key = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=repr).encode()).hexdigest()
+        progress = self._progress()
+        earlier = progress.get(name)
+        if earlier and earlier["key"] == key:
+            finished = Finished([FileEntry(**entry) for entry in earlier["files"]], earlier["details"])
+            if all(self._intact(entry) for entry in finished.files):
+                return finished
+        finished = build()
+        self._write_progress({**progress, name: {"key": key, **dataclasses.asdict(finished)}})
+        return finished
+
+    def entry(self, path: Path) -> FileEntry:
+        """Size and hash of a file in `folder`."""
+        return file_entry(self.folder, path.relative_to(self.folder).as_posix())
+
+    def need(self, size: int, what: str) -> None:
+        """Raise MllmEdgeError unless `size` bytes are free where the bundle grows."""
+        free = shutil.disk_usage(self.final.parent).free
+        if free < size:
+            raise MllmEdgeError(
+                f"{what} needs {size / 1e9:.1f} GB but {self.final.parent} has {free / 1e9:.1f} GB free; "
+                "make room or choose another disk with -o"
+            )
+
+    def publish(self, files: Iterable[FileEntry]) -> Path:
+        """Give the folder its final name; whatever is neither the manifest nor one of `files` is dropped."""
+        keep = {MANIFEST, *(entry.file for entry in files)}
+        for path in sorted(self.folder.rglob("*"), reverse=True):
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+            elif not path.is_dir() and path.relative_to(self.folder).as_posix() not in keep:
+                path.unlink()
+        if self._old.exists():
+            shutil.rmtree(self._old)
+        try:
+            if self.final.exists():
+                self.final.rename(self._old)
+            self.folder.rename(self.final)
+        finally:
+            if self._old.exists() and not self.final.exists():
+                self._old.rename(self.final)
+        if self._old.exists():
+            shutil.rmtree(self._old)
+        return self.final
+
+    def _check_final(self) -> None:
+        if not self.final.exists() or (self.final.is_dir() and not any(self.final.iterdir())):
+            return
+        if not (self.final / MANIFEST).is_file():
+            raise BadInput(f"{self.final} exists and is not a bundle; choose another name with -o")
+        if not self._force:
+            raise BadInput(f"{self.final} exists; use --force to replace it or choose another name with -o")
+
+    def _take_lock(self) -> None:
+        for _ in range(2):
+            try:
+                with self._lock.open("x", encoding="ascii") as stream:
+                    stream.write(str(os.getpid()))
+                return
+            except FileExistsError:
+                holder = _holder(self._lock)
+                if holder is not None:
+                    raise BadInput(
+                        f"process {holder} is exporting to {self.final}; wait for it (else delete {self._lock})"
+                    ) from None
+                self._lock.unlink(missing_ok=True)  # its process died
+        raise BadInput(f"another export to {self.final} has just started; wait for it")
+
+    def _progress(self) -> dict[str, Any]:
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            progress: dict[str, Any] = json.loads((self.folder / PROGRESS).read_text(encoding="utf-8"))
+            return progress
+        return {}
+
+    def _write_progress(self, progress: dict[str, Any]) -> None:
+        temporary = self.folder / f".{PROGRESS}"
+        temporary.write_text(json.dumps(progress, indent=2), encoding="utf-8")
+        temporary.replace(self.folder / PROGRESS)
+
+    def _intact(self, entry: FileEntry) -> bool:
+        path = self.folder / entry.file
+        return path.is_file() and path.stat().st_size == entry.bytes and sha256(path) == entry.sha256
+
+
+@contextlib.contextmanager
+def disk_full_explained(place: Path) -> Iterator[None]:
+    """Turn the operating system's "no space left" into an MllmEdgeError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        # numpy's tofile says how much it wrote, and gives no errno
+        if error.errno not in FULL and (error.errno is not None or shutil.disk_usage(place).free > 1 << 20):
+            raise
+        raise MllmEdgeError(
+            f"the disk of {place} is full; make room and run the same command again, it goes on where it stopped"
+        ) from error
+
+
+def _beside(final: Path, suffix: str) -> Path:
+    return final.with_name(f"{final.name}.{suffix}")
+
+
+def _holder(lock: Path) -> int | None:
+    """The living process that holds the lock."""
+    try:
+        pid = int(lock.read_text(encoding="ascii"))
+        os.kill(pid, 0)
+    except (ValueError, ProcessLookupError, FileNotFoundError):
+        return None
+    except PermissionError:
+        pass  # it lives, and belongs to somebody else
+    return pid

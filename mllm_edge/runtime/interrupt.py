@@ -1,0 +1,33 @@
+"""Ctrl-C while llama.cpp computes: a long prefill stops at the next operation instead of at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType, ModuleType
+
+
+@contextlib.contextmanager
+def interruptible(llama: ModuleType, context: int) -> Iterator[None]:
+    """Let Ctrl-C abort `llama_decode` on the CPU; what was set for SIGINT before then handles it.
+
+    Python runs signal handlers between its own instructions, in the main thread only. While the main thread is inside
+    llama.cpp there are none, so llama.cpp is given a callback to ask. In another thread this does nothing.
+    """
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield
+        return
+    pressed: list[tuple[int, FrameType | None]] = []
+    callback = llama.ggml_abort_callback(lambda _: bool(pressed))
+    signal.signal(signal.SIGINT, lambda number, frame: pressed.append((number, frame)))
+    try:
+        llama.llama_set_abort_callback(context, callback, None)
+        yield
+    finally:
+        llama.llama_set_abort_callback(context, llama.ggml_abort_callback(), None)
+        signal.signal(signal.SIGINT, previous)
+        if pressed:
+            previous(*pressed[0])

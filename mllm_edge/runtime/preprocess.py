@@ -1,0 +1,78 @@
+"""From a picture to a stage's pixel tensor. Training and runtime both call `preprocess`, so both see the same bits.
+
+The arithmetic is that of transformers' CLIP image processor (Pillow backend), with LLaVA's `expand2square` for
+fit "pad" (llava/mm_utils.py). Very long pictures give the same result without the huge pictures in between.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mllm_edge.bundle import ImagePreprocessing
+from mllm_edge.errors import BadInput
+
+RESAMPLE = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_STRIP_PIXELS = 1 << 22  # a padded picture is resized in strips of about this many pixels
+_WHOLE_PIXELS = 100_000_000  # a resized picture larger than this is made only where the crop needs it
+
+
+def preprocess(image: Image.Image, spec: ImagePreprocessing) -> NDArray[np.float32]:
+    """Fit, resize, scale to 0..1 and normalize one picture.
+
+    Args:
+        image: RGB, upright (see `images.load_image`).
+        spec: the manifest's entry; `fit` is "pad" or "crop".
+
+    Returns:
+        float32 [1,3,S,S] with S = `spec.size`.
+
+    Raises:
+        BadInput: the bundle asks for a fit or a filter that is not known.
+    """
+    if spec.resample not in RESAMPLE or spec.fit not in ("pad", "crop"):
+        raise BadInput(f"preprocessing {spec.fit}/{spec.resample} is not known; install a newer mllm-edge")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    fitted = _pad(image, spec) if spec.fit == "pad" else _crop(image, spec)
+    # float64 for the scaling, float32 from there on: the order of transformers' rescale and normalize
+    scaled = (np.asarray(fitted).astype(np.float64) * (1 / 255)).astype(np.float32)
+    mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
+    return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1)[None])
+
+
+def _pad(image: Image.Image, spec: ImagePreprocessing) -> Image.Image:
+    """Centre on a square of `pad_color` and resize it, strip by strip.
+
+    Pillow resizes rows first and columns second; rows do not depend on each other, so the square, which for a long
+    picture would be huge, never has to exist.
+    """
+    side, size, color = max(image.size), spec.size, (spec.pad_color[0], spec.pad_color[1], spec.pad_color[2])
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    narrow = Image.new("RGB", (size, side), color)
+    rows = max(1, _STRIP_PIXELS // side)
+    for row in range(0, image.height, rows):
+        height = min(rows, image.height - row)
+        strip = Image.new("RGB", (side, height), color)
+        strip.paste(image.crop((0, row, image.width, row + height)), (left, 0))
+        narrow.paste(strip.resize((size, height), RESAMPLE[spec.resample]), (0, top + row))
+    return narrow.resize((size, size), RESAMPLE[spec.resample])
+
+
+def _crop(image: Image.Image, spec: ImagePreprocessing) -> Image.Image:
+    """Resize the shortest edge to `size` and cut the centre out."""
+    size, short, filter_ = spec.size, min(image.size), RESAMPLE[spec.resample]
+    width, height = (size if side == short else int(size * side / short) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    if width * height <= _WHOLE_PIXELS:
+        resized = image.resize((width, height), filter_)
+        return resized.crop((left, top, left + size, top + size))
+    # Pillow's two passes one by one: rows, then columns; the long side only where the crop needs it.
+    across, down = image.width / width, image.height / height
+    rows = image.resize((size, image.height), filter_, box=(left * across, 0, (left + size) * across, image.height))
+    return rows.resize((size, size), filter_, box=(0, top * down, size, (top + size) * down))

@@ -1,0 +1,163 @@
+"""The two interfaces of the runtime, and the tables that say which engine implements them.
+
+A backend is one file that implements `Stage` or `LanguageModel`, and one line in a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mllm_edge.bundle import LanguageModelEntry, StageEntry, TensorSpec
+from mllm_edge.errors import MllmEdgeError
+
+Array = NDArray[Any]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How engines are to run.
+
+    Attributes:
+        target: "cpu", "cuda" or "trt".
+        strict: the user asked for this target, so that an engine without it is an error rather than a warning.
+        threads: CPU threads of one stage.
+        kv_type: element type of the KV cache: "f32", "f16" or "q8_0".
+        context: positions that the language model can hold.
+    """
+
+    target: str
+    strict: bool
+    threads: int
+    kv_type: str
+    context: int
+
+
+class Stage(Protocol):
+    """One sub-network: arrays in by name, arrays out by name."""
+
+    spec: StageEntry
+
+    def __call__(self, **arrays: Array) -> dict[str, Array]:
+        """Run it. Raises MllmEdgeError when an array's name, dtype or shape is not the spec's."""
+        ...
+
+    def close(self) -> None:
+        """Free the engine."""
+        ...
+
+
+class Step(NamedTuple):
+    """What the language model says after a position: logits float32 [V], and, where asked for, the state after the
+    final norm, float32 [D]."""
+
+    logits: Floats
+    hidden: Floats | None
+
+
+class LanguageModel(Protocol):
+    """The stage that steps. It holds one sequence of positions; `keep` rewinds it to a prefix.
+
+    Attributes:
+        context: positions it can hold.
+        vocabulary: V.
+        width: D.
+        bos: the id that opens every sequence, or None.
+        control_tokens: control strings, such as `</s>`, and their ids.
+        want_hidden: whether `Step.hidden` is filled from now on.
+    """
+
+    context: int
+    vocabulary: int
+    width: int
+    bos: int | None
+    want_hidden: bool
+
+    @property
+    def control_tokens(self) -> Mapping[str, int]: ...
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a piece of text, without BOS. Control strings are plain text unless `special`."""
+        ...
+
+    def piece(self, token: int) -> bytes:
+        """The UTF-8 bytes of a token, perhaps a part of a character; nothing for a control token."""
+        ...
+
+    def is_end(self, token: int) -> bool:
+        """Whether the token ends an answer."""
+        ...
+
+    def embed(self, ids: Sequence[int]) -> Floats:
+        """Rows of the embedding table, float32 [T,D]."""
+        ...
+
+    def prefill(self, embeds: Floats, keep: int = 0) -> Step:
+        """Keep the first `keep` positions, append `embeds` [T,D], T > 0, and return the last position's step."""
+        ...
+
+    def step(self, token: int) -> Step:
+        """Append one token."""
+        ...
+
+    def close(self) -> None:
+        """Free the model and its KV cache."""
+        ...
+
+
+def _onnx(path: Path, entry: StageEntry, options: Options) -> Stage:
+    from mllm_edge.runtime.ort import OnnxStage
+
+    return OnnxStage(path, entry, options)
+
+
+def _gguf(path: Path, entry: LanguageModelEntry, options: Options) -> LanguageModel:
+    from mllm_edge.runtime.llama import LlamaLanguageModel
+
+    return LlamaLanguageModel(path, entry, options)
+
+
+STAGE_ENGINES: dict[str, Callable[[Path, StageEntry, Options], Stage]] = {"onnx": _onnx}
+LANGUAGE_MODEL_ENGINES: dict[str, Callable[[Path, LanguageModelEntry, Options], LanguageModel]] = {"gguf": _gguf}
+
+
+def check_engines(stages: Sequence[StageEntry], language_model: LanguageModelEntry) -> None:
+    """Check that every part of a bundle has an engine here, before any is loaded.
+
+    Raises:
+        MllmEdgeError: names the file and its engine.
+    """
+    tables: list[tuple[StageEntry | LanguageModelEntry, Mapping[str, Any]]] = [(s, STAGE_ENGINES) for s in stages]
+    for entry, table in [*tables, (language_model, LANGUAGE_MODEL_ENGINES)]:
+        if entry.engine not in table:
+            known = ", ".join(table)
+            raise MllmEdgeError(
+                f"{entry.file} needs engine {entry.engine}, which this version cannot run (it has {known}); "
+                "export the bundle with --target cpu or cuda"
+            )
+
+
+def check_arrays(name: str, specs: Sequence[TensorSpec], arrays: Mapping[str, Array]) -> None:
+    """Compare arrays with what a stage takes.
+
+    Raises:
+        MllmEdgeError: an array is missing, unknown, or of another dtype or shape.
+    """
+    expected = {spec.name: spec for spec in specs}
+    if arrays.keys() != expected.keys():
+        raise MllmEdgeError(f"stage {name} takes {', '.join(expected)}; it was given {', '.join(arrays) or 'nothing'}")
+    for key, spec in expected.items():
+        array = arrays[key]
+        same = len(array.shape) == len(spec.shape) and all(
+            isinstance(want, str) or have == want for have, want in zip(array.shape, spec.shape)
+        )
+        if array.dtype.name != spec.dtype or not same:
+            raise MllmEdgeError(
+                f"stage {name}: {key} is {array.dtype.name} {list(array.shape)}; it takes {spec.dtype} {spec.shape}"
+            )

@@ -1,0 +1,57 @@
+"""From token bytes to text that may be shown: whole characters only, and nothing that may be part of a stop string."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+
+class TextStream:
+    """Collects the bytes of an answer.
+
+    Args:
+        stop: strings that end the answer and are not part of it.
+        strip: drop white space before the first word.
+
+    Attributes:
+        text: what has been released so far.
+        size: bytes of the answer that are certain, leading white space included and stop string excluded.
+        stopped: whether a stop string was found.
+    """
+
+    def __init__(self, stop: Sequence[str], strip: bool):
+        self._stop = [text.encode() for text in stop if text]
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = b""
+        self._strip = strip
+        self.text = ""
+        self.size = 0
+        self.stopped = False
+
+    def feed(self, data: bytes) -> str:
+        """Add a token's bytes; returns the text that they release, perhaps nothing."""
+        self._held += data
+        found = [at for at in map(self._held.find, self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            return self._release(min(found), final=True)
+        return self._release(len(self._held) - self._doubtful())
+
+    def finish(self) -> str:
+        """The answer is over: release what was held back. A character cut in the middle becomes U+FFFD."""
+        return "" if self.stopped else self._release(len(self._held), final=True)
+
+    def _doubtful(self) -> int:
+        """Length of the longest end of what is held that could begin a stop string."""
+        lengths = (n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
+        return max(lengths, default=0)
+
+    def _release(self, count: int, final: bool = False) -> str:
+        data, self._held = self._held[:count], self._held[count:]
+        self.size += count
+        text = self._decoder.decode(data, final)
+        if self._strip:
+            text = text.lstrip()
+            self._strip = not text
+        self.text += text
+        return text

@@ -1,0 +1,287 @@
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from toy_system import DIMS, PROMPT, ToySystem, decoder, fake_gguf, register
+
+from mllm_edge import bundle
+from mllm_edge.bundle import Manifest, StageEntry
+from mllm_edge.errors import BadInput, MllmEdgeError, OutOfTolerance
+from mllm_edge.export import verify as verify_module
+from mllm_edge.export.samples import Samples, pictures
+from mllm_edge.export.verify import compare, parity, require, verify, verify_bundle, weight_count
+from mllm_edge.runtime.preprocess import preprocess
+
+
+class Decoder:
+    """A language model of the runtime, played by PyTorch. `noise` is added to its logits."""
+
+    def __init__(self, noise):
+        self.reference, self.noise, self.past = decoder(), noise, None
+        self.bos, self.control_tokens = 1, {}
+
+    def tokenize(self, text, special=False):
+        return [byte % DIMS.vocabulary for byte in text.encode()]
+
+    def embed(self, tokens):
+        return self.reference.get_input_embeddings().weight.detach()[tokens].numpy()
+
+    def prefill(self, embeds):
+        return self._run(inputs_embeds=torch.from_numpy(embeds)[None])
+
+    def step(self, token):
+        return self._run(input_ids=torch.tensor([[token]]), past_key_values=self.past)
+
+    def _run(self, **inputs):
+        with torch.no_grad():
+            result = self.reference(use_cache=True, **inputs)
+        self.past = result.past_key_values
+        logits = result.logits[0, -1].numpy()
+        return types.SimpleNamespace(logits=logits + self.noise * np.sin(np.arange(len(logits)), dtype=np.float32))
+
+
+class Runtime:
+    """A loaded bundle whose stages are the plan's modules. `spoil` changes a stage's output."""
+
+    def __init__(self, plan, spoil, noise):
+        self.plan = plan
+        self.stages = {stage.name: self._stage(stage, spoil.get(stage.name, lambda x: x)) for stage in plan.stages}
+        self.language_model = Decoder(noise)
+
+    def _stage(self, stage, spoil):
+        module = stage.module()
+
+        def call(**feed):
+            with torch.no_grad():
+                (value,) = (torch.from_numpy(feed[spec.name]) for spec in stage.inputs)
+                return {stage.outputs[0].name: spoil(module(value).numpy())}
+
+        return call
+
+    def prompt_embeds(self, prompt, image):
+        (step,) = self.plan.preprocessing
+        features = self.stages["vision_encoder"](pixel_values=preprocess(Image.fromarray(image), step))
+        lm = self.language_model
+        before, after = "USER: ", f"\n{prompt} ASSISTANT:"
+        ids = [lm.bos, *lm.tokenize(before)], lm.tokenize(after)
+        return np.concatenate(
+            [lm.embed(ids[0]), self.stages["connector"](**features)["image_embeds"][0], lm.embed(ids[1])]
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        pass
+
+
+@dataclasses.dataclass
+class Toy:
+    system: ToySystem
+    folder: object
+    spoil: dict
+    noise: float = 0.0
+
+    def checkpoint(self):
+        return self.system.resolve("here", None)
+
+    def plan(self):
+        return self.system.export_plan(self.checkpoint())
+
+    def verify(self):
+        return {row.name: row for row in verify(self.folder, self.checkpoint(), self.plan(), pictures(2))}
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    system = ToySystem(tmp_path)
+    register(monkeypatch, system)
+    folder = tmp_path / "toy.bundle"
+    folder.mkdir()
+    toy = Toy(system, folder, {})
+    write_bundle(toy, "fp32", "f32")
+    monkeypatch.setattr(verify_module, "load", lambda folder, **_: Runtime(toy.plan(), toy.spoil, toy.noise))
+    monkeypatch.setattr(verify_module, "assert_same_tokens", lambda gguf, tokenizer: None)
+    return toy
+
+
+def write_bundle(toy, precision, quant):
+    plan = toy.plan()
+    stages = []
+    for stage in plan.stages:
+        (toy.folder / f"{stage.name}.onnx").write_bytes(b"x")
+        entry = bundle.file_entry(toy.folder, f"{stage.name}.onnx")
+        stages.append(
+            StageEntry(
+                **vars(entry),
+                name=stage.name,
+                engine="onnx",
+                precision=precision,
+                inputs=stage.inputs,
+                outputs=stage.outputs,
+            )
+        )
+    bundle.write(
+        Manifest(
+            system="toy",
+            config="small",
+            target="cpu",
+            created="",
+            tool_version="0",
+            licences={},
+            source=toy.checkpoint().source,
+            tasks=[],
+            stages=stages,
+            language_model=fake_gguf(plan.language_model, toy.folder / "lm.gguf", quant),
+            preprocessing=plan.preprocessing,
+            prompt=PROMPT,
+            generation=plan.generation,
+        ),
+        toy.folder,
+    )
+
+
+def test_compare_by_hand():
+    measured = compare(np.array([[3.0, 4.5]]), np.array([[3.0, 4.0]]))
+    assert measured["max_abs"] == 0.5
+    assert measured["relative_max"] == 0.125
+    assert measured["cosine"] == pytest.approx((9 + 18) / (5 * np.sqrt(9 + 20.25)))
+
+
+def test_compare_refuses_other_shapes():
+    with pytest.raises(MllmEdgeError, match=r"\(2,\) where PyTorch gives \(3,\)"):
+        compare(np.zeros(2), np.zeros(3))
+
+
+def test_zeros_are_equal_to_zeros_only():
+    assert compare(np.zeros(2), np.zeros(2)) == {"cosine": 1.0, "max_abs": 0.0, "relative_max": 0.0}
+    assert compare(np.ones(2), np.zeros(2))["cosine"] == 0.0
+
+
+def test_a_row_passes_on_its_limits_and_never_with_nan():
+    limits = {"cosine": 0.9, "relative_max": 0.1}
+    assert parity("a", {"cosine": 0.9, "relative_max": 0.1}, limits).passed
+    assert not parity("a", {"cosine": 0.89, "relative_max": 0.1}, limits).passed
+    assert not parity("a", {"cosine": 0.9, "relative_max": 0.11}, limits).passed
+    assert not parity("a", {"cosine": float("nan"), "relative_max": 0.0}, limits).passed
+    assert not parity("a", {"cosine": 1.0, "relative_max": float("nan")}, limits).passed
+
+
+def test_require_lists_failures_worst_first_in_one_line():
+    rows = [
+        parity("near", {"cosine": 0.85}, {"cosine": 0.9}),
+        parity("fine", {"cosine": 0.95}, {"cosine": 0.9}),
+        parity("far", {"relative_max": 7.0}, {"relative_max": 0.1}),
+    ]
+    with pytest.raises(OutOfTolerance) as caught:
+        require(rows)
+    assert str(caught.value).startswith(
+        "out of tolerance: far relative_max 7 (at most 0.1); near cosine 0.85 (at least 0.9); "
+    )
+    assert "fine" not in str(caught.value) and "\n" not in str(caught.value)
+    require(rows[1:2])
+
+
+def test_samples_are_what_the_modules_give(toy):
+    plan = toy.plan()
+    samples = Samples(plan, pictures(2))
+    vision, connector = plan.stages
+    pixels = samples.inputs(vision)[1]["pixel_values"]
+    assert pixels.shape == (1, 3, 32, 32) and pixels.dtype == np.float32
+    assert toy.system.built == {"vision_encoder": 0, "connector": 0}
+    with torch.no_grad():
+        features = vision.module()(torch.from_numpy(pixels))
+        embeds = connector.module()(features)
+    np.testing.assert_array_equal(samples.inputs(connector)[1]["image_features"], features.numpy())
+    np.testing.assert_array_equal(samples.outputs(connector)[1]["image_embeds"], embeds.numpy())
+    samples.inputs(connector)
+    assert toy.system.built == {"vision_encoder": 2, "connector": 2}  # once here, once for the samples
+
+
+def test_stage_without_a_source_for_its_input_is_named(toy):
+    plan = toy.plan()
+    orphan = dataclasses.replace(plan, stages=plan.stages[1:])
+    with pytest.raises(BadInput, match="connector reads image_features"):
+        Samples(orphan, pictures(1)).inputs(orphan.stages[0])
+
+
+def test_pictures_differ_and_repeat():
+    first, second = pictures(2)
+    assert first.shape == (256, 256, 3) and first.dtype == np.uint8
+    assert (first != second).any()
+    np.testing.assert_array_equal(pictures(1, first=1)[0], second)
+
+
+def test_faithful_bundle_passes_everywhere(toy):
+    rows = toy.verify()
+    assert list(rows) == ["vision_encoder", "connector", "language_model", "end_to_end"]
+    assert all(row.passed for row in rows.values())
+    assert rows["connector"].measured["max_abs"] == 0.0
+    assert rows["language_model"].measured["top1"] == 1.0
+    assert rows["end_to_end"].measured == {"tokens": 16.0, "agreement": 1.0}
+    assert rows["end_to_end"].tolerance == {"agreement": 1.0}
+
+
+def test_only_the_bad_stage_fails_and_the_end_shows_it(toy):
+    toy.spoil["vision_encoder"] = lambda x: x + 50 * np.roll(x, 1, axis=1)
+    rows = toy.verify()
+    assert not rows["vision_encoder"].passed
+    assert rows["connector"].passed and rows["language_model"].passed  # these get the reference's inputs
+    assert not rows["end_to_end"].passed
+
+
+def test_nan_in_a_stage_fails(toy):
+    toy.spoil["connector"] = lambda x: x * np.float32(np.nan)
+    row = toy.verify()["connector"]
+    assert not row.passed and np.isnan(row.measured["cosine"])
+
+
+def test_noisy_logits_fail_where_the_quantization_does_not_explain_them(toy):
+    toy.noise = 0.05
+    rows = toy.verify()
+    assert not rows["language_model"].passed
+    assert rows["language_model"].measured["max_abs"] == pytest.approx(0.05, rel=0.01)
+    write_bundle(toy, "fp32", "q4_k_m")
+    rows = toy.verify()
+    assert rows["language_model"].passed
+    assert rows["end_to_end"].tolerance == {}  # a close decision may turn; it is measured and told
+
+
+def test_language_model_is_left_out_when_memory_is_short(toy, monkeypatch):
+    monkeypatch.setattr(verify_module, "_free_memory", lambda: 1000)
+    with pytest.warns(UserWarning, match="language model is not verified"):
+        assert list(toy.verify()) == ["vision_encoder", "connector"]
+
+
+def test_weight_count_is_that_of_the_reference():
+    norms = (2 * DIMS.layers + 1) * DIMS.width
+    assert weight_count(DIMS) + norms == sum(parameter.numel() for parameter in decoder().parameters())
+
+
+def test_result_is_written_into_the_manifest(toy):
+    rows = verify_bundle(toy.folder)
+    assert bundle.read(toy.folder).parity == rows
+    toy.spoil["connector"] = lambda x: -x
+    with pytest.raises(OutOfTolerance, match="connector cosine -1"):
+        verify_bundle(toy.folder)
+    assert [row.passed for row in bundle.read(toy.folder).parity] == [True, False, True, False]
+
+
+def test_other_weights_are_refused(toy):
+    toy.system.source = "b"
+    with pytest.raises(BadInput, match="made from other weights"):
+        verify_bundle(toy.folder, "elsewhere")
+    assert bundle.read(toy.folder).parity == []
+
+
+def test_other_tokens_stop_the_verification(toy, monkeypatch):
+    def differ(gguf, tokenizer):
+        assert (gguf, tokenizer) == (toy.folder / "lm.gguf", toy.system.tokenizer)
+        raise OutOfTolerance("tokens differ")
+
+    monkeypatch.setattr(verify_module, "assert_same_tokens", differ)
+    with pytest.raises(OutOfTolerance, match="tokens differ"):
+        toy.verify()

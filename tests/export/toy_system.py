@@ -1,0 +1,98 @@
+"""A system that exists only in tests: patches as features, a linear connector and a two-layer decoder."""
+
+import dataclasses
+import types
+from pathlib import Path
+
+import torch
+from tiny_vit import FEATURES, PATCH, PATCHES, PIXELS, SIZE, WIDTH
+from torch import nn
+
+from mllm_edge import bundle, models
+from mllm_edge.bundle import EmbeddingTable, Generation, ImagePreprocessing, LanguageModelEntry, Prompt, TensorSpec
+from mllm_edge.models.interface import Checkpoint, ExportPlan, LanguageModelExport, LlamaDims, StageExport
+
+DIMS = LlamaDims(vocabulary=96, width=32, ffn_width=64, layers=2, heads=4, kv_heads=2, context=256)
+PROMPT = Prompt(
+    "toy", "", "USER: {text} ASSISTANT:", "USER: {text} ASSISTANT:", "{text}", "<image>", "<image>\n", "", []
+)
+EMBEDS = TensorSpec("image_embeds", "float32", [1, PATCHES, DIMS.width])
+HALF = [0.5, 0.5, 0.5]
+
+
+def decoder():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=DIMS.vocabulary,
+        hidden_size=DIMS.width,
+        intermediate_size=DIMS.ffn_width,
+        num_hidden_layers=DIMS.layers,
+        num_attention_heads=DIMS.heads,
+        num_key_value_heads=DIMS.kv_heads,
+        initializer_range=0.3,  # logits that differ, so that greedy decoding has a clear winner
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, WIDTH, PATCH, PATCH)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.patch(pixel_values).flatten(2).transpose(1, 2).softmax(-1)
+
+
+class ToySystem(types.SimpleNamespace):
+    """What a system's module offers. `built` counts how often each stage was built; `source` is the weights' name."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        super().__init__(built={"vision_encoder": 0, "connector": 0}, source="a", tokenizer=tmp_path)
+
+    def _module(self, name):
+        self.built[name] += 1
+        torch.manual_seed(2)
+        return Encoder() if name == "vision_encoder" else nn.Linear(WIDTH, DIMS.width)
+
+    def resolve(self, weights, config):
+        source = {"kind": "path", "path": str(weights), "sha256": self.source}
+        return Checkpoint("toy", config or "small", DIMS, {}, self.tokenizer, source)
+
+    def export_plan(self, checkpoint):
+        stages = [
+            StageExport("vision_encoder", lambda: self._module("vision_encoder"), [PIXELS], [FEATURES]),
+            StageExport("connector", lambda: self._module("connector"), [FEATURES], [EMBEDS], ("fp32", "fp16")),
+        ]
+        pixels = ImagePreprocessing("vision_encoder", PIXELS.name, SIZE, "pad", "bicubic", [127] * 3, HALF, HALF)
+        lm = LanguageModelExport("llama", DIMS, {}, checkpoint.tokenizer)
+        return ExportPlan(["chat"], stages, lm, [pixels], PROMPT, Generation(), {"weights": "none"})
+
+    def build(self, checkpoint):
+        return types.SimpleNamespace(language_model=decoder())
+
+
+def register(monkeypatch, system):
+    info = types.SimpleNamespace(load_module=lambda: system)
+    monkeypatch.setitem(models.SYSTEMS, "toy", info)
+
+
+def fake_gguf(lm, path, quant, *_):
+    """Stands in for the GGUF writer, which has its own tests."""
+    path.write_bytes(b"GGUF" + quant.encode())
+    entry = bundle.file_entry(path.parent, path.name)
+    return LanguageModelEntry(
+        **dataclasses.asdict(entry),
+        name="language_model",
+        engine="gguf",
+        precision=quant,
+        architecture="llama",
+        context_length=DIMS.context,
+        hidden_width=DIMS.width,
+        layers=DIMS.layers,
+        kv_width=16,
+        vocabulary=DIMS.vocabulary,
+        embedding=EmbeddingTable("F32", 0, [DIMS.vocabulary, DIMS.width]),
+        special_tokens={"bos": 1, "eos": 2},
+    )
