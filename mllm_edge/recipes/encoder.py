@@ -7,7 +7,9 @@ that a color is known on shapes it was never seen on.
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,38 @@ from mllm_edge.models.blocks.vit import VisionEncoder
 from mllm_edge.models.llava import CONFIGS, LlavaDims, preprocessing
 from mllm_edge.recipes.conversation import IGNORE
 from mllm_edge.recipes.recipe import Recipe
-from mllm_edge.recipes.scenes import COLORS, SHAPES, SIZES, Scene, masks, render, sample_scene
+from mllm_edge.recipes.scenes import COLOR_RGB, COLORS, SHAPES, SIZES, Scene, masks, render, sample_scene
 from mllm_edge.recipes.weights import read_part, save_part
 from mllm_edge.runtime.preprocess import preprocess
 
 COVERED = 0.08  # share of a patch that an object must cover to own it
+REPAINTED = 0.5  # share of training pictures whose objects get colors that have no name
+APART = 70.0  # RGB distance of such a color from every named one
 
 
 def pixels(scene: Scene, dims: LlavaDims) -> np.ndarray[Any, np.dtype[np.float32]]:
     """The scene as the encoder sees it, by the runtime's own preprocessing: float32 [3,S,S]."""
     picture = Image.fromarray(render(scene, dims.vision.image_size))
     return preprocess(picture, preprocessing(dims))[0]
+
+
+def repaint(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with every object in a color far from all named ones.
+
+    Shapes learned on named colors alone come out tied to them: a shape never seen in a color is then not recognized
+    in it. No named (color, shape) pair is shown by this, so the kept-out ones stay kept out.
+    """
+    return replace(scene, objects=tuple(replace(thing, rgb=_unnamed_color(rng)) for thing in scene.objects))
+
+
+def _unnamed_color(rng: np.random.Generator) -> tuple[int, int, int]:
+    named = np.array(list(COLOR_RGB.values()), float)
+    while True:
+        hue, saturation, value = rng.uniform((0, 0.3, 0.6), (1, 1, 1))
+        color = 255 * np.array(colorsys.hsv_to_rgb(hue, saturation, value))
+        if np.linalg.norm(named - color, axis=1).min() >= APART:
+            red, green, blue = (int(channel) for channel in color)
+            return red, green, blue
 
 
 def dense_labels(scene: Scene, grid: int, size: int) -> dict[str, np.ndarray[Any, Any]]:
@@ -87,9 +110,11 @@ class DenseModel(nn.Module):
         loss = torch.zeros((), device=pixel_values.device)
         for name in ("color", "shape", "size"):
             truth = labels[name]
-            loss = loss + functional.cross_entropy(out[name].flatten(0, 1), truth.flatten(), ignore_index=IGNORE)
             seen = truth != IGNORE
-            result[name] = (out[name].argmax(-1)[seen] == truth[seen]).float().mean()
+            count = seen.sum().clamp(min=1)  # a batch may hold only repainted pictures
+            flat = out[name].flatten(0, 1), truth.flatten()
+            loss = loss + functional.cross_entropy(*flat, ignore_index=IGNORE, reduction="sum") / count
+            result[name] = ((out[name].argmax(-1) == truth) & seen).sum() / count
         flags = torch.stack([labels["object"], labels["center"]], dim=-1)
         weight = torch.tensor([1.0, 8.0], device=flags.device)  # one patch in about 30 holds a center
         loss = loss + functional.binary_cross_entropy_with_logits(out["flags"], flags, pos_weight=weight)
@@ -116,6 +141,10 @@ class EncoderTask:
         scene = sample_scene(split, index, self.recipe.seed)
         vision = self.dims.vision
         labels = dense_labels(scene, vision.image_size // vision.patch_size, vision.image_size)
+        rng = np.random.default_rng([self.recipe.seed, 13, index])
+        if split == "train" and rng.random() < REPAINTED:
+            scene = repaint(scene, rng)
+            labels["color"] = np.full_like(labels["color"], IGNORE)
         return {"pixel_values": pixels(scene, self.dims), **labels}
 
     def collate(self, samples: Sequence[dict[str, np.ndarray[Any, Any]]]) -> dict[str, Tensor]:

@@ -70,7 +70,8 @@ def render_raw(prompt: Prompt, text: str, images: int) -> list[Piece]:
     Raises:
         BadInput: as many placeholders as pictures are needed.
     """
-    return _split([Span(prompt.lead, True), Span(text, True)], prompt.image, images)
+    lead = "" if text.startswith(" ") else prompt.lead
+    return _split([Span(lead, True), Span(text, True)], prompt.image, images)
 
 
 def answer_parts(prompt: Prompt) -> tuple[str, str]:

@@ -1,0 +1,260 @@
+"""The language model as a GGUF file, by our own tensor map; K-quants by llama.cpp's quantizer.
+
+Tensors are written one by one, so that a model larger than the memory can be exported. The token embedding stays in a
+type whose rows the runtime can read alone (F32, F16 or Q8_0).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+import mllm_edge
+from mllm_edge.bundle import EmbeddingTable, LanguageModelEntry, file_entry
+from mllm_edge.errors import BadInput, MllmEdgeError
+from mllm_edge.export.tokenizer import UNUSED, Tokenizer, read_tokenizer
+from mllm_edge.models.interface import LanguageModelExport, LlamaDims
+from mllm_edge.runtime.llama_library import library, recent_errors
+
+TYPE = gguf.GGMLQuantizationType
+FILE_TYPE = gguf.LlamaFileType
+QUANTS = ("f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
+DIRECT = {
+    "f32": (TYPE.F32, FILE_TYPE.ALL_F32),
+    "f16": (TYPE.F16, FILE_TYPE.MOSTLY_F16),
+    "q8_0": (TYPE.Q8_0, FILE_TYPE.MOSTLY_Q8_0),
+}
+K_QUANTS = {
+    "q6_k": FILE_TYPE.MOSTLY_Q6_K,
+    "q5_k_m": FILE_TYPE.MOSTLY_Q5_K_M,
+    "q4_k_m": FILE_TYPE.MOSTLY_Q4_K_M,
+}
+SUPER_BLOCK = 256  # values in a block of a K-quant: rows must be a multiple
+Progress = Callable[[int, int], None]  # tensors written so far, and in all
+
+
+def export_language_model(
+    lm: LanguageModelExport, path: Path, quant: str, progress: Progress | None = None
+) -> LanguageModelEntry:
+    """Write `lm` to `path` and describe it for the manifest. The file gets its name when it is complete.
+
+    Args:
+        lm: the decoder.
+        path: the GGUF file, inside the bundle's folder.
+        quant: one of `QUANTS`.
+        progress: called after each tensor.
+
+    Raises:
+        BadInput: an unknown quantization, a tokenizer with more tokens than the model, weights of wrong shape.
+        MllmEdgeError: llama.cpp could not quantize.
+    """
+    if quant not in QUANTS:
+        raise BadInput(f"quantization {quant!r} is not known; use one of {', '.join(QUANTS)}")
+    partial, source = path.with_name(path.name + ".partial"), path.with_name(path.name + ".f16.partial")
+    try:
+        if quant in DIRECT:
+            write_gguf(lm, partial, quant, progress)
+        else:
+            write_gguf(lm, source, "f16", progress)
+            _quantize(source, partial, quant)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+        source.unlink(missing_ok=True)
+    return _entry(lm, path, quant)
+
+
+def write_gguf(lm: LanguageModelExport, path: Path, quant: str, progress: Progress | None = None) -> None:
+    """Write `lm` in one pass with matrices as F32, F16 or Q8_0 and vectors as F32.
+
+    Raises:
+        BadInput: see `export_language_model`.
+    """
+    if lm.architecture != "llama":
+        raise BadInput(f"there is no GGUF map for architecture {lm.architecture!r} yet; it has llama")
+    kind, file_type = DIRECT[quant]
+    shapes = tensor_shapes(lm.dims)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, lm.dims.layers)
+    writer = gguf.GGUFWriter(path, "llama")
+    try:
+        _write_dims(writer, lm.dims, file_type)
+        _write_tokenizer(writer, read_tokenizer(lm.tokenizer), lm.dims.vocabulary, lm.tokenizer)
+        types = {name: _type(shape, kind) for name, shape in shapes.items()}
+        for name, shape in shapes.items():
+            size = _bytes(shape, types[name])
+            gguf_name = names.get_name(name, (".weight",))
+            if gguf_name is None:
+                raise MllmEdgeError(f"the gguf package has no name for {name}; install gguf >= 0.19")
+            writer.add_tensor_info(gguf_name, shape, np.dtype(np.float32), size, raw_dtype=types[name])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for number, (name, shape) in enumerate(shapes.items(), start=1):
+            writer.write_tensor_data(_tensor(lm, name, shape, types[name]))
+            if progress:
+                progress(number, len(shapes))
+    finally:
+        writer.close()
+
+
+def tensor_shapes(dims: LlamaDims) -> dict[str, tuple[int, ...]]:
+    """Name (as in `LlamaForCausalLM`) -> shape of every tensor of the decoder."""
+    query, key = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
+    layer = {
+        "input_layernorm": (dims.width,),
+        "self_attn.q_proj": (query, dims.width),
+        "self_attn.k_proj": (key, dims.width),
+        "self_attn.v_proj": (key, dims.width),
+        "self_attn.o_proj": (dims.width, query),
+        "post_attention_layernorm": (dims.width,),
+        "mlp.gate_proj": (dims.ffn_width, dims.width),
+        "mlp.up_proj": (dims.ffn_width, dims.width),
+        "mlp.down_proj": (dims.width, dims.ffn_width),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (dims.vocabulary, dims.width)}
+    for number in range(dims.layers):
+        shapes |= {f"model.layers.{number}.{name}.weight": shape for name, shape in layer.items()}
+    shapes["model.norm.weight"] = (dims.width,)
+    if not dims.tied:
+        shapes["lm_head.weight"] = (dims.vocabulary, dims.width)
+    return shapes
+
+
+def _type(shape: tuple[int, ...], kind: TYPE) -> TYPE:
+    if len(shape) == 1:
+        return TYPE.F32
+    return TYPE.F16 if kind == TYPE.Q8_0 and shape[-1] % 32 else kind
+
+
+def _bytes(shape: tuple[int, ...], kind: TYPE) -> int:
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    return int(np.prod(shape)) // block * size
+
+
+def _tensor(lm: LanguageModelExport, name: str, shape: tuple[int, ...], kind: TYPE) -> np.ndarray:
+    """One tensor as its bytes will stand in the file."""
+    tensor = lm.tensors[name]
+    if tuple(tensor.shape) != shape:
+        raise BadInput(f"{name} has shape {tuple(tensor.shape)}, not {shape}; the config is of another model")
+    array: np.ndarray = tensor.float().numpy()
+    if name.endswith(("q_proj.weight", "k_proj.weight")):
+        heads = lm.dims.heads if name.endswith("q_proj.weight") else lm.dims.kv_heads
+        array = interleave_rotary(array, heads)
+    if kind == TYPE.Q8_0:
+        return gguf.quants.quantize(array, kind)
+    if kind == TYPE.F16:
+        if np.abs(array).max() > np.finfo(np.float16).max:
+            raise BadInput(f"{name} has values beyond 16-bit floats; use --quant f32 or q8_0")
+        array = array.astype(np.float16)
+    return np.ascontiguousarray(array)
+
+
+def interleave_rotary(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Reorder the rows of a q or k projection [H*d, D] from Hugging Face's half-rotation to llama.cpp's pairs."""
+    rows, width = weight.shape
+    return weight.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
+
+
+def _write_dims(writer: gguf.GGUFWriter, dims: LlamaDims, file_type: FILE_TYPE) -> None:
+    writer.add_name("mllm-edge language model")
+    writer.add_string("general.mllm_edge_version", mllm_edge.__version__)
+    writer.add_file_type(file_type)
+    writer.add_context_length(dims.context)
+    writer.add_embedding_length(dims.width)
+    writer.add_block_count(dims.layers)
+    writer.add_feed_forward_length(dims.ffn_width)
+    writer.add_head_count(dims.heads)
+    writer.add_head_count_kv(dims.kv_heads)
+    writer.add_key_length(dims.head_dim)
+    writer.add_value_length(dims.head_dim)
+    writer.add_rope_dimension_count(dims.head_dim)
+    writer.add_rope_freq_base(dims.rope_theta)
+    writer.add_layer_norm_rms_eps(dims.norm_eps)
+    writer.add_vocab_size(dims.vocabulary)
+
+
+def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocabulary: int, folder: Path) -> None:
+    missing = vocabulary - len(tokenizer.tokens)
+    if missing < 0:
+        raise BadInput(
+            f"{folder} has {len(tokenizer.tokens)} tokens but the model {vocabulary} rows; use the model's own tokenizer"
+        )
+    # Published tables are padded to round sizes: rows that no token uses.
+    filler = [f"[PAD{len(tokenizer.tokens) + i}]" for i in range(missing)]
+    writer.add_tokenizer_model(tokenizer.model)
+    writer.add_tokenizer_pre(tokenizer.pre)
+    writer.add_token_list(tokenizer.tokens + filler)
+    writer.add_token_types(tokenizer.types + [UNUSED] * missing)
+    if tokenizer.model == "llama":
+        writer.add_token_scores(tokenizer.scores + [-1e6] * missing)
+    else:
+        writer.add_token_merges(tokenizer.merges)
+    for role, token in tokenizer.special.items():
+        getattr(writer, f"add_{role}_token_id")(token)
+    writer.add_add_bos_token(tokenizer.add_bos)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(tokenizer.space_prefix)
+
+
+def _quantize(source: Path, path: Path, quant: str) -> None:
+    """K-quantize `source`, an F16 file, with llama.cpp; the embedding becomes Q8_0."""
+    llama = library()
+    settings = llama.llama_model_quantize_default_params()
+    settings.ftype = int(K_QUANTS[quant])
+    settings.token_embedding_type = int(TYPE.Q8_0)
+    settings.nthread = os.cpu_count() or 1
+    recent_errors.clear()
+    status = llama.llama_model_quantize(os.fsencode(source), os.fsencode(path), settings)
+    if status != 0:
+        reason = "; ".join(recent_errors) or f"status {status}"
+        raise MllmEdgeError(f"llama.cpp could not quantize to {quant} ({reason}); use --quant q8_0")
+
+
+@contextlib.contextmanager
+def _reader(path: Path) -> Iterator[gguf.GGUFReader]:
+    reader = gguf.GGUFReader(path)
+    try:
+        yield reader
+    finally:
+        del reader.data  # the memory map
+
+
+def _entry(lm: LanguageModelExport, path: Path, quant: str) -> LanguageModelEntry:
+    dims = lm.dims
+    with _reader(path) as reader:
+        table = next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
+        embedding = EmbeddingTable(table.tensor_type.name, int(table.data_offset), [dims.vocabulary, dims.width])
+        types = Counter(tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1)
+        narrow = sum(int(tensor.shape[0]) % SUPER_BLOCK != 0 for tensor in reader.tensors if len(tensor.shape) > 1)
+    if quant in K_QUANTS and narrow:
+        warnings.warn(
+            f"{narrow} matrices have rows that are no multiple of {SUPER_BLOCK}, so llama.cpp gave them other types: "
+            + ", ".join(f"{count} x {name}" for name, count in types.most_common()),
+            stacklevel=2,
+        )
+    tokenizer = read_tokenizer(lm.tokenizer)
+    special = dict(tokenizer.special)
+    if "<image>" in tokenizer.tokens:
+        special["image"] = tokenizer.tokens.index("<image>")
+    return LanguageModelEntry(
+        **vars(file_entry(path.parent, path.name)),
+        name="language_model",
+        engine="gguf",
+        precision=quant,
+        architecture=lm.architecture,
+        context_length=dims.context,
+        hidden_width=dims.width,
+        layers=dims.layers,
+        kv_width=dims.kv_heads * dims.head_dim,
+        vocabulary=dims.vocabulary,
+        embedding=embedding,
+        special_tokens=special,
+        state_positions=lm.state_positions,
+    )

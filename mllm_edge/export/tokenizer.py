@@ -1,0 +1,260 @@
+"""Tokenizers as GGUF metadata, and the proof that the GGUF tokenizes as the checkpoint does.
+
+Two families: SentencePiece BPE with byte fallback (LLaMA; `tokenizer.model`, or a `tokenizer.json` converted from one)
+and byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM; `tokenizer.json`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mllm_edge.errors import BadInput
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
+
+# The split patterns of byte-level BPE tokenizers, and llama.cpp's name for each.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
+
+
+@dataclass(frozen=True)
+class Added:
+    """A token that was added to a trained vocabulary. Special ones never come out of plain text."""
+
+    id: int
+    text: str
+    special: bool
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What GGUF stores of a tokenizer.
+
+    `special` maps roles (bos, eos, unk, pad) to ids; `space_prefix` says whether every piece of text gets a leading
+    space; `normalized` whether the checkpoint's tokenizer composes Unicode first (llama.cpp does not).
+    """
+
+    model: str
+    tokens: list[str]
+    types: list[int]
+    special: dict[str, int]
+    add_bos: bool
+    scores: list[float] = field(default_factory=list)
+    merges: list[str] = field(default_factory=list)
+    pre: str = "default"
+    space_prefix: bool = True
+    first_space: bool = False
+    normalized: bool = False
+
+
+@functools.lru_cache(maxsize=8)
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Read the tokenizer of a checkpoint's folder.
+
+    Raises:
+        BadInput: no tokenizer there, or one that llama.cpp has no model for (it is named).
+    """
+    config = _json(folder / "tokenizer_config.json")
+    data = _json(folder / "tokenizer.json")
+    added = _added_tokens(folder, config, data)
+    if (folder / "tokenizer.model").is_file():
+        return _from_sentencepiece(folder, config, data, added)
+    if not data:
+        raise BadInput(
+            f"{folder} has neither tokenizer.model nor tokenizer.json; copy the checkpoint's tokenizer there"
+        )
+    model = data.get("model", {})
+    if model.get("type") != "BPE":
+        raise BadInput(f"{folder}/tokenizer.json is a {model.get('type')} tokenizer; llama.cpp's LLaMA needs BPE")
+    return _from_bpe(folder, config, data, added)
+
+
+def lead(folder: Path) -> str:
+    """What goes before the first piece of a prompt: a space, when the tokenizer prefixes the first piece only.
+
+    llama.cpp prefixes every piece of text or none, so such a tokenizer is written with none.
+    """
+    return " " if read_tokenizer(folder).first_space else ""
+
+
+def checkpoint_tokenizer(folder: Path) -> Callable[[str], list[int]]:
+    """The checkpoint's own tokenizer as a function from text to ids, without BOS; control strings become their ids."""
+    if (folder / "tokenizer.json").is_file():
+        import tokenizers
+
+        try:
+            fast = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises bare Exception on a malformed file
+            raise BadInput(f"{folder}/tokenizer.json cannot be read ({error}); copy it again") from None
+        return lambda text: list(fast.encode(text, add_special_tokens=False).ids)
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    tokenizer = read_tokenizer(folder)
+    known = {text: i for i, (text, kind) in enumerate(zip(tokenizer.tokens, tokenizer.types)) if kind in (3, 4)}
+    borders = re.compile("(" + "|".join(re.escape(text) for text in sorted(known, key=len, reverse=True)) + ")")
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = []
+        for part in borders.split(text) if known else [text]:
+            ids += [known[part]] if part in known else model.encode(part) if part else []
+        return ids
+
+    return encode
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{path} is not valid JSON ({error}); copy it again") from None
+    return data if isinstance(data, dict) else {}
+
+
+def _added_tokens(folder: Path, config: dict[str, Any], data: dict[str, Any]) -> dict[int, Added]:
+    found = {i: Added(i, text, True) for text, i in _json(folder / "added_tokens.json").items()}
+    for key, entry in config.get("added_tokens_decoder", {}).items():
+        found[int(key)] = Added(int(key), entry["content"], bool(entry.get("special")))
+    for entry in data.get("added_tokens", []):
+        found[entry["id"]] = Added(entry["id"], entry["content"], bool(entry.get("special")))
+    return found
+
+
+def _roles(config: dict[str, Any], folder: Path, ids: dict[str, int]) -> dict[str, int]:
+    """Ids of the roles that the configuration names."""
+    names = {**_json(folder / "special_tokens_map.json"), **config}
+    roles: dict[str, int] = {}
+    for role in ("bos", "eos", "unk", "pad"):
+        value = names.get(f"{role}_token")
+        text = value.get("content") if isinstance(value, dict) else value
+        if text in ids:
+            roles[role] = ids[text]
+    return roles
+
+
+def _from_sentencepiece(
+    folder: Path, config: dict[str, Any], data: dict[str, Any], added: dict[int, Added]
+) -> Tokenizer:
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    path = folder / "tokenizer.model"
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise BadInput(f"{path} cannot be read ({error}); copy it again") from None
+    spec = proto.ModelProto()
+    spec.ParseFromString(path.read_bytes())
+    if spec.trainer_spec.model_type != proto.TrainerSpec.BPE:
+        raise BadInput(f"{path} is not a BPE model; llama.cpp's LLaMA needs SentencePiece BPE")
+    size = model.get_piece_size()
+    tokens = [model.id_to_piece(i) for i in range(size)]
+    scores = [model.get_score(i) for i in range(size)]
+    types = [_piece_type(model, i) for i in range(size)]
+    special = {role: i for role in ("bos", "eos", "unk", "pad") if (i := getattr(model, f"{role}_id")()) >= 0}
+    _put_added(added, tokens, types, scores)
+    ids = {text: i for i, text in enumerate(tokens)}
+    first_space = _prefixes_first_only(data)
+    return Tokenizer(
+        model="llama",
+        tokens=tokens,
+        types=types,
+        scores=scores,
+        special={**special, **_roles(config, folder, ids)},
+        add_bos=bool(config.get("add_bos_token", True)),
+        space_prefix=spec.normalizer_spec.add_dummy_prefix and not first_space,
+        first_space=first_space,
+    )
+
+
+def _piece_type(model: Any, i: int) -> int:
+    tests = ((model.is_unknown, UNKNOWN), (model.is_control, CONTROL), (model.is_unused, UNUSED), (model.is_byte, BYTE))
+    return next((kind for test, kind in tests if test(i)), NORMAL)
+
+
+def _put_added(added: dict[int, Added], tokens: list[str], types: list[int], scores: list[float] | None) -> None:
+    """Write added tokens over or behind the trained ones; ids that nothing names stay unused."""
+    for token in sorted(added.values(), key=lambda a: a.id):
+        while len(tokens) <= token.id:
+            tokens.append(f"[UNUSED{len(tokens)}]")
+            types.append(UNUSED)
+            if scores is not None:
+                scores.append(-1000.0)
+        if types[token.id] not in (UNKNOWN, BYTE):
+            tokens[token.id], types[token.id] = token.text, CONTROL if token.special else USER_DEFINED
+
+
+def _from_bpe(folder: Path, config: dict[str, Any], data: dict[str, Any], added: dict[int, Added]) -> Tokenizer:
+    model = data["model"]
+    vocabulary: dict[str, int] = model["vocab"]
+    tokens = [f"[UNUSED{i}]" for i in range(max(vocabulary.values(), default=-1) + 1)]
+    types = [UNUSED] * len(tokens)
+    for text, i in vocabulary.items():
+        tokens[i], types[i] = text, NORMAL
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    sentencepiece_like = bool(model.get("byte_fallback"))
+    scores: list[float] | None = None
+    if sentencepiece_like:
+        rank = {merge.replace(" ", "", 1): float(-i) for i, merge in reversed(list(enumerate(merges)))}
+        scores = [rank.get(text, -1e6) for text in tokens]
+        for i, text in enumerate(tokens):
+            if re.fullmatch(r"<0x[0-9A-F]{2}>", text):
+                types[i] = BYTE
+            elif text == model.get("unk_token"):
+                types[i] = UNKNOWN
+    _put_added(added, tokens, types, scores)
+    ids = {text: i for i, text in enumerate(tokens)}
+    common: dict[str, Any] = {
+        "tokens": tokens,
+        "types": types,
+        "special": _roles(config, folder, ids),
+        "add_bos": _adds_bos(data, config),
+        "normalized": "NFC" in json.dumps(data.get("normalizer")),
+    }
+    if sentencepiece_like:
+        first = _prefixes_first_only(data)
+        return Tokenizer(
+            model="llama", scores=scores or [], space_prefix=_prefixes_all(data), first_space=first, **common
+        )
+    pre = _pre_tokenizer(data.get("pre_tokenizer"), folder)
+    return Tokenizer(model="gpt2", merges=merges, pre=pre, space_prefix=False, **common)
+
+
+def _adds_bos(data: dict[str, Any], config: dict[str, Any]) -> bool:
+    template = (data.get("post_processor") or {}).get("single") or []
+    leading = template[:1] and "SpecialToken" in template[0]
+    return bool(config.get("add_bos_token", leading))
+
+
+def _prefixes_all(data: dict[str, Any]) -> bool:
+    """Legacy LLaMA: the normalizer puts a space before every piece between special tokens."""
+    return '"Prepend"' in json.dumps(data.get("normalizer")) or '"prepend_scheme": "always"' in json.dumps(data)
+
+
+def _prefixes_first_only(data: dict[str, Any]) -> bool:
+    return '"prepend_scheme": "first"' in json.dumps(data.get("pre_tokenizer"))
+
+
+def _pre_tokenizer(spec: dict[str, Any] | None, folder: Path) -> str:
+    """llama.cpp's name of a byte-level pre-tokenizer, deduced from its structure."""
+    steps = (spec or {}).get("pretokenizers", [spec]) if spec else []
+    kinds = [step.get("type") for step in steps]
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"]:
+        pattern = steps[0].get("pattern", {}).get("Regex")
+        if pattern in PATTERNS:
+            return PATTERNS[pattern]
+        kinds[0] = f"Split({pattern})"
+    raise BadInput(f"{folder}/tokenizer.json has a pre-tokenizer that is not known: {' + '.join(map(str, kinds))}")

@@ -1,0 +1,197 @@
+"""GGUF files: logits equal to transformers', tokenizers equal to the checkpoint's, memory of one tensor."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers_to_test import byte_level, llama_fast, llama_sentencepiece, write
+
+from mllm_edge.errors import BadInput, OutOfTolerance
+from mllm_edge.export.gguf import QUANTS, export_language_model, interleave_rotary, tensor_shapes
+from mllm_edge.export.same_tokens import assert_same_tokens
+from mllm_edge.export.tokenizer import lead, read_tokenizer
+from mllm_edge.models.interface import LanguageModelExport, LlamaDims
+from mllm_edge.models.llava import llama
+from mllm_edge.runtime.llama import LlamaLanguageModel
+from mllm_edge.runtime.stage import Options
+
+NARROW = LlamaDims(vocabulary=422, width=64, ffn_width=96, layers=2, heads=4, kv_heads=4, context=128)
+WIDE = LlamaDims(
+    vocabulary=450, width=256, ffn_width=512, layers=2, heads=4, kv_heads=2, context=128, tied=True, rope_theta=5e5
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return llama_sentencepiece(tmp_path_factory.mktemp("tokenizer"))
+
+
+class Watched(Mapping[str, torch.Tensor]):
+    """Tensors that are made anew at each access, and the largest number alive at once."""
+
+    def __init__(self, state: dict[str, torch.Tensor]):
+        import weakref
+
+        self.state, self.alive, self.most = state, 0, 0
+        self.finalize = weakref.finalize
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self.state[name].clone()
+        self.alive += 1
+        self.most = max(self.most, self.alive)
+        self.finalize(tensor, self.gone)
+        return tensor
+
+    def gone(self) -> None:
+        self.alive -= 1
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+
+def random_llama(dims: LlamaDims) -> torch.nn.Module:
+    torch.manual_seed(1)
+    model = llama(dims).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)  # ones would hide a norm that is left out
+        else:
+            torch.nn.init.normal_(parameter, std=0.08)
+    return model
+
+
+def run(path: Path, lm: LanguageModelExport, quant: str, ids: list[int], kv: str = "f32") -> np.ndarray:
+    entry = export_language_model(lm, path, quant)
+    assert entry.embedding.dtype in ("F32", "F16", "Q8_0")
+    model = LlamaLanguageModel(path, entry, Options("cpu", True, 1, kv, 64))
+    try:
+        return model.prefill(model.embed(ids)).logits
+    finally:
+        model.close()
+
+
+@pytest.mark.parametrize("dims", [NARROW, WIDE], ids=["plain", "grouped-tied"])
+def test_logits_equal_transformers(tmp_path: Path, tokenizer: Path, dims: LlamaDims) -> None:
+    model = random_llama(dims)
+    lm = LanguageModelExport("llama", dims, model.state_dict(), tokenizer)
+    ids = [1, 300, 17, 5, 260, 333]
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids])).logits[0, -1].numpy()
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(run(tmp_path / "f32.gguf", lm, "f32", ids), expected, atol=1e-4)
+    np.testing.assert_allclose(run(tmp_path / "f16.gguf", lm, "f16", ids), expected, atol=0.05)
+    rounded = run(tmp_path / "q8_0.gguf", lm, "q8_0", ids)
+    cosine = rounded @ expected / np.linalg.norm(rounded) / np.linalg.norm(expected)
+    assert 0.99 < cosine < 1 - 1e-9
+
+
+@pytest.mark.parametrize("quant", [quant for quant in QUANTS if quant.startswith("q") and quant != "q8_0"])
+def test_k_quants(tmp_path: Path, tokenizer: Path, quant: str) -> None:
+    model = random_llama(WIDE)
+    lm = LanguageModelExport("llama", WIDE, model.state_dict(), tokenizer)
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([[1, 300, 17]])).logits[0, -1].numpy()
+    rounded = run(tmp_path / "model.gguf", lm, quant, [1, 300, 17], kv="f16")
+    assert rounded @ expected / np.linalg.norm(rounded) / np.linalg.norm(expected) > 0.9
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_narrow_k_quants_are_announced(tmp_path: Path, tokenizer: Path) -> None:
+    lm = LanguageModelExport("llama", NARROW, random_llama(NARROW).state_dict(), tokenizer)
+    with pytest.warns(UserWarning, match="no multiple of 256"):
+        export_language_model(lm, tmp_path / "model.gguf", "q4_k_m")
+
+
+@pytest.mark.parametrize("quant", ["f32", "q4_k_m"])
+def test_one_tensor_at_a_time(tmp_path: Path, tokenizer: Path, quant: str) -> None:
+    tensors = Watched(dict(random_llama(WIDE).state_dict()))
+    export_language_model(LanguageModelExport("llama", WIDE, tensors, tokenizer), tmp_path / "model.gguf", quant)
+    assert tensors.most == 1
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path: Path, tokenizer: Path) -> None:
+    lm = LanguageModelExport("llama", NARROW, random_llama(NARROW).state_dict(), tokenizer)
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_language_model(lm, tmp_path / "model.gguf", "q6_k", interrupt)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rotary_rows_are_interleaved_by_hand() -> None:
+    weight = np.arange(8, dtype=np.float32).reshape(8, 1)  # two heads of four rows: halves (0,1 | 2,3) and (4,5 | 6,7)
+    assert interleave_rotary(weight, 2).ravel().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_tensor_list_is_transformers_own() -> None:
+    for dims in (NARROW, dataclasses.replace(WIDE, tied=False)):
+        with torch.device("meta"):
+            theirs = {name: tuple(tensor.shape) for name, tensor in llama(dims).state_dict().items()}
+        assert tensor_shapes(dims) == theirs
+
+
+def test_wrong_shape_and_small_vocabulary_are_named(tmp_path: Path, tokenizer: Path) -> None:
+    state = dict(random_llama(NARROW).state_dict())
+    wrong = {**state, "model.norm.weight": torch.ones(3)}
+    with pytest.raises(BadInput, match=r"model\.norm\.weight has shape \(3,\)"):
+        export_language_model(LanguageModelExport("llama", NARROW, wrong, tokenizer), tmp_path / "a.gguf", "f32")
+    few = dataclasses.replace(NARROW, vocabulary=100)
+    with pytest.raises(BadInput, match="422 tokens but the model 100 rows"):
+        export_language_model(LanguageModelExport("llama", few, state, tokenizer), tmp_path / "a.gguf", "f32")
+
+
+def vocabulary_only(tmp_path: Path, folder: Path) -> Path:
+    size = len(read_tokenizer(folder).tokens)
+    dims = LlamaDims(vocabulary=size + 3, width=32, ffn_width=32, layers=1, heads=1, kv_heads=1, context=32)
+    state = {name: torch.zeros(shape) for name, shape in tensor_shapes(dims).items()}
+    path = tmp_path / "vocabulary.gguf"
+    export_language_model(LanguageModelExport("llama", dims, state, folder), path, "f32")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["model", "legacy", "first", "gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_the_gguf_tokenizes_as_the_checkpoint(tmp_path: Path, kind: str) -> None:
+    if kind == "model":
+        folder = llama_sentencepiece(tmp_path)
+    elif kind in ("legacy", "first"):
+        folder = llama_fast(tmp_path, legacy=kind == "legacy")
+    else:
+        folder = byte_level(tmp_path, kind)
+    assert_same_tokens(vocabulary_only(tmp_path, folder), folder)
+    assert lead(folder) == (" " if kind == "first" else "")
+
+
+def test_a_different_tokenizer_is_found_out(tmp_path: Path) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    mine.mkdir()
+    other.mkdir()
+    path = vocabulary_only(tmp_path, byte_level(mine, "gpt-2"))
+    with pytest.raises(OutOfTolerance, match="tokenizes"):
+        assert_same_tokens(path, byte_level(other, "smollm"))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"model": {"type": "Unigram"}}, "Unigram"),
+        ({"model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
+    ],
+)
+def test_tokenizers_that_llama_cpp_does_not_have(tmp_path: Path, data: dict[str, object], message: str) -> None:
+    write(tmp_path / "tokenizer.json", data)
+    with pytest.raises(BadInput, match=message):
+        read_tokenizer(tmp_path)
+
+
+def test_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="neither"):
+        read_tokenizer(tmp_path)
