@@ -3,10 +3,15 @@
 The graph that reads it is `tools/mtmd` of llama.cpp with architecture `clip` and projector `mlp`. It runs the blocks up
 to the tapped one, drops the class token and applies Linear, tanh-GELU, Linear. A one-layer connector is written as two
 layers by GELU(x) - GELU(-x) = x, which holds exactly for the tanh form too.
+
+llama.cpp's issue 25814 (seen in llama-cpp-python 0.3.36): its graph puts the class token last but numbers positions and
+picks patches as if it stood first, for every CLIP file. Files of ours are right where that is mended; `run` does not
+use them.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +67,11 @@ def write_mmproj(tensors: Mapping[str, torch.Tensor], dims: LlavaDims, path: Pat
         writer.write_tensors_to_file()
         writer.close()
         partial.replace(path)
+        warnings.warn(
+            f"{path.name}: llama.cpp builds with its issue 25814 misplace CLIP's class token and see worse than this "
+            "bundle does; mllm-edge itself does not use the file",
+            stacklevel=2,
+        )
     finally:
         partial.unlink(missing_ok=True)
 

@@ -61,7 +61,9 @@ def llama_fast(folder: Path, legacy: bool) -> Path:
     if legacy:  # the split only kept words apart in training
         data["pre_tokenizer"] = None
     size = len(data["model"]["vocab"])
-    data["added_tokens"] = [{**FLAGS, **token} for token in [*SPECIAL, {"id": size, "content": "<image>", "special": True}]]
+    data["added_tokens"] = [
+        {**FLAGS, **token} for token in [*SPECIAL, {"id": size, "content": "<image>", "special": True}]
+    ]
     write(folder / "tokenizer.json", data)
     write(folder / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True})
     return folder
