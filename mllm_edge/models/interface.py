@@ -40,7 +40,7 @@ class Checkpoint:
     """Weights of a system under our canonical names, read lazily.
 
     `tensors[name]` loads one tensor; nothing else is held in memory. `tokenizer` is a folder with `tokenizer.model`
-    (SentencePiece) or `tokenizer.json` (byte-level BPE). `source` says where the weights came from (kind, path, sha256).
+    (SentencePiece) or `tokenizer.json`. `source` says where the weights came from (kind, path, sha256).
     """
 
     system: str

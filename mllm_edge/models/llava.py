@@ -1,4 +1,4 @@
-"""LLaVA: CLIP vision encoder -> connector -> splice into a LLaMA decoder (Liu et al. 2023, arXiv 2304.08485, 2310.03744)."""
+"""LLaVA: CLIP -> connector -> splice into a LLaMA decoder (Liu et al. 2023, arXiv 2304.08485 and 2310.03744)."""
 
 from __future__ import annotations
 

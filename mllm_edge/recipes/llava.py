@@ -1,6 +1,6 @@
-"""Recipe tasks `llava-pretrain` (connector only) and `llava-finetune` (connector and decoder, or LoRA): paper section 4.
+"""Recipe tasks `llava-pretrain` (connector only) and `llava-finetune` (connector and decoder, or LoRA).
 
-The vision encoder stays frozen in both, as in the original scripts.
+The two stages of the paper. The vision encoder stays frozen in both, as in the original scripts.
 """
 
 from __future__ import annotations
@@ -179,7 +179,9 @@ class LlavaTask:
         tokenizer = folder / "tokenizer"
         tokenizer.mkdir(exist_ok=True)
         shutil.copy(self.tokenizer, tokenizer / TOKENIZER)
-        save_llava(folder / "checkpoint", self.dims, names, tokenizer, dtype=getattr(torch, self.recipe.dtype))
+        save_llava(
+            folder / "checkpoint", self.recipe.config, self.dims, names, tokenizer, getattr(torch, self.recipe.dtype)
+        )
 
 
 def add_lora(decoder: nn.Module, settings: LoraSettings) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The training loop: accelerate does devices, processes, precision and state; this file does the schedule and the log."""
+"""The training loop: accelerate does devices, processes, precision and state; here are the schedule and the log."""
 
 from __future__ import annotations
 

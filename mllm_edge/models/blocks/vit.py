@@ -1,7 +1,7 @@
 """The CLIP vision transformer, cut at the layer that is tapped.
 
 Ours and not transformers' class, because the export must be static, free of framework switches and stop at the tapped
-block. Parameter names are those of `transformers.CLIPVisionModel` below `vision_model.`, and a test shows equal outputs.
+block. Parameter names are those of `transformers.CLIPVisionModel` below `vision_model.`; a test shows equal outputs.
 """
 
 from __future__ import annotations

@@ -1,0 +1,57 @@
+# make demo    a trained LLaVA, exported and asked about a picture
+# make test    the tests           make lint    ruff and mypy
+# make bench   speed and quality   make clean   forget what was built (the virtual environment stays)
+#
+# The first target that needs it makes .venv and installs the package with its pinned dependencies. It is reused until
+# pyproject.toml or constraints.txt changes. Another Python: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed-$(firstword $(shell cat pyproject.toml constraints.txt | cksum))
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+BUNDLE := build/demo/llava.bundle
+
+# GCC 12 compiles llama.cpp's AMX code wrongly without these (docs/troubleshooting.md); other compilers do not know them.
+ifeq ($(shell uname -sm),Linux x86_64)
+LLAMA_FLAGS := CXXFLAGS="$(CXXFLAGS) -fno-tree-dse -fno-dse"
+endif
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy mllm_edge
+
+bench: $(BUNDLE)/bundle.json
+	$(BIN)/mllm-edge bench $(BUNDLE)
+	$(BIN)/python benchmarks/llava_quality.py $(BUNDLE)
+
+clean:
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find mllm_edge tests examples benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
+
+$(BUNDLE)/bundle.json: | $(STAMP)
+	$(BIN)/mllm-edge export llava --target cpu --out $(BUNDLE)
+
+# llama.cpp is compiled here, never taken from a cache: a build without the flags may lie there.
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \
+	  { echo "error: $(PYTHON) is not Python 3.10 to 3.13; name one: make PYTHON=python3.12" >&2; exit 2; }
+	@command -v c++ >/dev/null || { echo "error: there is no C++ compiler; install g++ (Debian, Ubuntu: apt install g++)" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import llama_cpp' 2>/dev/null || { \
+	  echo; echo "Compiling llama.cpp, once: 5 to 10 minutes on 2 cores. Nothing is printed meanwhile."; echo; }
+	$(LLAMA_FLAGS) $(PIP) install -q --no-cache-dir --no-binary llama-cpp-python -c constraints.txt llama-cpp-python
+	@echo; echo "Installing PyTorch, ONNX Runtime and the rest: 1 to 3 minutes, more on a slow connection."; echo
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	rm -f $(VENV)/installed-*
+	touch $@

@@ -1,0 +1,255 @@
+"""LLaVA checkpoints in every public layout, under our canonical names.
+
+Ours (`config.json` with "system"), the original (`liuhaotian/llava-*`, LoRA included) and transformers' port
+(`llava-hf/*`, old and new names).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mllm_edge.errors import BadInput
+from mllm_edge.export.checkpoint import (
+    Tensors,
+    check_shapes,
+    fingerprint,
+    merge_lora,
+    merged,
+    open_file,
+    open_folder,
+    read_json,
+    renamed,
+    resolve_folder,
+)
+from mllm_edge.models.blocks.vit import VitDims
+from mllm_edge.models.interface import Checkpoint, LlamaDims
+from mllm_edge.models.llava import IMAGE_MEAN, IMAGE_STD, LlavaDims, tensor_shapes
+
+if TYPE_CHECKING:
+    import torch
+
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
+OURS = "system"
+
+# The first rule that matches gives the canonical name; what matches none is not ours (post_layernorm, inv_freq, ...).
+_VISION = r"(?:vision_model\.)?(embeddings\.|pre_layrnorm\.|encoder\.layers\.)"
+_ORIGINAL = (
+    (r"model\.vision_tower\.vision_tower\." + _VISION, r"vision_encoder.\1"),
+    (r"model\.mm_projector\.(\d)", r"connector.\1"),
+    (r"model\.mm_projector\.(weight|bias)", r"connector.0.\1"),
+    (r"(model\.(?:embed_tokens|layers|norm)\.|lm_head\.)", r"language_model.\1"),
+)
+_PORT = (
+    (r"(?:model\.)?vision_tower\." + _VISION, r"vision_encoder.\1"),
+    (r"(?:model\.)?multi_modal_projector\.linear_1\.", "connector.0."),
+    (r"(?:model\.)?multi_modal_projector\.linear_2\.", "connector.2."),
+    (
+        r"(?:language_model\.|model\.language_model\.)(?:model\.)?(embed_tokens|layers|norm)\.",
+        r"language_model.model.\1.",
+    ),
+    (r"(?:language_model\.)?lm_head\.", "language_model.lm_head."),
+)
+
+
+def load_llava(folder: Path) -> Checkpoint:
+    """Detect a folder's layout and open it.
+
+    Raises:
+        BadInput: not LLaVA (its model type is named), an option of LLaVA that is not supported, missing or misfit
+            tensors, no tokenizer.
+    """
+    adapter = (folder / "adapter_config.json").is_file()
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if OURS in config:
+        dims, tensors = _ours(folder, config)
+    elif "text_config" in config and kind == "llava":
+        dims, tensors = _port(folder)
+    elif kind in ("llava", "llava_llama") or "mm_hidden_size" in config or adapter:
+        dims, tensors = _original(folder, config, adapter)
+    else:
+        raise BadInput(f"{folder} is a {kind or 'nameless'} checkpoint, not LLaVA; give a LLaVA checkpoint")
+    check_shapes(tensors, tensor_shapes(dims), str(folder))
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES[:2]):
+        raise BadInput(f"{folder} has no tokenizer.model or tokenizer.json; copy the checkpoint's tokenizer there")
+    source = {"kind": "checkpoint", "path": str(folder), "sha256": fingerprint(folder)}
+    if "licence" in config:
+        source["licence"] = config["licence"]
+    return Checkpoint("llava", config.get("name", folder.resolve().name), dims, tensors, folder, source)
+
+
+def save_llava(
+    folder: Path, name: str, dims: LlavaDims, state: Mapping[str, torch.Tensor], tokenizer: Path, dtype: torch.dtype
+) -> None:
+    """Write our own layout: `config.json`, `model.safetensors` with canonical names, and the tokenizer's files."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {key: state[key].detach().cpu().to(dtype).contiguous() for key in tensor_shapes(dims)}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    config = {OURS: "llava", "name": name, "licence": "Apache-2.0", "dims": dataclasses.asdict(dims)}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for file in TOKENIZER_FILES:
+        if (tokenizer / file).is_file():
+            shutil.copy(tokenizer / file, folder / file)
+
+
+def _ours(folder: Path, config: dict[str, Any]) -> tuple[LlavaDims, Tensors]:
+    if config[OURS] != "llava":
+        raise BadInput(f"{folder} holds weights of {config[OURS]}, not of llava; export that system")
+    try:
+        data = dict(config["dims"])
+        vision, language = VitDims(**data.pop("vision")), LlamaDims(**data.pop("language"))
+        data |= {key: tuple(data[key]) for key in ("mean", "std")}
+        return LlavaDims(vision, language, **data), open_folder(folder)
+    except (KeyError, TypeError) as error:
+        raise BadInput(
+            f"{folder}/config.json does not describe llava's dims ({error}); train or copy it again"
+        ) from None
+
+
+def _port(folder: Path) -> tuple[LlavaDims, Tensors]:
+    from transformers import LlavaConfig
+
+    config = LlavaConfig.from_pretrained(str(folder), local_files_only=True)
+    if config.vision_feature_select_strategy != "default":
+        raise BadInput(f"{folder} keeps CLIP's class token, which is not supported; use a checkpoint that drops it")
+    if config.vision_config.model_type != "clip_vision_model" or config.text_config.model_type != "llama":
+        kinds = f"{config.vision_config.model_type} and {config.text_config.model_type}"
+        raise BadInput(f"{folder} is a LLaVA of {kinds}; CLIP and LLaMA are supported")
+    if not isinstance(config.vision_feature_layer, int):
+        raise BadInput(f"{folder} taps several layers {config.vision_feature_layer}; one is supported")
+    tensors = renamed(open_folder(folder), lambda name: _canonical(name, _PORT))
+    vision = _vit(config.vision_config.to_dict(), config.vision_feature_layer)
+    language = _llama(folder, config.text_config.to_dict(), tensors)
+    fit, mean, std = _port_preprocessing(folder)
+    return LlavaDims(vision, language, "mlp2x_gelu", fit, "vicuna_v1_no_system", mean, std), tensors
+
+
+def _port_preprocessing(folder: Path) -> tuple[str, tuple[float, ...], tuple[float, ...]]:
+    data: dict[str, Any] = {}
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / file).is_file():
+            found = read_json(folder / file)
+            data = {**data, **found, **found.get("image_processor", {})}
+    fit = "pad" if data.get("do_pad") else "crop"
+    return fit, tuple(data.get("image_mean", IMAGE_MEAN)), tuple(data.get("image_std", IMAGE_STD))
+
+
+def _original(folder: Path, config: dict[str, Any], adapter: bool) -> tuple[LlavaDims, Tensors]:
+    if config.get("mm_vision_select_feature", "patch") != "patch":
+        raise BadInput(f"{folder} keeps CLIP's class token (cls_patch), which is not supported; use a patch checkpoint")
+    if config.get("mm_use_im_start_end"):
+        raise BadInput(
+            f"{folder} marks pictures with <im_start> and <im_end> (v0), which is not supported; use v1 or v1.5"
+        )
+    weights = _original_weights(folder, adapter)
+    tensors = renamed(weights, lambda name: _canonical(name, _ORIGINAL))
+    if "mm_vision_tower" not in config:
+        raise BadInput(f"{folder}/config.json names no mm_vision_tower; copy the checkpoint's own config")
+    tower = _tower_folder(folder, str(config["mm_vision_tower"]))
+    clip = read_json(tower / "config.json")
+    if not any(name.startswith("vision_encoder.") for name in tensors):
+        own = ((_VISION, r"vision_encoder.\1"),)
+        tensors = merged([tensors, renamed(open_folder(tower), lambda name: _canonical(name, own))])
+    processor = read_json(path) if (path := tower / "preprocessor_config.json").is_file() else {}
+    kind = config.get("mm_projector_type", "linear")
+    dims = LlavaDims(
+        vision=_vit(clip.get("vision_config", clip), int(config.get("mm_vision_select_layer", -2))),
+        language=_llama(folder, config, tensors),
+        connector=kind,
+        fit="pad" if config.get("image_aspect_ratio") == "pad" else "crop",
+        template=_template(folder, config, kind),
+        mean=tuple(processor.get("image_mean", IMAGE_MEAN)),
+        std=tuple(processor.get("image_std", IMAGE_STD)),
+    )
+    return dims, tensors
+
+
+def _original_weights(folder: Path, adapter: bool) -> Tensors:
+    """The merged weights; a LoRA is merged into its base here (llava/model/builder.py)."""
+    if not adapter:
+        return open_folder(folder)
+    name = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path", ""))
+    base = open_folder(folder / name if (folder / name).is_dir() and name else resolve_folder(name))
+    extra = folder / "non_lora_trainables.bin"
+    if not extra.is_file():
+        raise BadInput(f"{extra} is missing; copy the whole LoRA checkpoint")
+    return merged([merge_lora(base, folder), renamed(open_file(extra), _without_peft)])
+
+
+def _without_peft(name: str) -> str:
+    name = name.removeprefix("base_model.")
+    return name.removeprefix("model.") if name.startswith("model.model.") else name
+
+
+def _tower_folder(folder: Path, name: str) -> Path:
+    beside = folder / name
+    return beside if beside.is_dir() else resolve_folder(name)
+
+
+def _template(folder: Path, config: dict[str, Any], kind: str) -> str:
+    name = f"{config.get('_name_or_path', '')} {folder.name}".lower()
+    if "llama-2" in name or "llama_2" in name:
+        return "llava_llama_2"
+    if "v0" in name:
+        return "llava_v0"
+    return "llava_v1" if kind == "linear" else "vicuna_v1"
+
+
+def _canonical(name: str, rules: tuple[tuple[str, str], ...]) -> str | None:
+    for pattern, replacement in rules:
+        if re.match(pattern, name):
+            return re.sub("^" + pattern, replacement, name) if not name.endswith("position_ids") else None
+    return None
+
+
+def _vit(config: Mapping[str, Any], tap: int) -> VitDims:
+    """CLIP's configuration; fields that a sparse one leaves out have CLIP-B/32's defaults, as in transformers."""
+    return VitDims(
+        image_size=int(config.get("image_size", 224)),
+        patch_size=int(config.get("patch_size", 32)),
+        width=int(config.get("hidden_size", 768)),
+        layers=int(config.get("num_hidden_layers", 12)),
+        heads=int(config.get("num_attention_heads", 12)),
+        mlp_width=int(config.get("intermediate_size", 3072)),
+        tap=tap,
+        eps=float(config.get("layer_norm_eps", 1e-5)),
+        activation=str(config.get("hidden_act", "quick_gelu")),
+    )
+
+
+def _llama(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> LlamaDims:
+    """LLaMA's configuration in transformers 4 or 5 spelling; the vocabulary is what the table really has."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) not in ("default", None):
+        raise BadInput(f"{folder} has scaled rotary positions ({rope}), which are not supported; use a plain LLaMA")
+    table = "language_model.model.embed_tokens.weight"
+    if table not in tensors:
+        raise BadInput(f"{folder} lacks embed_tokens.weight; give the complete checkpoint")
+    heads = int(config["num_attention_heads"])
+    return LlamaDims(
+        vocabulary=tensors.shape(table)[0],
+        width=int(config["hidden_size"]),
+        ffn_width=int(config["intermediate_size"]),
+        layers=int(config["num_hidden_layers"]),
+        heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        context=int(config.get("max_position_embeddings", 2048)),
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        tied="language_model.lm_head.weight" not in tensors,
+        head_width=config.get("head_dim"),
+    )
