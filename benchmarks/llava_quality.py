@@ -13,6 +13,7 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -73,8 +74,7 @@ def main() -> None:
             table.add_row(bundle, split, *(f"{shares[kind]:.1f}" if kind in shares else "-" for kind in kinds))
     Console().print(table)
     if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as stream:
-            json.dump(rows, stream, indent=2)
+        Path(arguments.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

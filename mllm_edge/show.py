@@ -48,26 +48,23 @@ class Screen:
         kept: what remains when the command is interrupted.
     """
 
-    def __init__(self, as_json: bool = False, quiet: bool = False, debug: bool = False):
-        self.as_json, self.quiet, self.debug = as_json, quiet, debug
+    def __init__(self, json: bool = False, quiet: bool = False, debug: bool = False):
+        self.as_json, self.quiet, self.debug = json, quiet, debug
         self.kept = "nothing was changed"
         self._out, self._err = sys.stdout, sys.stderr
         self._answered = False
         self._live: Progress | None = None
-
-    @property
-    def streams_text(self) -> bool:
-        """Whether text for people may go to stdout."""
-        return not self.as_json
 
     def result(self, document: Any, *shown: RenderableType) -> None:
         """The command's result: `document` with `--json`, else `shown`."""
         if self.as_json:
             self._out.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
         else:
-            console = _console(self._out)
             for part in shown:
-                console.print(part, soft_wrap=isinstance(part, str))
+                if isinstance(part, str):
+                    self._out.write(part + "\n")
+                else:
+                    _console(self._out).print(part)
         self._out.flush()
         self._answered = True
 
@@ -75,6 +72,10 @@ class Screen:
         """A piece of an answer, on stdout as it comes."""
         self._out.write(piece)
         self._out.flush()
+
+    def times(self, answer: Answer) -> None:
+        """What an answer cost, beside it."""
+        self.aside(timing_table(answer))
 
     def aside(self, part: RenderableType) -> None:
         """Something for people beside the result."""
@@ -104,6 +105,17 @@ class Screen:
                 return input(prompt)
             except EOFError:
                 return None
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """One turn of a dialogue: on a terminal, an error or Ctrl-C ends the turn and not the dialogue."""
+        try:
+            yield
+        except (KeyboardInterrupt, MllmEdgeError) as error:
+            if not sys.stdin.isatty():
+                raise
+            line = "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
+            print(f"\n{line}", file=self._err)
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
@@ -299,7 +311,7 @@ def bundle_tables(folder: Path, manifest: Manifest) -> list[Table]:
         "licenses": "; ".join(f"{key}: {value}" for key, value in manifest.licences.items()),
         "size": size(sum(entry.bytes for entry in manifest.files())),
         "context": f"{manifest.language_model.context_length} positions",
-        "prompt": f"{prompt.name}: {(prompt.first).format(system=prompt.system, text='...')!r}",
+        "prompt": f"{prompt.name}: {prompt.first.replace('{system}', prompt.system)!r}",
         "stops at": ", ".join(map(repr, prompt.stop)),
     }
     for step in manifest.preprocessing:

@@ -63,7 +63,11 @@ def test_logits_and_64_greedy_tokens(exported: Path, model: transformers.LlavaFo
     with torch.no_grad():
         theirs = model(input_ids=ids, pixel_values=pixels).logits[0, -1].numpy()
         generated = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, do_sample=False, max_new_tokens=TOKENS
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=pixels,
+            do_sample=False,
+            max_new_tokens=TOKENS,
         )
     assert np.abs(theirs).max() > 1
     assert np.abs(logits - theirs).max() < 1e-3

@@ -184,7 +184,7 @@ def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocabulary: 
     missing = vocabulary - len(tokenizer.tokens)
     if missing < 0:
         raise BadInput(
-            f"{folder} has {len(tokenizer.tokens)} tokens but the model {vocabulary} rows; use the model's own tokenizer"
+            f"{folder} has {len(tokenizer.tokens)} tokens but the model {vocabulary} rows; use the model's tokenizer"
         )
     # Published tables are padded to round sizes: rows that no token uses.
     filler = [f"[PAD{len(tokenizer.tokens) + i}]" for i in range(missing)]

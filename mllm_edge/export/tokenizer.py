@@ -7,6 +7,7 @@ and byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM; `tokenizer.json`).
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import re
 from collections.abc import Callable
@@ -91,7 +92,7 @@ def checkpoint_tokenizer(folder: Path) -> Callable[[str], list[int]]:
 
         try:
             fast = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises bare Exception on a malformed file
+        except Exception as error:  # noqa: BLE001 - the library raises bare Exception on a malformed file
             raise BadInput(f"{folder}/tokenizer.json cannot be read ({error}); copy it again") from None
         return lambda text: list(fast.encode(text, add_special_tokens=False).ids)
     import sentencepiece
@@ -145,8 +146,8 @@ def _from_sentencepiece(
     folder: Path, config: dict[str, Any], data: dict[str, Any], added: dict[int, Added]
 ) -> Tokenizer:
     import sentencepiece
-    from sentencepiece import sentencepiece_model_pb2 as proto
 
+    proto: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")  # generated code, without types
     path = folder / "tokenizer.model"
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))

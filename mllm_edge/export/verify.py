@@ -19,8 +19,8 @@ import torch
 from mllm_edge import bundle, models
 from mllm_edge.bundle import Manifest, Parity
 from mllm_edge.errors import BadInput, MllmEdgeError, OutOfTolerance
-from mllm_edge.export.samples import Samples, pictures
 from mllm_edge.export.same_tokens import assert_same_tokens
+from mllm_edge.export.samples import Samples, pictures
 from mllm_edge.models.interface import Checkpoint, ExportPlan, LlamaDims
 from mllm_edge.runtime import Model, load
 from mllm_edge.runtime.prompt import piece_ids, render

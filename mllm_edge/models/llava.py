@@ -6,6 +6,7 @@ import importlib.resources
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,7 +137,7 @@ class Llava(nn.Module):
         self.dims = dims
         self.vision_encoder = VisionEncoder(dims.vision)
         self.connector = connector(dims.connector, dims.vision.width, dims.language.width)
-        self.language_model = llama(dims.language)
+        self.language_model: Any = llama(dims.language)  # transformers' class, or peft's around it
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """[B,3,S,S] float32 -> [B,N,D] embeddings in the decoder's space."""
@@ -153,9 +154,8 @@ class Llava(nn.Module):
         Returns:
             [B,T,D].
         """
-        table = self.language_model.get_input_embeddings()
         here = ids == IMAGE_INDEX
-        embeds: Tensor = table(ids.masked_fill(here, 0))
+        embeds: Tensor = self.language_model.get_input_embeddings()(ids.masked_fill(here, 0))
         return embeds.masked_scatter(here.unsqueeze(-1), image_embeds.to(embeds.dtype))
 
     def forward(self, ids: Tensor, mask: Tensor, pixel_values: Tensor) -> Tensor:

@@ -126,14 +126,15 @@ def _port(folder: Path) -> tuple[LlavaDims, Tensors]:
     config = LlavaConfig.from_pretrained(str(folder), local_files_only=True)
     if config.vision_feature_select_strategy != "default":
         raise BadInput(f"{folder} keeps CLIP's class token, which is not supported; use a checkpoint that drops it")
-    if config.vision_config.model_type != "clip_vision_model" or config.text_config.model_type != "llama":
-        kinds = f"{config.vision_config.model_type} and {config.text_config.model_type}"
-        raise BadInput(f"{folder} is a LLaVA of {kinds}; CLIP and LLaMA are supported")
+    settings = config.to_dict()  # complete, where the file may leave defaults out
+    kinds = settings["vision_config"]["model_type"], settings["text_config"]["model_type"]
+    if kinds != ("clip_vision_model", "llama"):
+        raise BadInput(f"{folder} is a LLaVA of {kinds[0]} and {kinds[1]}; CLIP and LLaMA are supported")
     if not isinstance(config.vision_feature_layer, int):
         raise BadInput(f"{folder} taps several layers {config.vision_feature_layer}; one is supported")
     tensors = renamed(open_folder(folder), lambda name: _canonical(name, _PORT))
-    vision = _vit(config.vision_config.to_dict(), config.vision_feature_layer)
-    language = _llama(folder, config.text_config.to_dict(), tensors)
+    vision = _vit(settings["vision_config"], config.vision_feature_layer)
+    language = _llama(folder, settings["text_config"], tensors)
     fit, mean, std = _port_preprocessing(folder)
     return LlavaDims(vision, language, "mlp2x_gelu", fit, "vicuna_v1_no_system", mean, std), tensors
 

@@ -173,7 +173,7 @@ class LlavaTask:
         from mllm_edge.models.llava_layouts import save_llava
 
         if self.recipe.lora is not None:
-            self.model.llava.language_model = self.model.llava.language_model.merge_and_unload()  # type: ignore[operator]
+            self.model.llava.language_model = self.model.llava.language_model.merge_and_unload()
             state = self.model.state_dict()
         names = {name.removeprefix("llava."): tensor.detach().cpu() for name, tensor in state.items()}
         tokenizer = folder / "tokenizer"
@@ -196,5 +196,5 @@ def add_lora(decoder: nn.Module, settings: LoraSettings) -> nn.Module:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    wrapped: nn.Module = get_peft_model(decoder, config)  # type: ignore[arg-type]
+    wrapped: nn.Module = get_peft_model(decoder, config)
     return wrapped

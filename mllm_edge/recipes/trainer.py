@@ -28,7 +28,8 @@ class Task(Protocol):
     `sample(i)` depends on `i` and the recipe alone: that is what makes a resumed run see the same data.
     """
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module: ...
 
     def parameters(self) -> list[dict[str, Any]]:
         """AdamW parameter groups."""
@@ -165,7 +166,7 @@ def _steps(
         if number % recipe.accumulate == 0:
             scheduler.step()
             mean = {name: value / recipe.accumulate for name, value in totals.items()}
-            yield {name: float(accelerator.reduce(value, "mean")) for name, value in mean.items()}  # type: ignore[arg-type]
+            yield {name: float(accelerator.reduce(value, "mean")) for name, value in mean.items()}
             totals = {}
 
 

@@ -61,9 +61,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("new_format", [True, False])
-def test_a_pickle_that_runs_code_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_format: bool
-) -> None:
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_format: bool) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"a": Payload()}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=new_format)
     with pytest.raises(BadInput, match="wants to run code"):

@@ -1,0 +1,407 @@
+"""The commands. Each is a short function that imports what it needs; `main` is the one place where errors are shown."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import os
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import mllm_edge
+from mllm_edge.errors import BadInput, MissingPackage, OutOfTolerance
+from mllm_edge.show import Screen
+
+if TYPE_CHECKING:
+    from mllm_edge.bundle import Manifest, Parity
+    from mllm_edge.runtime import Answer, Model
+
+# What typer raises for a wrong command line. Its home moved between typer's versions, its place above BadParameter not.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    name="mllm-edge",
+    help="Multimodal LLMs from a recipe or a public checkpoint to the machine they must run on.",
+    epilog="Every command takes --json, --quiet and --debug. Exit codes: 0 done, 1 failed or out of tolerance, 2 bad "
+    "usage or input.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: drawing boxes with rich would double the time of --help,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.", show_default=False)]
+Pictures = Annotated[list[Path] | None, typer.Option("--image", metavar="FILE", help="A picture; may be repeated.")]
+NoVerifyHash = Annotated[bool, typer.Option("--no-verify-hash", help="Do not compare the files' hashes.")]
+
+
+@dataclass(frozen=True)
+class Common:
+    """Options of every command. `main` reads them, so that errors in the command line follow them too."""
+
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only the result, warnings and errors.")] = False
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and libraries' warnings.")] = False
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Options of commands that run a bundle; see `mllm_edge.load`."""
+
+    target: Annotated[
+        str | None, typer.Option(metavar="cpu|cuda", help="Run there; an engine without it is an error.")
+    ] = None
+    threads: Annotated[int | None, typer.Option(help="CPU threads; by default the physical cores.")] = None
+    context: Annotated[int | None, typer.Option(help="Positions; by default the bundle's, up to 4096.")] = None
+    kv_type: Annotated[str, typer.Option(metavar="f32|f16|q8_0", help="Element type of the KV cache.")] = "f16"
+    no_verify_hash: NoVerifyHash = False
+
+    def open(self, bundle: Path) -> Model:
+        """Load a bundle so."""
+        options = {name: value for name, value in vars(self).items() if name != "no_verify_hash"}
+        return mllm_edge.load(bundle, **options, verify_hash=not self.no_verify_hash)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Options of commands that decode; what is not given is the bundle's default."""
+
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")] = None
+    top_k: Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens; 0 is off.")] = None
+    repeat_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages repetition.")] = None
+    seed: Annotated[int, typer.Option(help="The same seed gives the same answer.")] = 0
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End the answer here, not at the template's strings.")] = None
+
+
+def verb(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command: it gets the screen, and each dataclass that it takes becomes the options in it."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        _, *parameters = inspect.signature(function, eval_str=True).parameters.values()
+        groups = {p.name: p.annotation for p in parameters if dataclasses.is_dataclass(p.annotation)}
+
+        def command(ctx: typer.Context, **given: Any) -> None:
+            for field in dataclasses.fields(Common):
+                del given[field.name]
+            for name, group in groups.items():
+                given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+            with ctx.obj.working():
+                function(ctx.obj, **given)
+
+        options = [_option(p.name, p.annotation, p.default) for p in parameters if p.name not in groups]
+        options += [option for group in (*groups.values(), Common) for option in _options(group)]
+        command.__doc__ = function.__doc__
+        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [_option("ctx", typer.Context, inspect.Parameter.empty), *options]
+        )
+        command.__annotations__ = {}
+        epilog = "\n  ".join(["\b\nExamples:", *(f"mllm-edge {example}" for example in examples)])
+        app.command(name=function.__name__.strip("_"), epilog=epilog)(command)
+        return function
+
+    return register
+
+
+def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _options(group: type[Any]) -> list[inspect.Parameter]:
+    hints = typing.get_type_hints(group, include_extras=True)
+    return [_option(field.name, hints[field.name], field.default) for field in dataclasses.fields(group)]
+
+
+@contextlib.contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Turn a library that is not installed into the line that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("mllm_edge"):
+            raise
+        raise MissingPackage(error.name or "a package", extra) from None
+
+
+def _manifest(folder: Path) -> Manifest:
+    from mllm_edge.bundle import read
+
+    return read(folder, verify_hash=False)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"mllm-edge {mllm_edge.__version__}")
+    elif ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+@verb("systems", "systems --json")
+def systems(screen: Screen) -> None:
+    """List the systems: tasks, stages, sizes, licenses."""
+    from mllm_edge.models import SYSTEMS
+    from mllm_edge.show import system_table
+
+    known = list(SYSTEMS.values())
+    public = [{key: value for key, value in vars(info).items() if key != "module"} for info in known]
+    screen.result({"systems": public}, system_table(known))
+
+
+@verb("recipes")
+def recipes(screen: Screen) -> None:
+    """List the recipes that ship."""
+    from mllm_edge.recipes.recipe import available
+    from mllm_edge.show import pairs
+
+    known = available()
+    screen.result({"recipes": known}, pairs("", known))
+
+
+@verb("train lm-pretrain", "train llava-finetune lora.r=64 lr=2e-4", "train my-recipe.yaml --resume")
+def train(
+    screen: Screen,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or a YAML file.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to replace.", show_default=False)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last saved state.")] = False,
+) -> None:
+    """Train one part of a system by a recipe. KEY=VALUE replaces the recipe's settings."""
+    from mllm_edge.recipes import train as run_recipe
+    from mllm_edge.show import pairs
+
+    screen.kept = "the last saved state is kept, go on from it with --resume"
+    if os.environ.get("RANK", "0") != "0":  # another process of `accelerate launch` reports
+        run_recipe(recipe, settings or [], resume, lambda *_: None)
+        return
+    with screen.training() as report:
+        result = run_recipe(recipe, settings or [], resume, report)
+    screen.result(result, pairs("", {name: str(value) for name, value in result.items()}))
+
+
+@verb(
+    "export SYSTEM --target cpu",
+    "export SYSTEM --target cpu --weights HUB_ID --quant q4_k_m -o small.bundle",
+    "export SYSTEM --target cuda --weights random --config 1b",
+)
+def export(
+    screen: Screen,
+    system: Annotated[str, typer.Argument(metavar="SYSTEM", help="A name from `mllm-edge systems`.")],
+    target: Annotated[str, typer.Option(metavar="cpu|cuda|trt", help="Where the bundle will run.")] = "cpu",
+    weights: Annotated[
+        str, typer.Option(metavar="tiny|random|PATH|HUB_ID", help="The shipped ones, random ones, a folder or hub id.")
+    ] = "tiny",
+    config: Annotated[str | None, typer.Option(metavar="NAME", help="The size of random weights.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="DIR", help="By default SYSTEM-CONFIG.bundle.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(metavar="fp32|fp16|int8", help="Of the stages; by default the target's.")
+    ] = None,
+    quant: Annotated[
+        str, typer.Option(metavar="f32|f16|q8_0|q6_k|q5_k_m|q4_k_m", help="Of the language model.")
+    ] = "q8_0",
+    mmproj: Annotated[bool, typer.Option("--mmproj", help="Also write llama.cpp's projector file.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
+) -> None:
+    """Make a bundle, verified against PyTorch. It gets its name when it is complete."""
+    with needs("export"):
+        from mllm_edge.export.export import export as write_bundle
+
+    from mllm_edge.show import parity_table, size
+
+    screen.kept = "finished steps are kept, the same command goes on where it stopped"
+    begun = time.monotonic()
+    options: dict[str, Any] = {"target": target, "precision": precision, "quant": quant, "out": out}
+    with screen.steps() as report:
+        folder = write_bundle(system, weights, config, **options, force=force, mmproj=mmproj, report=report)
+    seconds, manifest = time.monotonic() - begun, _manifest(folder)
+    count = sum(entry.bytes for entry in manifest.files())
+    parity = [dataclasses.asdict(row) for row in manifest.parity]
+    screen.aside(parity_table(manifest.parity))
+    screen.aside(f"{size(count)} in {seconds:.1f} s; ask it: mllm-edge run {folder} 'What is this?' --image FILE")
+    screen.result({"bundle": str(folder), "seconds": round(seconds, 3), "bytes": count, "parity": parity}, str(folder))
+
+
+@verb("verify llava.bundle", "verify llava-7b.bundle --weights ~/llava-1.5-7b")
+def verify(
+    screen: Screen,
+    bundle: BundleFolder,
+    weights: Annotated[str | None, typer.Option(metavar="PATH|HUB_ID", help="Where its weights are now.")] = None,
+) -> None:
+    """Compare a bundle with PyTorch. Per stage and end to end; exit code 1 when it is out of tolerance."""
+    with needs("export"):
+        from mllm_edge.export.verify import verify_bundle
+
+    from mllm_edge.show import parity_table
+
+    def show(rows: list[Parity], passed: bool) -> None:
+        document = {"bundle": str(bundle), "passed": passed, "parity": [dataclasses.asdict(row) for row in rows]}
+        screen.result(document, parity_table(rows))
+
+    try:
+        show(verify_bundle(bundle, weights), True)
+    except OutOfTolerance:
+        show(_manifest(bundle).parity, False)
+        raise
+
+
+@verb("inspect llava.bundle", "inspect llava.bundle --json")
+def inspect_(screen: Screen, bundle: BundleFolder, no_verify_hash: NoVerifyHash = False) -> None:
+    """Show what is inside a bundle."""
+    from mllm_edge.bundle import read
+    from mllm_edge.show import bundle_tables
+
+    manifest = read(bundle, verify_hash=not no_verify_hash)
+    screen.result(dataclasses.asdict(manifest), *bundle_tables(bundle, manifest))
+
+
+@verb(
+    'run llava.bundle "What is in the picture?" --image scene.png',
+    'run llava.bundle "What differs?" --image a.png --image b.png --stream',
+    'run llava.bundle "USER: <image> Caption: ASSISTANT:" --image scene.png --raw --json',
+)
+def run(
+    screen: Screen,
+    loading: Loading,
+    decoding: Decoding,
+    bundle: BundleFolder,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="By default what stdin says.")] = None,
+    image: Pictures = None,
+    box: Annotated[list[str] | None, typer.Option(metavar="x1,y1,x2,y2", help="A region, in pixels.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where pictures of the answer go.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="PROMPT is the whole text; no template.")] = False,
+) -> None:
+    """Ask a bundle once. The answer goes to stdout, its times to stderr."""
+    _refuse_regions(bundle, box, out)
+    question = prompt if prompt is not None else _piped()
+    with loading.open(bundle) as model:
+        pieces = model.stream(question, image, raw=raw, **vars(decoding))
+        answer = _shown(screen, pieces, stream and not screen.as_json)
+    if not stream or screen.as_json:
+        screen.result(answer.to_json(), answer.text)
+    screen.times(answer)
+
+
+@verb("chat llava.bundle --image scene.png", "chat llava.bundle --image scene.png --temperature 0.7 --seed 1")
+def chat(
+    screen: Screen, loading: Loading, decoding: Decoding, bundle: BundleFolder, image: Pictures = None
+) -> None:
+    """Ask in turns about pictures. They are encoded once; /image FILE shows another, /quit or Ctrl-D ends."""
+    from mllm_edge.runtime.images import load_image
+
+    screen.kept = "the dialogue is not kept"
+    pictures = [load_image(path) for path in image or []]
+    turns: list[dict[str, Any]] = []
+    with loading.open(bundle) as model:
+        dialogue = model.chat(**vars(decoding))
+        while (line := screen.question("> ")) is not None and (text := line.strip()) != "/quit":
+            command, _, argument = text.partition(" ")
+            with screen.turn():
+                if command == "/image":
+                    pictures.append(load_image(argument.strip()))
+                elif text:
+                    answer = _shown(screen, dialogue.stream(text, pictures), not screen.as_json)
+                    turns.append({"prompt": text, **answer.to_json()})
+                    pictures = []
+                    screen.times(answer)
+    if screen.as_json:
+        screen.result({"turns": turns})
+
+
+@verb("bench llava.bundle", "bench fp32.bundle int8.bundle -r 20 -o csv --plot stages.png")
+def bench(
+    screen: Screen,
+    loading: Loading,
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE", help="Bundles, each measured in a process of its own.", show_default=False)],
+    repeat: Annotated[int, typer.Option("-r", "--repeat", help="Measured repetitions.")] = 5,
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="By default a drawn one.")] = None,
+    gen_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
+    form: Annotated[str, typer.Option("-o", "--output", metavar="md|csv|json|jsonl", help="The result's form.")] = "md",
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the times by stage.")] = None,
+) -> None:
+    """Measure speed and memory. Times by stage, time to first token, tokens per second, peak memory."""
+    from mllm_edge import bench as measuring
+
+    form = "json" if screen.as_json else form
+    measuring.check_form(form)
+    draw = measuring.plotter(plot) if plot else None
+    with screen.steps() as report:
+        results = measuring.measure_all(bundles, loading.__dict__, repeat, image, gen_tokens, report)
+    if draw:
+        draw(results)
+        screen.aside(f"times by stage: {plot}")
+    screen.result(measuring.document(results), measuring.render(results, form))
+
+
+@verb("doctor", "doctor --json")
+def doctor(screen: Screen) -> None:
+    """Say what this machine has and lacks. What is missing comes with the line that installs it."""
+    from mllm_edge.doctor import examine, tables
+
+    findings = examine()
+    screen.result(findings.to_json(), *tables(findings))
+
+
+def _refuse_regions(bundle: Path, boxes: list[str] | None, out: Path | None) -> None:
+    """No kind of answer that this version has takes boxes or gives pictures."""
+    if boxes or out:
+        tasks = ", ".join(_manifest(bundle).tasks)
+        what = "takes no boxes; leave out --box" if boxes else "answers with text alone; leave out --out"
+        raise BadInput(f"{bundle} ({tasks}) {what}")
+
+
+def _piped() -> str:
+    text = "" if sys.stdin.isatty() else sys.stdin.read().strip()
+    if not text:
+        raise BadInput("there is no prompt; write it behind the bundle, or pipe it in")
+    return text
+
+
+def _shown(screen: Screen, items: Iterator[str | Answer], show: bool) -> Answer:
+    """The answer at the end of a stream, whose pieces are shown as they come."""
+    for item in items:
+        if not isinstance(item, str):
+            if show:
+                screen.text("\n")
+            return item
+        if show:
+            screen.text(item)
+    raise AssertionError("a stream ends with an Answer")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code. The only place where any error is caught."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    screen = Screen(**{field.name: f"--{field.name}" in words for field in dataclasses.fields(Common)})
+    try:
+        code = typer.main.get_command(app).main(words, "mllm-edge", standalone_mode=False, obj=screen)
+        return code if isinstance(code, int) else 0
+    except UsageError as error:
+        return screen.error(BadInput(_usage(error)))
+    except BrokenPipeError:  # the reader of stdout has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # noqa: BLE001  the boundary: whatever it is becomes one line
+        return screen.error(error)
+
+
+def _usage(error: Exception) -> str:
+    """Typer's message as one line in our form: what is wrong; what to do."""
+    what = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
+    what, question, near = what.partition(". Did you mean ")
+    context = getattr(error, "ctx", None)
+    hint = f"did you mean {near}" if question else f"see: {context.command_path if context else 'mllm-edge'} --help"
+    return f"{what[:1].lower()}{what[1:]}; {hint}"

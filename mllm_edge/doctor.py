@@ -1,0 +1,276 @@
+"""What this machine has and lacks: for people who wonder why something does not run, or not fast."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mllm_edge
+from mllm_edge.errors import MissingPackage
+from mllm_edge.runtime import probe
+from mllm_edge.runtime.llama_library import library
+from mllm_edge.runtime.threads import usable_cores
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+CPUINFO = Path("/proc/cpuinfo")
+MEMINFO = Path("/proc/meminfo")
+DEVICE_TREE = Path("/proc/device-tree/model")
+TEGRA_RELEASE = Path("/etc/nv_tegra_release")
+
+# CPU flags that decide how fast the engines are: x86, then ARM
+FEATURES = ("avx2", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
+FEATURES += ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve")
+EXTRAS = ("runtime", "export", "train")  # `cuda` and `bench` are advised where they would help
+INSTEAD = {"onnxruntime": "onnxruntime-gpu"}
+# What importing an engine whose libraries are missing or damaged raises.
+BROKEN = (ImportError, OSError, RuntimeError)
+
+LLAMA_REBUILD = "pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Something that is missing, and the line that installs it."""
+
+    what: str
+    run: str
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA GPU as its driver describes it."""
+
+    name: str
+    memory: str
+    driver: str
+    compute_capability: str
+
+
+@dataclass(frozen=True)
+class Engines:
+    """What the installed engines can do; None and empty where an engine is not installed or does not load."""
+
+    onnxruntime_providers: list[str] = field(default_factory=list)
+    llama_gpu_offload: bool | None = None
+    llama_system_info: str = ""
+    amx: str = ""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that `doctor` says. Memory and disk are in MB (10^6 bytes); a package's version is None when it is missing."""
+
+    mllm_edge: str
+    python: str
+    system: str
+    cpu: str
+    cores: int
+    features: list[str]
+    memory: dict[str, float]
+    disk_free: float
+    gpus: list[Gpu]
+    jetson: str
+    packages: dict[str, str | None]
+    engines: Engines
+    advice: list[Advice]
+
+    def to_json(self) -> dict[str, Any]:
+        """The document that `mllm-edge doctor --json` prints."""
+        return asdict(self)
+
+
+def examine() -> Findings:
+    """Look at the machine and at what is installed. Loads the engines, no model and no PyTorch."""
+    wanted = extras()
+    packages = {name: _version(name) for names in wanted.values() for name in names}
+    packages |= {name: found for name in ("onnxruntime-gpu", "tensorrt", "mllm-edge") if (found := _version(name))}
+    engines, broken = _engines()
+    gpus = _gpus()
+    advice = [*_missing(wanted), *broken, *_faster(engines, bool(gpus))]
+    return Findings(
+        mllm_edge=mllm_edge.__version__,
+        python=f"{platform.python_version()} at {sys.executable}",
+        system=f"{platform.platform()}",
+        cpu=_cpu(),
+        cores=usable_cores(),
+        features=_features(),
+        memory=_memory(),
+        disk_free=round(shutil.disk_usage(Path.cwd()).free / 1e6),
+        gpus=gpus,
+        jetson=_jetson(),
+        packages=dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+        engines=engines,
+        advice=advice,
+    )
+
+
+def extras() -> dict[str, list[str]]:
+    """The packages of each extra in `EXTRAS`, as the installed package's own metadata lists them."""
+    found: dict[str, list[str]] = {extra: [] for extra in EXTRAS}
+    try:
+        required = importlib.metadata.requires("mllm-edge") or []
+    except importlib.metadata.PackageNotFoundError:  # used from a source folder that was not installed
+        return found
+    for line in required:
+        name, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"]([\w-]+)['\"]", line)
+        if name and extra and extra[1] in found and name[0] != "mllm-edge":
+            found[extra[1]].append(name[0])
+    return found
+
+
+def tables(findings: Findings) -> list[Table]:
+    """For people."""
+    from mllm_edge.show import pairs, size, table
+
+    engines = findings.engines
+    memory = ", ".join(f"{name.replace('_', ' ')} {size(1e6 * value)}" for name, value in findings.memory.items())
+    gpus = [f"{g.name}, {g.memory}, driver {g.driver}, compute capability {g.compute_capability}" for g in findings.gpus]
+    machine = {
+        "mllm-edge": findings.mllm_edge,
+        "Python": findings.python,
+        "system": findings.system,
+        "CPU": f"{findings.cpu}; {findings.cores} physical cores usable",
+        "CPU features": " ".join(findings.features) or "none that the engines use",
+        "memory": memory or "not told by this system",
+        "free disk": size(1e6 * findings.disk_free),
+        "GPU": "\n".join(gpus) or "none found",
+        "Jetson": findings.jetson or "no",
+    }
+    offload = {None: "not loaded", True: "can use a GPU", False: "CPU only"}[engines.llama_gpu_offload]
+    running = {
+        "ONNX Runtime": ", ".join(engines.onnxruntime_providers) or "not loaded",
+        "llama.cpp": "; ".join(filter(None, (offload, engines.llama_system_info))),
+        "AMX": engines.amx,
+    }
+    versions = {name: version or "not installed" for name, version in findings.packages.items()}
+    advice = table("what to install", "what", "run")
+    for item in findings.advice:
+        advice.add_row(item.what, item.run)
+    if not findings.advice:
+        advice.add_row("nothing is missing", "")
+    return [pairs("machine", machine), pairs("engines", running), pairs("packages", versions), advice]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _missing(wanted: dict[str, list[str]]) -> list[Advice]:
+    advice = []
+    flags = 'CXXFLAGS="-fno-tree-dse -fno-dse" ' if (platform.system(), platform.machine()) == ("Linux", "x86_64") else ""
+    for extra, names in wanted.items():
+        absent = [name for name in names if not _version(name) and not _version(INSTEAD.get(name, name))]
+        if absent:
+            compiles = flags if "llama-cpp-python" in absent else ""
+            advice.append(Advice(f"{extra} needs {', '.join(absent)}", f"{compiles}pip install 'mllm-edge[{extra}]'"))
+        if "llama-cpp-python" in absent and not shutil.which("c++"):
+            advice.append(Advice("llama.cpp is compiled, and there is no C++ compiler", "apt install g++"))
+    if _version("onnxruntime") and _version("onnxruntime-gpu"):
+        line = "pip uninstall -y onnxruntime onnxruntime-gpu; pip install --no-cache-dir onnxruntime-gpu"
+        advice.append(Advice("onnxruntime and onnxruntime-gpu overwrite each other", line))
+    return advice
+
+
+def _engines() -> tuple[Engines, list[Advice]]:
+    """Load both engines and ask them; one that is installed and does not load becomes an advice."""
+    broken: list[Advice] = []
+    providers: list[str] = []
+    offload, info = None, ""
+    if package := next((name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)), None):
+        try:
+            providers = list(importlib.import_module("onnxruntime").get_available_providers())
+        except BROKEN as error:
+            broken.append(Advice(_does_not_load(package, error), f"pip install --force-reinstall {package}"))
+    try:
+        llama = library()
+        offload, info = bool(llama.llama_supports_gpu_offload()), llama.llama_print_system_info().decode().strip()
+    except MissingPackage:
+        pass  # said already
+    except BROKEN as error:
+        broken.append(Advice(_does_not_load("llama-cpp-python", error), LLAMA_REBUILD))
+    return Engines(providers, offload, info, _amx() if offload is not None else ""), broken
+
+
+def _does_not_load(package: str, error: Exception) -> str:
+    return f"{package} is installed but does not load ({' '.join(str(error).split())})"
+
+
+def _amx() -> str:
+    verdict = probe.verdict()
+    if not verdict.amx:
+        return "this CPU has none"
+    tried = [f"{'crashes' if crashed else 'works'} on {name}" for name, crashed in verdict.crashed.items()]
+    return ", ".join(tried) or "not tried yet; the first load of a quantized model does"
+
+
+def _faster(engines: Engines, has_gpu: bool) -> list[Advice]:
+    advice = []
+    if any(probe.verdict().crashed.values()):
+        advice.append(Advice("llama.cpp's AMX code crashes, so it runs without", probe.REBUILD))
+    if has_gpu and engines.onnxruntime_providers and "CUDAExecutionProvider" not in engines.onnxruntime_providers:
+        line = "pip uninstall -y onnxruntime; pip install onnxruntime-gpu"
+        advice.append(Advice("there is a GPU, but ONNX Runtime was built without CUDA", line))
+    if has_gpu and engines.llama_gpu_offload is False:
+        advice.append(
+            Advice("there is a GPU, but llama.cpp was built without it", f'CMAKE_ARGS="-DGGML_CUDA=on" {LLAMA_REBUILD}')
+        )
+    return advice
+
+
+def _cpu() -> str:
+    text = _read(CPUINFO)
+    named = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", text, re.MULTILINE)
+    return named[1].strip() if named else platform.processor() or platform.machine()
+
+
+def _features() -> list[str]:
+    listed = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read(CPUINFO), re.MULTILINE)
+    flags = set(listed[1].split()) if listed else set()
+    return [feature for feature in FEATURES if feature in flags]
+
+
+def _memory() -> dict[str, float]:
+    """RAM and swap in MB, where the system says so (Linux)."""
+    fields = dict(re.findall(r"^(\w+):\s+(\d+) kB$", _read(MEMINFO), re.MULTILINE))
+    names = {"total": "MemTotal", "available": "MemAvailable", "swap": "SwapTotal", "free_swap": "SwapFree"}
+    return {name: round(int(fields[key]) * 1024 / 1e6) for name, key in names.items() if key in fields}
+
+
+def _gpus() -> list[Gpu]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    command = [program, "--query-gpu=name,memory.total,driver_version,compute_cap", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []  # a driver that does not answer has no usable GPU
+    lines = [[cell.strip() for cell in line.split(",")] for line in told.splitlines()]
+    return [Gpu(*cells) for cells in lines if len(cells) == 4]
+
+
+def _jetson() -> str:
+    """The board and its L4T release; empty elsewhere."""
+    release = _read(TEGRA_RELEASE).splitlines()
+    board = _read(DEVICE_TREE).strip("\0\n ")
+    return ", ".join([board, *(line.lstrip("# ") for line in release[:1])]) if "NVIDIA" in board or release else ""
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
