@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
+import functools
 import os
 import sys
 import time
-import typing
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,11 +16,14 @@ import typer
 
 import mllm_edge
 from mllm_edge.errors import BadInput, MissingPackage, OutOfTolerance
+from mllm_edge.options import BundleFolder, Common, Decoding, Loading, NoVerifyHash, Pictures, register
 from mllm_edge.show import Screen
 
 if TYPE_CHECKING:
+    import PIL.Image
+
     from mllm_edge.bundle import Manifest, Parity
-    from mllm_edge.runtime import Answer, Model
+    from mllm_edge.runtime import Answer
 
 # What typer raises for a wrong command line. Its home moved between typer's versions, its place above BadParameter not.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -38,87 +39,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.", show_default=False)]
-Pictures = Annotated[list[Path] | None, typer.Option("--image", metavar="FILE", help="A picture; may be repeated.")]
-NoVerifyHash = Annotated[bool, typer.Option("--no-verify-hash", help="Do not compare the files' hashes.")]
-
-
-@dataclass(frozen=True)
-class Common:
-    """Options of every command. `main` reads them, so that errors in the command line follow them too."""
-
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False
-    quiet: Annotated[bool, typer.Option("--quiet", help="Only the result, warnings and errors.")] = False
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and libraries' warnings.")] = False
-
-
-@dataclass(frozen=True)
-class Loading:
-    """Options of commands that run a bundle; see `mllm_edge.load`."""
-
-    target: Annotated[
-        str | None, typer.Option(metavar="cpu|cuda", help="Run there; an engine without it is an error.")
-    ] = None
-    threads: Annotated[int | None, typer.Option(help="CPU threads; by default the physical cores.")] = None
-    context: Annotated[int | None, typer.Option(help="Positions; by default the bundle's, up to 4096.")] = None
-    kv_type: Annotated[str, typer.Option(metavar="f32|f16|q8_0", help="Element type of the KV cache.")] = "f16"
-    no_verify_hash: NoVerifyHash = False
-
-    def open(self, bundle: Path) -> Model:
-        """Load a bundle so."""
-        options = {name: value for name, value in vars(self).items() if name != "no_verify_hash"}
-        return mllm_edge.load(bundle, **options, verify_hash=not self.no_verify_hash)
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """Options of commands that decode; what is not given is the bundle's default."""
-
-    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None
-    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")] = None
-    top_k: Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens; 0 is off.")] = None
-    repeat_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages repetition.")] = None
-    seed: Annotated[int, typer.Option(help="The same seed gives the same answer.")] = 0
-    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End the answer here, not at the template's strings.")] = None
-
-
-def verb(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command: it gets the screen, and each dataclass that it takes becomes the options in it."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        _, *parameters = inspect.signature(function, eval_str=True).parameters.values()
-        groups = {p.name: p.annotation for p in parameters if dataclasses.is_dataclass(p.annotation)}
-
-        def command(ctx: typer.Context, **given: Any) -> None:
-            for field in dataclasses.fields(Common):
-                del given[field.name]
-            for name, group in groups.items():
-                given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
-            with ctx.obj.working():
-                function(ctx.obj, **given)
-
-        options = [_option(p.name, p.annotation, p.default) for p in parameters if p.name not in groups]
-        options += [option for group in (*groups.values(), Common) for option in _options(group)]
-        command.__doc__ = function.__doc__
-        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [_option("ctx", typer.Context, inspect.Parameter.empty), *options]
-        )
-        command.__annotations__ = {}
-        epilog = "\n  ".join(["\b\nExamples:", *(f"mllm-edge {example}" for example in examples)])
-        app.command(name=function.__name__.strip("_"), epilog=epilog)(command)
-        return function
-
-    return register
-
-
-def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _options(group: type[Any]) -> list[inspect.Parameter]:
-    hints = typing.get_type_hints(group, include_extras=True)
-    return [_option(field.name, hints[field.name], field.default) for field in dataclasses.fields(group)]
+verb = functools.partial(register, app)
 
 
 @contextlib.contextmanager
@@ -170,11 +91,13 @@ def recipes(screen: Screen) -> None:
     screen.result({"recipes": known}, pairs("", known))
 
 
-@verb("train lm-pretrain", "train llava-finetune lora.r=64 lr=2e-4", "train my-recipe.yaml --resume")
+@verb("train RECIPE", "train RECIPE lora.r=64 lr=2e-4", "train my-recipe.yaml --resume")
 def train(
     screen: Screen,
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or a YAML file.")],
-    settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to replace.", show_default=False)] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to replace.", show_default=False)
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last saved state.")] = False,
 ) -> None:
     """Train one part of a system by a recipe. KEY=VALUE replaces the recipe's settings."""
@@ -234,7 +157,7 @@ def export(
     screen.result({"bundle": str(folder), "seconds": round(seconds, 3), "bytes": count, "parity": parity}, str(folder))
 
 
-@verb("verify llava.bundle", "verify llava-7b.bundle --weights ~/llava-1.5-7b")
+@verb("verify my.bundle", "verify my.bundle --weights ~/checkpoint")
 def verify(
     screen: Screen,
     bundle: BundleFolder,
@@ -257,7 +180,7 @@ def verify(
         raise
 
 
-@verb("inspect llava.bundle", "inspect llava.bundle --json")
+@verb("inspect my.bundle", "inspect my.bundle --json")
 def inspect_(screen: Screen, bundle: BundleFolder, no_verify_hash: NoVerifyHash = False) -> None:
     """Show what is inside a bundle."""
     from mllm_edge.bundle import read
@@ -268,9 +191,9 @@ def inspect_(screen: Screen, bundle: BundleFolder, no_verify_hash: NoVerifyHash 
 
 
 @verb(
-    'run llava.bundle "What is in the picture?" --image scene.png',
-    'run llava.bundle "What differs?" --image a.png --image b.png --stream',
-    'run llava.bundle "USER: <image> Caption: ASSISTANT:" --image scene.png --raw --json',
+    'run my.bundle "What is in the picture?" --image scene.png',
+    'run my.bundle "What differs?" --image a.png --image b.png --stream',
+    'run my.bundle "USER: <image> Caption: ASSISTANT:" --image scene.png --raw --json',
 )
 def run(
     screen: Screen,
@@ -287,23 +210,20 @@ def run(
     """Ask a bundle once. The answer goes to stdout, its times to stderr."""
     _refuse_regions(bundle, box, out)
     question = prompt if prompt is not None else _piped()
+    pictures = _pictures(image)
     with loading.open(bundle) as model:
-        pieces = model.stream(question, image, raw=raw, **vars(decoding))
+        pieces = model.stream(question, pictures, raw=raw, **vars(decoding))
         answer = _shown(screen, pieces, stream and not screen.as_json)
     if not stream or screen.as_json:
         screen.result(answer.to_json(), answer.text)
     screen.times(answer)
 
 
-@verb("chat llava.bundle --image scene.png", "chat llava.bundle --image scene.png --temperature 0.7 --seed 1")
-def chat(
-    screen: Screen, loading: Loading, decoding: Decoding, bundle: BundleFolder, image: Pictures = None
-) -> None:
+@verb("chat my.bundle --image scene.png", "chat my.bundle --image scene.png --temperature 0.7 --seed 1")
+def chat(screen: Screen, loading: Loading, decoding: Decoding, bundle: BundleFolder, image: Pictures = None) -> None:
     """Ask in turns about pictures. They are encoded once; /image FILE shows another, /quit or Ctrl-D ends."""
-    from mllm_edge.runtime.images import load_image
-
     screen.kept = "the dialogue is not kept"
-    pictures = [load_image(path) for path in image or []]
+    pictures = _pictures(image)
     turns: list[dict[str, Any]] = []
     with loading.open(bundle) as model:
         dialogue = model.chat(**vars(decoding))
@@ -311,7 +231,7 @@ def chat(
             command, _, argument = text.partition(" ")
             with screen.turn():
                 if command == "/image":
-                    pictures.append(load_image(argument.strip()))
+                    pictures += _pictures([Path(argument.strip())])
                 elif text:
                     answer = _shown(screen, dialogue.stream(text, pictures), not screen.as_json)
                     turns.append({"prompt": text, **answer.to_json()})
@@ -321,11 +241,14 @@ def chat(
         screen.result({"turns": turns})
 
 
-@verb("bench llava.bundle", "bench fp32.bundle int8.bundle -r 20 -o csv --plot stages.png")
+@verb("bench my.bundle", "bench fp32.bundle int8.bundle -r 20 -o csv --plot stages.png")
 def bench(
     screen: Screen,
     loading: Loading,
-    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE", help="Bundles, each measured in a process of its own.", show_default=False)],
+    bundles: Annotated[
+        list[Path],
+        typer.Argument(metavar="BUNDLE", help="Bundles, each measured in a process of its own.", show_default=False),
+    ],
     repeat: Annotated[int, typer.Option("-r", "--repeat", help="Measured repetitions.")] = 5,
     image: Annotated[Path | None, typer.Option(metavar="FILE", help="By default a drawn one.")] = None,
     gen_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
@@ -334,12 +257,19 @@ def bench(
 ) -> None:
     """Measure speed and memory. Times by stage, time to first token, tokens per second, peak memory."""
     from mllm_edge import bench as measuring
+    from mllm_edge.runtime.threads import usable_cores
 
     form = "json" if screen.as_json else form
     measuring.check_form(form)
     draw = measuring.plotter(plot) if plot else None
-    with screen.steps() as report:
-        results = measuring.measure_all(bundles, loading.__dict__, repeat, image, gen_tokens, report)
+    options: dict[str, Any] = {"repeat": repeat, "image": image, "gen_tokens": gen_tokens}
+    if len(bundles) == 1:
+        threads = loading.threads or usable_cores()
+        with screen.steps() as report, loading.open(bundles[0]) as model:
+            results = [measuring.measure(model, str(bundles[0]), threads=threads, report=report, **options)]
+    else:
+        options |= {**vars(loading), "quiet": screen.quiet, "debug": screen.debug}
+        results = [measuring.measure_apart(bundle, options) for bundle in bundles]
     if draw:
         draw(results)
         screen.aside(f"times by stage: {plot}")
@@ -361,6 +291,13 @@ def _refuse_regions(bundle: Path, boxes: list[str] | None, out: Path | None) -> 
         tasks = ", ".join(_manifest(bundle).tasks)
         what = "takes no boxes; leave out --box" if boxes else "answers with text alone; leave out --out"
         raise BadInput(f"{bundle} ({tasks}) {what}")
+
+
+def _pictures(paths: list[Path] | None) -> list[PIL.Image.Image]:
+    """Read pictures before anything large is loaded."""
+    from mllm_edge.runtime.images import load_image
+
+    return [load_image(path) for path in paths or []]
 
 
 def _piped() -> str:

@@ -28,8 +28,10 @@ DEVICE_TREE = Path("/proc/device-tree/model")
 TEGRA_RELEASE = Path("/etc/nv_tegra_release")
 
 # CPU flags that decide how fast the engines are: x86, then ARM
-FEATURES = ("avx2", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
-FEATURES += ("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve")
+FEATURES = (
+    *("avx2", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
+    *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve"),
+)
 EXTRAS = ("runtime", "export", "train")  # `cuda` and `bench` are advised where they would help
 INSTEAD = {"onnxruntime": "onnxruntime-gpu"}
 # What importing an engine whose libraries are missing or damaged raises.
@@ -68,7 +70,7 @@ class Engines:
 
 @dataclass(frozen=True)
 class Findings:
-    """All that `doctor` says. Memory and disk are in MB (10^6 bytes); a package's version is None when it is missing."""
+    """All that `doctor` says. Memory and disk are in MB (10^6 bytes); the version of a missing package is None."""
 
     mllm_edge: str
     python: str
@@ -92,16 +94,16 @@ class Findings:
 def examine() -> Findings:
     """Look at the machine and at what is installed. Loads the engines, no model and no PyTorch."""
     wanted = extras()
-    packages = {name: _version(name) for names in wanted.values() for name in names}
-    packages |= {name: found for name in ("onnxruntime-gpu", "tensorrt", "mllm-edge") if (found := _version(name))}
+    packages = {name: version(name) for names in wanted.values() for name in names}
+    packages |= {name: found for name in ("onnxruntime-gpu", "tensorrt", "mllm-edge") if (found := version(name))}
     engines, broken = _engines()
     gpus = _gpus()
     advice = [*_missing(wanted), *broken, *_faster(engines, bool(gpus))]
     return Findings(
         mllm_edge=mllm_edge.__version__,
         python=f"{platform.python_version()} at {sys.executable}",
-        system=f"{platform.platform()}",
-        cpu=_cpu(),
+        system=platform.platform(),
+        cpu=cpu_name(),
         cores=usable_cores(),
         features=_features(),
         memory=_memory(),
@@ -134,7 +136,9 @@ def tables(findings: Findings) -> list[Table]:
 
     engines = findings.engines
     memory = ", ".join(f"{name.replace('_', ' ')} {size(1e6 * value)}" for name, value in findings.memory.items())
-    gpus = [f"{g.name}, {g.memory}, driver {g.driver}, compute capability {g.compute_capability}" for g in findings.gpus]
+    gpus = [
+        f"{g.name}, {g.memory}, driver {g.driver}, compute capability {g.compute_capability}" for g in findings.gpus
+    ]
     machine = {
         "mllm-edge": findings.mllm_edge,
         "Python": findings.python,
@@ -161,7 +165,8 @@ def tables(findings: Findings) -> list[Table]:
     return [pairs("machine", machine), pairs("engines", running), pairs("packages", versions), advice]
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """The installed version, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -170,15 +175,17 @@ def _version(package: str) -> str | None:
 
 def _missing(wanted: dict[str, list[str]]) -> list[Advice]:
     advice = []
-    flags = 'CXXFLAGS="-fno-tree-dse -fno-dse" ' if (platform.system(), platform.machine()) == ("Linux", "x86_64") else ""
+    flags = (
+        'CXXFLAGS="-fno-tree-dse -fno-dse" ' if (platform.system(), platform.machine()) == ("Linux", "x86_64") else ""
+    )
     for extra, names in wanted.items():
-        absent = [name for name in names if not _version(name) and not _version(INSTEAD.get(name, name))]
+        absent = [name for name in names if not version(name) and not version(INSTEAD.get(name, name))]
         if absent:
             compiles = flags if "llama-cpp-python" in absent else ""
             advice.append(Advice(f"{extra} needs {', '.join(absent)}", f"{compiles}pip install 'mllm-edge[{extra}]'"))
         if "llama-cpp-python" in absent and not shutil.which("c++"):
             advice.append(Advice("llama.cpp is compiled, and there is no C++ compiler", "apt install g++"))
-    if _version("onnxruntime") and _version("onnxruntime-gpu"):
+    if version("onnxruntime") and version("onnxruntime-gpu"):
         line = "pip uninstall -y onnxruntime onnxruntime-gpu; pip install --no-cache-dir onnxruntime-gpu"
         advice.append(Advice("onnxruntime and onnxruntime-gpu overwrite each other", line))
     return advice
@@ -189,7 +196,7 @@ def _engines() -> tuple[Engines, list[Advice]]:
     broken: list[Advice] = []
     providers: list[str] = []
     offload, info = None, ""
-    if package := next((name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)), None):
+    if package := next((name for name in ("onnxruntime", "onnxruntime-gpu") if version(name)), None):
         try:
             providers = list(importlib.import_module("onnxruntime").get_available_providers())
         except BROKEN as error:
@@ -230,7 +237,7 @@ def _faster(engines: Engines, has_gpu: bool) -> list[Advice]:
     return advice
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     text = _read(CPUINFO)
     named = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", text, re.MULTILINE)
     return named[1].strip() if named else platform.processor() or platform.machine()

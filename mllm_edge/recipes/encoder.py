@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,4 +162,4 @@ class EncoderTask:
         return metrics
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
-        save_part(folder, "vision_encoder", self.dims.vision, state, "vision_encoder.", self.recipe.dtype)
+        save_part(folder, "vision_encoder", asdict(self.dims.vision), state, "vision_encoder.", self.recipe.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import string
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,6 @@ class LanguageTask:
         return {"validation_loss": round(float(self.model(**{k: v.to(device) for k, v in batch.items()})["loss"]), 4)}
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
-        save_part(folder, "language_model", self.dims.language, state, "language_model.", self.recipe.dtype)
+        save_part(folder, "language_model", asdict(self.dims.language), state, "language_model.", self.recipe.dtype)
         if folder != self.tokenizer.parent:
             shutil.copy(self.tokenizer, folder / TOKENIZER)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from mllm_edge.errors import BadInput
 
 
-def save_part(folder: Path, part: str, dims: Any, state: dict[str, Tensor], prefix: str, dtype: str) -> None:
+def save_part(folder: Path, part: str, dims: dict[str, Any], state: dict[str, Tensor], prefix: str, dtype: str) -> None:
     """Write the tensors below `prefix` (which is taken off) as `dtype`, with the part's dims in the metadata."""
     from safetensors.torch import save_file
 
@@ -22,7 +21,7 @@ def save_part(folder: Path, part: str, dims: Any, state: dict[str, Tensor], pref
         for name, tensor in state.items()
         if name.startswith(prefix)
     }
-    save_file(kept, folder / f"{part}.safetensors", {"dims": json.dumps(dataclasses.asdict(dims))})
+    save_file(kept, folder / f"{part}.safetensors", {"dims": json.dumps(dims)})
 
 
 def read_part(folder: str, part: str) -> dict[str, Tensor]:

@@ -1,0 +1,113 @@
+"""Options that commands share, and how a function becomes a command."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import mllm_edge
+
+if TYPE_CHECKING:
+    from mllm_edge.runtime import Model
+
+BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.", show_default=False)]
+Pictures = Annotated[list[Path] | None, typer.Option("--image", metavar="FILE", help="A picture; may be repeated.")]
+NoVerifyHash = Annotated[bool, typer.Option("--no-verify-hash", help="Do not compare the files' hashes.")]
+
+
+@dataclass(frozen=True)
+class Common:
+    """Options of every command. `main` reads them, so that errors in the command line follow them too."""
+
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only the result, warnings and errors.")] = False
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and libraries' warnings.")] = False
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Options of commands that run a bundle; see `mllm_edge.load`."""
+
+    target: Annotated[
+        str | None, typer.Option(metavar="cpu|cuda", help="Run there; an engine without it is an error.")
+    ] = None
+    threads: Annotated[int | None, typer.Option(help="CPU threads; by default the physical cores.")] = None
+    context: Annotated[int | None, typer.Option(help="Positions; by default the bundle's, up to 4096.")] = None
+    kv_type: Annotated[str, typer.Option(metavar="f32|f16|q8_0", help="Element type of the KV cache.")] = "f16"
+    no_verify_hash: NoVerifyHash = False
+
+    def open(self, bundle: Path) -> Model:
+        """Load a bundle so."""
+        options = {name: value for name, value in vars(self).items() if name != "no_verify_hash"}
+        return mllm_edge.load(bundle, **options, verify_hash=not self.no_verify_hash)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Options of commands that decode; what is not given is the bundle's default."""
+
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate.")] = None
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")] = None
+    top_k: Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens; 0 is off.")] = None
+    repeat_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages repetition.")] = None
+    seed: Annotated[int, typer.Option(help="The same seed gives the same answer.")] = 0
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End the answer here, not at the template's strings.")
+    ] = None
+
+
+GROUPS = (Loading, Decoding)
+Command = Callable[..., None]
+
+
+def register(app: typer.Typer, *examples: str) -> Callable[[Command], Command]:
+    """A decorator that makes a function a command of `app`.
+
+    The function gets the screen first. A parameter that is one of the dataclasses above becomes its fields' options.
+
+    Args:
+        app: where the command belongs.
+        *examples: command lines without the program's name, shown in the command's help.
+    """
+
+    def decorate(function: Command) -> Command:
+        _, *parameters = inspect.signature(function, eval_str=True).parameters.values()
+        groups: dict[str, type[Any]] = {p.name: p.annotation for p in parameters if p.annotation in GROUPS}
+
+        def command(ctx: typer.Context, **given: Any) -> None:
+            for field in dataclasses.fields(Common):
+                del given[field.name]
+            for name, group in groups.items():
+                given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+            with ctx.obj.working():
+                function(ctx.obj, **given)
+
+        options = [_option(p.name, p.annotation, p.default) for p in parameters if p.name not in groups]
+        options += [option for group in (*groups.values(), Common) for option in _options(group)]
+        command.__doc__ = function.__doc__
+        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [_option("ctx", typer.Context, inspect.Parameter.empty), *options]
+        )
+        command.__annotations__ = {}
+        epilog = "\n  ".join(["\b\nExamples:", *(f"mllm-edge {example}" for example in examples)])
+        app.command(name=function.__name__.strip("_"), epilog=epilog)(command)
+        return function
+
+    return decorate
+
+
+def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _options(group: type[Any]) -> list[inspect.Parameter]:
+    hints = typing.get_type_hints(group, include_extras=True)
+    return [_option(field.name, hints[field.name], field.default) for field in dataclasses.fields(group)]

@@ -1,0 +1,454 @@
+"""The command line, through `main`: streams, exit codes, one line for each error. Bundles and engines are real."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from bundle_for_tests import write_bundle
+from PIL import Image
+
+import mllm_edge
+from mllm_edge import bundle, cli
+from mllm_edge.bundle import Parity
+from mllm_edge.errors import OutOfTolerance
+from mllm_edge.models import SYSTEMS
+from mllm_edge.recipes.recipe import available
+
+VERBS = ["systems", "recipes", "train", "export", "verify", "inspect", "run", "chat", "bench", "doctor"]
+
+
+@dataclasses.dataclass
+class Said:
+    """What a command said, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        return json.loads(self.out)
+
+    @property
+    def error(self) -> str:
+        """The one line of an error."""
+        assert self.out == ""
+        assert self.err.startswith("error: ")
+        assert self.err.count("\n") == 1
+        return self.err.removeprefix("error: ").rstrip("\n")
+
+
+Call = Callable[..., Said]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    def run(*words: object, text: str = "") -> Said:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        if words[:1] in (("run",), ("chat",)) and len(words) > 2 and "--threads" not in words:
+            words += ("--threads", 1)  # tests share the machine
+        code = cli.main([str(word) for word in words])
+        return Said(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("cli") / "tiny.bundle")
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)).save(path)
+    return path
+
+
+def test_help_lists_the_verbs(call: Call) -> None:
+    said = call("--help")
+    assert (said.code, said.err) == (0, "")
+    listed = said.out.partition("Commands:")[2].partition("\n\n")[0]
+    assert [line.split()[0] for line in listed.strip().splitlines()] == VERBS
+    assert "..." not in listed  # no summary is cut off
+    assert call().out == said.out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_the_common_options_and_examples(verb: str, call: Call) -> None:
+    said = call(verb, "--help")
+    assert said.code == 0
+    assert {"--json", "--quiet", "--debug"} <= set(said.out.split())
+    assert f"  mllm-edge {verb}" in said.out.partition("Examples:")[2]
+
+
+def test_version(call: Call) -> None:
+    assert call("--version").out == f"mllm-edge {mllm_edge.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["exprot"], "no such command 'exprot'; did you mean 'export'?"),
+        (["zzz"], "no such command 'zzz'; see: mllm-edge --help"),
+        (["run"], "missing argument 'BUNDLE'; see: mllm-edge run --help"),
+        (["export", "lava"], "there is no system 'lava'; did you mean 'llava'?"),
+        (["train", "lm-pretrian"], "there is no recipe 'lm-pretrian'; did you mean 'lm-pretrain'?"),
+        (["export", "llava", "--target", "trt"], "target trt comes with a later version; use --target cuda, or cpu"),
+        (["inspect", "nowhere"], "nowhere is not a bundle (it has no bundle.json); make one with: mllm-edge export"),
+        (["bench", "b", "-o", "xml"], "there is no output form 'xml'; use md, csv, json, jsonl"),
+    ],
+)
+def test_bad_usage_is_one_line_that_says_what_to_do(words: list[str], line: str, call: Call) -> None:
+    said = call(*words)
+    assert said.code == 2
+    assert said.error == line
+
+
+@pytest.mark.parametrize("words", [["systems", "--no-such"], ["run", "b", "p", "--seed", "x"], ["systems", "surplus"]])
+def test_wrong_options_are_one_line(words: list[str], call: Call) -> None:
+    said = call(*words)
+    assert said.code == 2
+    assert said.error.endswith(f"see: mllm-edge {words[0]} --help")
+
+
+def test_an_error_with_json_is_a_document_too(call: Call) -> None:
+    said = call("inspect", "nowhere", "--json")
+    assert said.code == said.document["exit_code"] == 2
+    assert said.err == f"error: {said.document['error']}\n"
+
+
+def test_systems_and_recipes_are_the_registries(call: Call) -> None:
+    assert [system["name"] for system in call("systems", "--json").document["systems"]] == list(SYSTEMS)
+    assert call("recipes", "--json").document == {"recipes": available()}
+    assert SYSTEMS["llava"].title in call("systems").out
+    assert all(name in call("recipes").out for name in available())
+
+
+def test_no_system_is_named_where_all_are_served() -> None:
+    package = Path(cli.__file__).parent
+    for file in ("cli.py", "options.py", "show.py", "bench.py", "doctor.py"):
+        text = (package / file).read_text(encoding="utf-8").lower()
+        assert [name for name in SYSTEMS if name in text] == [], file
+
+
+def test_run_answers_on_stdout_and_says_times_on_stderr(folder: Path, picture: Path, call: Call) -> None:
+    said = call("run", folder, "the red circle", "--image", picture, "--max-tokens", 5)
+    with mllm_edge.load(folder) as model:
+        expected = model.generate("the red circle", picture, max_tokens=5)
+    assert said.code == 0
+    assert said.out == expected.text + "\n"
+    assert "vision_encoder" in said.err
+
+
+def test_run_streams_the_same_answer(folder: Path, picture: Path, call: Call) -> None:
+    words = ["run", folder, "the red circle", "--image", picture]
+    assert call(*words, "--stream").out == call(*words).out
+
+
+def test_quiet_leaves_the_answer_alone(folder: Path, call: Call) -> None:
+    said = call("run", folder, "the", "--quiet")
+    assert said.out
+    assert said.err == ""
+
+
+def test_run_json_is_the_designs_document(folder: Path, picture: Path, call: Call) -> None:
+    said = call("run", folder, "the", "--image", picture, "--max-tokens", 3, "--json", "--stream", "--quiet")
+    document = said.document
+    assert list(document) == ["text", "tokens", "masks", "boxes", "images", "timings_ms", "memory_mb"]
+    assert document["tokens"]["image"] == 4  # 16 px pictures in patches of 8
+    assert document["tokens"]["generated"] == len(document["tokens"]["ids"]) == 3
+    assert {"load", "preprocess", "vision_encoder", "connector", "prefill", "decode", "total"} == set(
+        document["timings_ms"]
+    )
+    assert said.err == ""
+
+
+def test_a_prompt_may_come_from_stdin(folder: Path, call: Call) -> None:
+    assert call("run", folder, text="the red circle\n").out == call("run", folder, "the red circle").out
+    said = call("run", folder)
+    assert said.code == 2
+    assert said.error == "there is no prompt; write it behind the bundle, or pipe it in"
+
+
+def test_raw_takes_no_template(folder: Path, call: Call) -> None:
+    words = ["run", folder, "red", "--max-tokens", 1, "--json"]
+    raw = call(*words, "--raw").document["tokens"]["prompt"]
+    assert raw == 5  # BOS, and " red" letter by letter: this vocabulary cannot merge it
+    assert call(*words).document["tokens"]["prompt"] > raw
+
+
+def test_options_reach_the_decoder(folder: Path, call: Call) -> None:
+    words = ["run", folder, "the", "--json", "--temperature", 5, "--top-k", 0, "--top-p", 1]
+    first, again, other = (call(*words, "--seed", seed).document["tokens"]["ids"] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_loading_options_reach_the_engines(folder: Path, call: Call) -> None:
+    assert "context has 8 " in call("run", folder, "the red circle", "--context", 8).error
+    assert "'f17'" in call("run", folder, "the", "--kv-type", "f17").error
+    assert "threads is 0" in call("run", folder, "the", "--threads", 0).error
+    assert call("run", folder, "the", "--target", "tpu").code == 2
+
+
+@pytest.mark.parametrize(("option", "value"), [("--box", "1,2,3,4"), ("--out", "answers")])
+def test_text_bundles_refuse_boxes_and_folders(option: str, value: str, folder: Path, call: Call) -> None:
+    said = call("run", folder, "the", option, value)
+    assert said.code == 2
+    assert said.error.endswith(f"leave out {option}")
+
+
+def test_a_bad_picture_is_found_before_the_bundle_is_loaded(
+    folder: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mllm_edge.runtime.load", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "text.png").write_text("not a picture")
+    said = call("run", folder, "the", "--image", tmp_path / "text.png")
+    assert said.code == 2
+    assert "is not a picture" in said.error
+
+
+def test_chat_encodes_its_picture_once(folder: Path, picture: Path, call: Call) -> None:
+    said = call("chat", folder, "--image", picture, "--max-tokens", 3, "--json", text="the\n\nred\n/quit\nblue\n")
+    first, second = said.document["turns"]
+    assert (first["prompt"], second["prompt"]) == ("the", "red")
+    assert first["timings_ms"]["vision_encoder"] > 0
+    assert second["timings_ms"]["vision_encoder"] == 0
+    assert first["tokens"]["image"] == second["tokens"]["image"] == 4
+    assert second["tokens"]["prompt"] > first["tokens"]["prompt"] + 3
+
+
+def test_chat_shows_another_picture(folder: Path, picture: Path, call: Call) -> None:
+    words = ["chat", folder, "--max-tokens", 3, "--json"]
+    turns = call(*words, text=f"the\n/image {picture}\nred\n").document["turns"]
+    assert [turn["tokens"]["image"] for turn in turns] == [0, 4]
+    assert call(*words, text="the\n/image nowhere.png\nred\n").code == 2
+
+
+def test_chat_answers_on_stdout(folder: Path, call: Call) -> None:
+    said = call("chat", folder, "--max-tokens", 3, text="the red circle\n")
+    assert said.out == call("run", folder, "the red circle", "--max-tokens", 3).out
+
+
+def test_inspect_shows_the_manifest(folder: Path, call: Call) -> None:
+    manifest = bundle.read(folder)
+    assert call("inspect", folder, "--json").document == dataclasses.asdict(manifest)
+    shown = call("inspect", folder).out
+    for part in (manifest.stages[0].sha256[:12], "pixel_values float32 [1, 3, 16, 16]", "connector", "vicuna_v1"):
+        assert part in shown
+
+
+def test_hashes_are_compared_unless_told_otherwise(folder: Path, tmp_path: Path, call: Call) -> None:
+    flipped = tmp_path / "flipped.bundle"
+    shutil.copytree(folder, flipped)
+    data = bytearray((flipped / "connector.onnx").read_bytes())
+    data[-1] ^= 1
+    (flipped / "connector.onnx").write_bytes(data)
+    for words in (["inspect", flipped], ["run", flipped, "the"]):
+        said = call(*words)
+        assert said.code == 2
+        assert "does not match its SHA-256" in said.error
+    assert call("inspect", flipped, "--no-verify-hash").code == 0
+
+
+ROWS = [Parity("connector", False, {"cosine": 0.5}, {"cosine": 0.99})]
+
+
+@pytest.fixture
+def verification(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    import mllm_edge.export.verify as module
+
+    return module
+
+
+def test_verify_shows_the_rows(
+    folder: Path, verification: ModuleType, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed = [dataclasses.replace(ROWS[0], passed=True)]
+    monkeypatch.setattr(verification, "verify_bundle", lambda _folder, _weights: passed)
+    said = call("verify", folder, "--json")
+    assert said.code == 0
+    assert said.document == {"bundle": str(folder), "passed": True, "parity": [dataclasses.asdict(passed[0])]}
+    assert "cosine 0.5" in call("verify", folder).out
+
+
+def test_verify_out_of_tolerance_shows_the_rows_and_fails(
+    folder: Path, tmp_path: Path, verification: ModuleType, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    off = tmp_path / "off.bundle"
+    shutil.copytree(folder, off)
+
+    def fail(at: Path, weights: str | None) -> list[Parity]:
+        assert weights == "elsewhere"
+        bundle.write(dataclasses.replace(bundle.read(at), parity=ROWS), at)
+        raise OutOfTolerance("out of tolerance: connector cosine 0.5; export again")
+
+    monkeypatch.setattr(verification, "verify_bundle", fail)
+    said = call("verify", off, "--weights", "elsewhere", "--json")
+    assert said.code == 1
+    assert said.document["passed"] is False
+    assert said.document["parity"][0]["name"] == "connector"
+    assert said.err == "error: out of tolerance: connector cosine 0.5; export again\n"
+
+
+@pytest.fixture
+def stub_export(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Path]], None]:
+    def replace(function: Callable[..., Path]) -> None:
+        import mllm_edge.export.export as module
+
+        monkeypatch.setattr(module, "export", function)
+
+    return replace
+
+
+def test_export_passes_its_options_and_reports_steps(
+    folder: Path, call: Call, stub_export: Callable[[Callable[..., Path]], None]
+) -> None:
+    given: dict[str, Any] = {}
+
+    def export(system: str, weights: str, config: str | None, *, report: Any, **options: Any) -> Path:
+        given.update(options, system=system, weights=weights, config=config)
+        print("a library's chatter")
+        report("connector", 1, 2, None)
+        report("connector", 1, 2, 0.25)
+        return folder
+
+    stub_export(export)
+    words = ["export", "llava", "--target", "cuda", "--weights", "random", "--config", "1b", "--precision", "fp16"]
+    said = call(*words, "--quant", "q4_k_m", "-o", "x.bundle", "--mmproj", "--force")
+    assert given == {
+        "system": "llava",
+        "weights": "random",
+        "config": "1b",
+        "target": "cuda",
+        "precision": "fp16",
+        "quant": "q4_k_m",
+        "out": Path("x.bundle"),
+        "mmproj": True,
+        "force": True,
+    }
+    assert said.out == f"{folder}\n"
+    assert said.err.splitlines()[:3] == ["a library's chatter", "[1/2] connector ...", "[1/2] connector 0.2 s"]
+    size = sum(entry.bytes for entry in bundle.read(folder).files())
+    document = call(*words, "--json").document
+    assert (document["bundle"], document["bytes"], document["parity"]) == (str(folder), size, [])
+
+
+def test_ctrl_c_says_what_is_kept(call: Call, stub_export: Callable[[Callable[..., Path]], None]) -> None:
+    def interrupted(*_: Any, **__: Any) -> Path:
+        raise KeyboardInterrupt
+
+    stub_export(interrupted)
+    said = call("export", "llava")
+    assert (said.code, said.out) == (130, "")
+    assert said.err == "interrupted; finished steps are kept, the same command goes on where it stopped\n"
+
+
+def test_unexpected_errors_are_one_line_unless_debugging(
+    call: Call, stub_export: Callable[[Callable[..., Path]], None]
+) -> None:
+    def broken(*_: Any, **__: Any) -> Path:
+        raise ZeroDivisionError("two\nlines")
+
+    stub_export(broken)
+    said = call("export", "llava")
+    assert said.code == 1
+    assert said.error == "ZeroDivisionError: two lines; run it again with --debug for the traceback"
+    debugged = call("export", "llava", "--debug")
+    assert debugged.code == 1
+    assert "Traceback (most recent call last)" in debugged.err
+
+
+def test_only_our_warnings_are_shown(
+    folder: Path, call: Call, stub_export: Callable[[Callable[..., Path]], None]
+) -> None:
+    said = call("run", folder, "the", "--max-tokens", 1000, "--context", 48)
+    assert said.code == 0
+    assert "warning: the prompt leaves " in said.err
+
+    def noisy(*_: Any, **__: Any) -> Path:
+        warnings.warn("for developers", UserWarning, stacklevel=1)
+        return folder
+
+    stub_export(noisy)
+    assert "for developers" not in call("export", "llava").err
+    assert "for developers" in call("export", "llava", "--debug").err
+
+
+def test_train_passes_settings_and_prints_the_report(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def train(recipe: str, overrides: list[str], resume: bool, report: Any) -> dict[str, Any]:
+        given.append((recipe, overrides, resume))
+        report(1, 2, {"loss": 0.5})
+        return {"steps": 2, "out": "runs/x"}
+
+    monkeypatch.setattr("mllm_edge.recipes.train", train)
+    said = call("train", "lm-pretrain", "steps=2", "lora.r=4", "--resume", "--json")
+    assert given == [("lm-pretrain", ["steps=2", "lora.r=4"], True)]
+    assert said.document == {"steps": 2, "out": "runs/x"}
+    assert said.err == "step 1/2: loss 0.5\n"
+    monkeypatch.setenv("RANK", "1")
+    other = call("train", "lm-pretrain")
+    assert (other.code, other.out, other.err) == (0, "", "")
+
+
+def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run Python code apart, with what this process has imported out of the way."""
+    words = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, encoding="utf-8", check=False)
+
+
+def test_importing_the_command_line_loads_nothing_heavy() -> None:
+    heavy = ["torch", "transformers", "onnx", "onnxruntime", "llama_cpp", "gguf", "numpy", "PIL", "yaml", "rich"]
+    code = f"import sys, mllm_edge, mllm_edge.cli; print([name for name in {heavy} if name in sys.modules])"
+    assert python(code).stdout == "[]\n"
+
+
+BLOCKED = """
+import sys
+blocked = {"torch", "transformers", "onnx"}
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in blocked:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Finder())
+from mllm_edge.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_running_needs_no_pytorch(folder: Path, picture: Path) -> None:
+    said = python(BLOCKED, "run", folder, "the", "--image", picture, "--max-tokens", 2)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout
+
+
+@pytest.mark.parametrize("words", [["verify", "some.bundle"], ["export", "llava"]])
+def test_a_missing_package_comes_with_the_line_that_installs_it(words: list[str]) -> None:
+    said = python(BLOCKED, *words)
+    assert said.returncode == 1
+    assert re.fullmatch(r"error: (torch|onnx) is not installed; run: pip install 'mllm-edge\[export\]'\n", said.stderr)
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    words = [sys.executable, "-m", "mllm_edge", "systems"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert process.wait(timeout=60) == 1
+    assert process.stderr.read() == ""
+    process.stderr.close()
