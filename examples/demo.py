@@ -55,15 +55,16 @@ def main() -> int:
     picture.save(PICTURE)
     if console.is_terminal:
         console.print(in_characters(picture))
+    answers = Table("", "question", "answer", "right answer")
     with mllm_edge.load(BUNDLE) as model:
         stages = ["preprocess", *model.stages, "prefill", "decode", "total"]
-        table = Table("question", "answer", "right answer", *(f"{stage}, ms" for stage in stages))
-        for question in asked(SCENE):
+        times = Table("ms", *stages)
+        for number, question in enumerate(asked(SCENE), start=1):
             answer = model.generate(question.question + SHORT, image=PICTURE, max_tokens=16)
-            times = [f"{answer.timings[stage]:.1f}" for stage in stages]
-            table.add_row(question.question, answer.text, question.answer, *times)
-    console.print(table)
-    console.print(f"The picture is {PICTURE}. It was encoded once, for the first question. Now ask yourself:")
+            answers.add_row(str(number), question.question, answer.text, question.answer)
+            times.add_row(str(number), *(f"{answer.timings[stage]:.1f}" for stage in stages))
+    console.print(answers, times)
+    console.print(f"The picture is {PICTURE}. It was encoded for the first question only. Ask another:")
     line = f'.venv/bin/mllm-edge run {BUNDLE} "{asked(SCENE)[0].question}" --image {PICTURE}'
     console.print(line, soft_wrap=True, highlight=False)
     return 0

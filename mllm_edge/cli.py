@@ -340,5 +340,9 @@ def _usage(error: Exception) -> str:
     what = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
     what, question, near = what.partition(". Did you mean ")
     context = getattr(error, "ctx", None)
-    hint = f"did you mean {near}" if question else f"see: {context.command_path if context else 'mllm-edge'} --help"
+    hint = (
+        f"did you mean {near.partition('?')[0]}?"
+        if question
+        else f"see: {context.command_path if context else 'mllm-edge'} --help"
+    )
     return f"{what[:1].lower()}{what[1:]}; {hint}"

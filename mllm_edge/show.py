@@ -136,7 +136,7 @@ class Screen:
             logger.setLevel(level)
 
     @contextlib.contextmanager
-    def steps(self, noun: str = "") -> Iterator[Report]:
+    def steps(self) -> Iterator[Report]:
         """Progress over numbered steps that are told when they begin and when they have ended."""
         if self.quiet:
             yield lambda *_: None
@@ -147,7 +147,7 @@ class Screen:
         from rich.progress import MofNCompleteColumn
 
         with self._bar([MofNCompleteColumn()]) as bar:
-            task = bar.add_task(noun, total=None)
+            task = bar.add_task("preparing", total=None)
 
             def report(step: str, number: int, total: int, seconds: float | None) -> None:
                 bar.update(task, description=step, total=total, completed=number - (seconds is None))
@@ -166,7 +166,7 @@ class Screen:
         from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
         with self._bar([MofNCompleteColumn(), TimeRemainingColumn()]) as bar:
-            task = bar.add_task("training", total=None)
+            task = bar.add_task("preparing", total=None)
             yield lambda step, steps, metrics: bar.update(
                 task, description=_metrics(metrics), total=steps, completed=step
             )

@@ -452,3 +452,39 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert process.wait(timeout=60) == 1
     assert process.stderr.read() == ""
     process.stderr.close()
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar(
+    folder: Path, call: Call, stub_export: Callable[[Callable[..., Path]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(*_: Any, report: Any, **__: Any) -> Path:
+        report("connector", 1, 2, None)
+        warnings.warn_explicit("all is well", UserWarning, cli.__file__, 1)
+        report("connector", 1, 2, 0.25)
+        report("verify", 2, 2, 0.25)
+        return folder
+
+    stub_export(export)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    said = call("export", "llava")
+    assert said.out == f"{folder}\n"
+    shown = terminal.getvalue()
+    assert "warning: all is well\n" in shown
+    assert "2/2" in shown
+    assert "[1/2]" not in shown
+
+
+def test_a_dialogue_on_a_terminal_survives_a_mistake(folder: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal("/image nowhere.png\nthe\n"))
+    assert cli.main(["chat", str(folder), "--max-tokens", "2", "--threads", "1", "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "\nerror: nowhere.png does not exist; check the path\n"
+    assert said.out.count("> ") == 3

@@ -6,10 +6,15 @@ under that name, so the package itself can be called.
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from pathlib import Path
 from typing import Any
+
+# PyTorch and llama.cpp share one OpenMP library, which reads this when PyTorch loads it: later than here is too late
+# for the verification, whose threads would spin on a busy machine (runtime/llama_library.py).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 class _Export(types.ModuleType):

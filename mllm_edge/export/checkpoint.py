@@ -108,8 +108,10 @@ def merge_lora(base: Tensors, adapter: Path) -> Tensors:
         raise BadInput(f"{adapter} has no adapter_model.safetensors; copy the whole adapter")
     if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
         raise BadInput(f"{adapter} is a LoRA with DoRA or rank patterns; merge it with peft first")
-    rank = int(config["r"])
-    scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank < 1:
+        raise BadInput(f"{adapter}/adapter_config.json has no usable r and lora_alpha; copy it again")
+    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     weights = open_file(path)
     pairs: dict[str, dict[str, str]] = {}
     for name in weights:
@@ -118,6 +120,13 @@ def merge_lora(base: Tensors, adapter: Path) -> Tensors:
     unknown = [name for name, pair in pairs.items() if name not in base or pair.keys() != {"A", "B"}]
     if unknown:
         raise BadInput(f"{path} fits no weight of the base model ({_some(unknown)}); give the base it was made for")
+
+    for name, pair in pairs.items():
+        shape = (weights.shape(pair["B"])[0], weights.shape(pair["A"])[-1])
+        if shape != base.shape(name):
+            raise BadInput(
+                f"{path}: the LoRA of {name} is for {shape}, the base has {base.shape(name)}; give its own base"
+            )
 
     def get(name: str) -> Tensor:
         tensor = base[name]
@@ -166,12 +175,13 @@ def resolve_folder(weights: str) -> Path:
         raise BadInput(f"{weights} is no local folder and the hub did not give it ({reason}); check the name") from None
 
 
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over the weight files, configuration and tokenizer of a folder."""
+def fingerprint(*folders: Path) -> str:
+    """SHA-256 over the weight files, configuration and tokenizer of folders."""
     digest = hashlib.sha256()
     patterns = (*WEIGHT_FILES, "*.json", "*.model")
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-        digest.update(f"{path.name}:{bundle.sha256(path)}\n".encode())
+    for folder in folders:
+        for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+            digest.update(f"{path.name}:{bundle.sha256(path)}\n".encode())
     return digest.hexdigest()
 
 

@@ -70,21 +70,21 @@ def load_llava(folder: Path) -> Checkpoint:
         BadInput: not LLaVA (its model type is named), an option of LLaVA that is not supported, missing or misfit
             tensors, no tokenizer.
     """
-    adapter = (folder / "adapter_config.json").is_file()
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
+    folders = [folder]  # all that the weights come from
     if OURS in config:
         dims, tensors = _ours(folder, config)
     elif "text_config" in config and kind == "llava":
         dims, tensors = _port(folder)
-    elif kind in ("llava", "llava_llama") or "mm_hidden_size" in config or adapter:
-        dims, tensors = _original(folder, config, adapter)
+    elif kind in ("llava", "llava_llama"):
+        dims, tensors, folders = _original(folder, config)
     else:
         raise BadInput(f"{folder} is a {kind or 'nameless'} checkpoint, not LLaVA; give a LLaVA checkpoint")
     check_shapes(tensors, tensor_shapes(dims), str(folder))
     if not any((folder / file).is_file() for file in TOKENIZER_FILES[:2]):
         raise BadInput(f"{folder} has no tokenizer.model or tokenizer.json; copy the checkpoint's tokenizer there")
-    source = {"kind": "checkpoint", "path": str(folder), "sha256": fingerprint(folder)}
+    source = {"kind": "checkpoint", "path": str(folder), "sha256": fingerprint(*folders)}
     if "licence" in config:
         source["licence"] = config["licence"]
     return Checkpoint("llava", config.get("name", folder.resolve().name), dims, tensors, folder, source)
@@ -123,7 +123,15 @@ def _ours(folder: Path, config: dict[str, Any]) -> tuple[LlavaDims, Tensors]:
 def _port(folder: Path) -> tuple[LlavaDims, Tensors]:
     from transformers import LlavaConfig
 
-    config = LlavaConfig.from_pretrained(str(folder), local_files_only=True)
+    try:
+        config = LlavaConfig.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(
+            f"{folder}/config.json is not readable as transformers' LLaVA ({reason}); copy it again"
+        ) from None
+    if config.projector_hidden_act != "gelu":
+        raise BadInput(f"{folder} has a projector with {config.projector_hidden_act}, which is not supported; GELU is")
     if config.vision_feature_select_strategy != "default":
         raise BadInput(f"{folder} keeps CLIP's class token, which is not supported; use a checkpoint that drops it")
     settings = config.to_dict()  # complete, where the file may leave defaults out
@@ -134,7 +142,8 @@ def _port(folder: Path) -> tuple[LlavaDims, Tensors]:
         raise BadInput(f"{folder} taps several layers {config.vision_feature_layer}; one is supported")
     tensors = renamed(open_folder(folder), lambda name: _canonical(name, _PORT))
     vision = _vit(settings["vision_config"], config.vision_feature_layer)
-    language = _llama(folder, settings["text_config"], tensors)
+    tied = bool(settings.get("tie_word_embeddings") or settings["text_config"].get("tie_word_embeddings"))
+    language = _llama(folder, {**settings["text_config"], "tie_word_embeddings": tied}, tensors)
     fit, mean, std = _port_preprocessing(folder)
     return LlavaDims(vision, language, "mlp2x_gelu", fit, "vicuna_v1_no_system", mean, std), tensors
 
@@ -149,18 +158,20 @@ def _port_preprocessing(folder: Path) -> tuple[str, tuple[float, ...], tuple[flo
     return fit, tuple(data.get("image_mean", IMAGE_MEAN)), tuple(data.get("image_std", IMAGE_STD))
 
 
-def _original(folder: Path, config: dict[str, Any], adapter: bool) -> tuple[LlavaDims, Tensors]:
+def _original(folder: Path, config: dict[str, Any]) -> tuple[LlavaDims, Tensors, list[Path]]:
     if config.get("mm_vision_select_feature", "patch") != "patch":
         raise BadInput(f"{folder} keeps CLIP's class token (cls_patch), which is not supported; use a patch checkpoint")
     if config.get("mm_use_im_start_end"):
         raise BadInput(
             f"{folder} marks pictures with <im_start> and <im_end> (v0), which is not supported; use v1 or v1.5"
         )
-    weights = _original_weights(folder, adapter)
-    tensors = renamed(weights, lambda name: _canonical(name, _ORIGINAL))
+    if "anyres" in str(config.get("image_aspect_ratio")):
+        raise BadInput(f"{folder} cuts pictures into tiles (anyres, v1.6), which is not supported; use v1 or v1.5")
     if "mm_vision_tower" not in config:
         raise BadInput(f"{folder}/config.json names no mm_vision_tower; copy the checkpoint's own config")
-    tower = _tower_folder(folder, str(config["mm_vision_tower"]))
+    weights, folders = _original_weights(folder)
+    tensors = renamed(weights, lambda name: _canonical(name, _ORIGINAL))
+    tower = _beside(folder, str(config["mm_vision_tower"]))
     clip = read_json(tower / "config.json")
     if not any(name.startswith("vision_encoder.") for name in tensors):
         own = ((_VISION, r"vision_encoder.\1"),)
@@ -176,19 +187,22 @@ def _original(folder: Path, config: dict[str, Any], adapter: bool) -> tuple[Llav
         mean=tuple(processor.get("image_mean", IMAGE_MEAN)),
         std=tuple(processor.get("image_std", IMAGE_STD)),
     )
-    return dims, tensors
+    return dims, tensors, [*folders, tower]
 
 
-def _original_weights(folder: Path, adapter: bool) -> Tensors:
-    """The merged weights; a LoRA is merged into its base here (llava/model/builder.py)."""
-    if not adapter:
-        return open_folder(folder)
-    name = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path", ""))
-    base = open_folder(folder / name if (folder / name).is_dir() and name else resolve_folder(name))
+def _original_weights(folder: Path) -> tuple[Tensors, list[Path]]:
+    """The merged weights, and where they lie; a LoRA is merged into its base here (llava/model/builder.py)."""
+    if not (folder / "adapter_config.json").is_file():
+        return open_folder(folder), [folder]
+    name = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not name:
+        raise BadInput(f"{folder}/adapter_config.json names no base_model_name_or_path; add where the base model is")
+    base = _beside(folder, str(name))
     extra = folder / "non_lora_trainables.bin"
     if not extra.is_file():
         raise BadInput(f"{extra} is missing; copy the whole LoRA checkpoint")
-    return merged([merge_lora(base, folder), renamed(open_file(extra), _without_peft)])
+    weights = merged([merge_lora(open_folder(base), folder), renamed(open_file(extra), _without_peft)])
+    return weights, [folder, base]
 
 
 def _without_peft(name: str) -> str:
@@ -196,7 +210,8 @@ def _without_peft(name: str) -> str:
     return name.removeprefix("model.") if name.startswith("model.model.") else name
 
 
-def _tower_folder(folder: Path, name: str) -> Path:
+def _beside(folder: Path, name: str) -> Path:
+    """A folder named relative to the checkpoint, anywhere else, or a hub id."""
     beside = folder / name
     return beside if beside.is_dir() else resolve_folder(name)
 
@@ -240,6 +255,10 @@ def _llama(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> LlamaDi
     table = "language_model.model.embed_tokens.weight"
     if table not in tensors:
         raise BadInput(f"{folder} lacks embed_tokens.weight; give the complete checkpoint")
+    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    missing = [key for key in needed if not isinstance(config.get(key), int)]
+    if missing:
+        raise BadInput(f"{folder}/config.json lacks {', '.join(missing)}; copy the checkpoint's own config")
     heads = int(config["num_attention_heads"])
     return LlamaDims(
         vocabulary=tensors.shape(table)[0],
@@ -251,6 +270,6 @@ def _llama(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> LlamaDi
         context=int(config.get("max_position_embeddings", 2048)),
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-        tied="language_model.lm_head.weight" not in tensors,
+        tied=bool(config.get("tie_word_embeddings")) and "language_model.lm_head.weight" not in tensors,
         head_width=config.get("head_dim"),
     )

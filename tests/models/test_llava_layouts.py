@@ -108,7 +108,10 @@ def test_the_reference_is_transformers(tmp_path: Path, model: transformers.Llava
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen2", "mm_hidden_size": None}, "qwen2 checkpoint, not LLaVA"),
+        ({"model_type": "qwen2"}, "qwen2 checkpoint, not LLaVA"),
+        ({"model_type": "llava_qwen"}, "llava_qwen checkpoint, not LLaVA"),
+        ({"image_aspect_ratio": "anyres"}, "anyres"),
+        ({"hidden_size": None}, "lacks hidden_size"),
         ({"mm_vision_select_feature": "cls_patch"}, "cls_patch"),
         ({"mm_use_im_start_end": True}, "im_start"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "scaled rotary"),
@@ -136,6 +139,20 @@ def test_weights_of_another_system_and_no_tokenizer(
         load_llava(tmp_path)
     with pytest.raises(BadInput, match=r"no tokenizer\.model"):
         load_llava(write_original(model, tmp_path / "llava", "bin"))
+
+
+def test_a_missing_head_is_not_taken_for_a_tied_one(
+    tmp_path: Path, model: transformers.LlavaForConditionalGeneration
+) -> None:
+    folder = with_tokenizer(write_original(model, tmp_path / "llava", "bin"))
+    state = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    del state["lm_head.weight"]
+    torch.save(state, folder / "pytorch_model.bin")
+    with pytest.raises(BadInput, match=r"lm_head\.weight"):
+        load_llava(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    assert load_llava(folder).dims.language.tied
 
 
 def test_missing_weights_are_named(tmp_path: Path, model: transformers.LlavaForConditionalGeneration) -> None:
