@@ -1,7 +1,7 @@
 """The manifest (`bundle.json`): the only contract between export and runtime.
 
 A bundle is a folder with `bundle.json` and one file per stage. Everything the runtime knows about a model (shapes,
-preprocessing, prompt template, special tokens, hashes, measured parity) is data in here; neither side imports the other.
+preprocessing, prompt template, special tokens, hashes, measured parity) is data in here.
 """
 
 from __future__ import annotations
