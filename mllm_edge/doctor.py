@@ -37,8 +37,6 @@ INSTEAD = {"onnxruntime": "onnxruntime-gpu"}
 # What importing an engine whose libraries are missing or damaged raises.
 BROKEN = (ImportError, OSError, RuntimeError)
 
-LLAMA_REBUILD = "pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
-
 
 @dataclass(frozen=True)
 class Advice:
@@ -207,7 +205,7 @@ def _engines() -> tuple[Engines, list[Advice]]:
     except MissingPackage:
         pass  # said already
     except BROKEN as error:
-        broken.append(Advice(_does_not_load("llama-cpp-python", error), LLAMA_REBUILD))
+        broken.append(Advice(_does_not_load("llama-cpp-python", error), probe.REBUILD))
     return Engines(providers, offload, info, _amx() if offload is not None else ""), broken
 
 
@@ -232,7 +230,7 @@ def _faster(engines: Engines, has_gpu: bool) -> list[Advice]:
         advice.append(Advice("there is a GPU, but ONNX Runtime was built without CUDA", line))
     if has_gpu and engines.llama_gpu_offload is False:
         advice.append(
-            Advice("there is a GPU, but llama.cpp was built without it", f'CMAKE_ARGS="-DGGML_CUDA=on" {LLAMA_REBUILD}')
+            Advice("there is a GPU, but llama.cpp was built without it", f'CMAKE_ARGS="-DGGML_CUDA=on" {probe.REBUILD}')
         )
     return advice
 

@@ -126,7 +126,8 @@ def test_an_engine_that_does_not_load_is_told(machine: Path, monkeypatch: pytest
     found = doctor.examine()
     assert found.engines.llama_gpu_offload is None
     assert found.advice[0].what == "llama-cpp-python is installed but does not load (libllama.so: no such file)"
-    assert "--force-reinstall" in found.advice[0].run
+    assert found.advice[0].run == probe.REBUILD
+    assert "-fno-tree-dse -fno-dse" in probe.REBUILD
 
 
 def test_command_prints_tables_or_one_document(machine: Path, capsys: pytest.CaptureFixture[str]) -> None:

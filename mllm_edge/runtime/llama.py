@@ -201,7 +201,7 @@ def _gpu(llama: ModuleType, options: Options) -> bool:
     if llama.llama_supports_gpu_offload():
         return True
     why = "this llama.cpp was built without GPU support"
-    line = 'CMAKE_ARGS="-DGGML_CUDA=on" pip install --force-reinstall --no-cache-dir llama-cpp-python'
+    line = f'CMAKE_ARGS="-DGGML_CUDA=on" {probe.REBUILD}'
     if options.strict:
         raise MllmEdgeError(f"{why}; use target cpu or rebuild it: {line}")
     warnings.warn(f"{why}, so the language model runs on the CPU; rebuild it: {line}", RuntimeWarning, stacklevel=2)

@@ -162,8 +162,8 @@ def _try_decode(path: str) -> int:
     if not context:
         return 1
     for tokens in ([1] * 32, [1]):
-        batch = llama.llama_batch_get_one((llama.llama_token * len(tokens))(*tokens), len(tokens))
-        if llama.llama_decode(context, batch) != 0:
+        ids = (llama.llama_token * len(tokens))(*tokens)  # the batch holds only a pointer to it
+        if llama.llama_decode(context, llama.llama_batch_get_one(ids, len(tokens))) != 0:
             return 1
     return 0
 
