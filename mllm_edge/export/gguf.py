@@ -63,7 +63,7 @@ def export_language_model(
             write_gguf(lm, partial, quant, progress)
         else:
             write_gguf(lm, source, "f16", progress)
-            _quantize(source, partial, quant)
+            _quantize(source, partial, quant, lm.dims.width)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -144,6 +144,8 @@ def _tensor(lm: LanguageModelExport, name: str, shape: tuple[int, ...], kind: TY
     if tuple(tensor.shape) != shape:
         raise BadInput(f"{name} has shape {tuple(tensor.shape)}, not {shape}; the config is of another model")
     array: np.ndarray = tensor.float().numpy()
+    if not np.isfinite(array).all():
+        raise BadInput(f"{name} has values that are NaN or infinite; download or train the checkpoint again")
     if name.endswith(("q_proj.weight", "k_proj.weight")):
         heads = lm.dims.heads if name.endswith("q_proj.weight") else lm.dims.kv_heads
         array = interleave_rotary(array, heads)
@@ -203,12 +205,12 @@ def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocabulary: 
     writer.add_add_space_prefix(tokenizer.space_prefix)
 
 
-def _quantize(source: Path, path: Path, quant: str) -> None:
-    """K-quantize `source`, an F16 file, with llama.cpp; the embedding becomes Q8_0."""
+def _quantize(source: Path, path: Path, quant: str, width: int) -> None:
+    """K-quantize `source`, an F16 file, with llama.cpp; the embedding, `width` wide, becomes Q8_0 where that fits."""
     llama = library()
     settings = llama.llama_model_quantize_default_params()
     settings.ftype = int(K_QUANTS[quant])
-    settings.token_embedding_type = int(TYPE.Q8_0)
+    settings.token_embedding_type = int(_type((1, width), TYPE.Q8_0))  # llama.cpp aborts on a type that does not fit
     settings.nthread = os.cpu_count() or 1
     recent_errors.clear()
     status = llama.llama_model_quantize(os.fsencode(source), os.fsencode(path), settings)
@@ -232,10 +234,11 @@ def _entry(lm: LanguageModelExport, path: Path, quant: str) -> LanguageModelEntr
         table = next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
         embedding = EmbeddingTable(table.tensor_type.name, int(table.data_offset), [dims.vocabulary, dims.width])
         types = Counter(tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1)
-        narrow = sum(int(tensor.shape[0]) % SUPER_BLOCK != 0 for tensor in reader.tensors if len(tensor.shape) > 1)
-    if quant in K_QUANTS and narrow:
+        block = SUPER_BLOCK if quant in K_QUANTS else gguf.GGML_QUANT_SIZES[DIRECT[quant][0]][0]
+        narrow = sum(int(tensor.shape[0]) % block != 0 for tensor in reader.tensors if len(tensor.shape) > 1)
+    if narrow:
         warnings.warn(
-            f"{narrow} matrices have rows that are no multiple of {SUPER_BLOCK}, so llama.cpp gave them other types: "
+            f"{narrow} matrices have rows that are no multiple of {block}, so they got other types than {quant}'s: "
             + ", ".join(f"{count} x {name}" for name, count in types.most_common()),
             stacklevel=2,
         )

@@ -58,7 +58,7 @@ def write_mmproj(tensors: Mapping[str, torch.Tensor], dims: LlavaDims, path: Pat
     partial = path.with_name(path.name + ".partial")
     writer = gguf.GGUFWriter(partial, "clip")
     try:
-        _write_dims(writer, dims)
+        _write_dims(writer, dims, half)
         for name, array in _tensors(tensors, dims):
             matrix = half and array.ndim > 1
             writer.add_tensor(name, np.ascontiguousarray(array.astype(np.float16 if matrix else np.float32)))
@@ -73,12 +73,13 @@ def write_mmproj(tensors: Mapping[str, torch.Tensor], dims: LlavaDims, path: Pat
             stacklevel=2,
         )
     finally:
+        writer.close()
         partial.unlink(missing_ok=True)
 
 
-def _write_dims(writer: gguf.GGUFWriter, dims: LlavaDims) -> None:
+def _write_dims(writer: gguf.GGUFWriter, dims: LlavaDims, half: bool) -> None:
     vision = dims.vision
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32)
     writer.add_string("clip.projector_type", "mlp")
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_bool("clip.has_llava_projector", True)

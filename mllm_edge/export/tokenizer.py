@@ -10,6 +10,7 @@ import functools
 import importlib
 import json
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,11 +28,15 @@ PATTERNS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _RE
 
 @dataclass(frozen=True)
 class Added:
-    """A token that was added to a trained vocabulary. Special ones never come out of plain text."""
+    """A token that was added to a trained vocabulary. Special ones never come out of plain text.
+
+    `flags` names what it asks of the text around it (lstrip, rstrip, single_word).
+    """
 
     id: int
     text: str
     special: bool
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     config = _json(folder / "tokenizer_config.json")
     data = _json(folder / "tokenizer.json")
     added = _added_tokens(folder, config, data)
+    _check_added(folder, added, data)
+    _check_prefix(folder, data)
     if (folder / "tokenizer.model").is_file():
         return _from_sentencepiece(folder, config, data, added)
     if not data:
@@ -74,6 +81,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     model = data.get("model", {})
     if model.get("type") != "BPE":
         raise BadInput(f"{folder}/tokenizer.json is a {model.get('type')} tokenizer; llama.cpp's LLaMA needs BPE")
+    if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
+        raise BadInput(f"{folder}/tokenizer.json has no vocabulary or no merges; copy it again")
     return _from_bpe(folder, config, data, added)
 
 
@@ -124,10 +133,49 @@ def _json(path: Path) -> dict[str, Any]:
 def _added_tokens(folder: Path, config: dict[str, Any], data: dict[str, Any]) -> dict[int, Added]:
     found = {i: Added(i, text, True) for text, i in _json(folder / "added_tokens.json").items()}
     for key, entry in config.get("added_tokens_decoder", {}).items():
-        found[int(key)] = Added(int(key), entry["content"], bool(entry.get("special")))
+        found[int(key)] = _added(int(key), entry)
     for entry in data.get("added_tokens", []):
-        found[entry["id"]] = Added(entry["id"], entry["content"], bool(entry.get("special")))
+        found[entry["id"]] = _added(entry["id"], entry)
     return found
+
+
+def _added(number: int, entry: dict[str, Any]) -> Added:
+    flags = tuple(name for name in ("lstrip", "rstrip", "single_word") if entry.get(name))
+    return Added(number, entry["content"], bool(entry.get("special")), flags)
+
+
+def _check_added(folder: Path, added: dict[int, Added], data: dict[str, Any]) -> None:
+    """Refuse added tokens that match otherwise than letter by letter: llama.cpp's do not."""
+    prefixed = _normalizer(data, "Prepend")  # such a token would only match behind the space that is put before it
+    moved = {entry["content"] for entry in data.get("added_tokens", []) if prefixed and entry.get("normalized")}
+    for token in added.values():
+        flags = [*token.flags, *(["normalized"] if token.text in moved else [])]
+        if flags:
+            raise BadInput(
+                f"{folder}: added token {token.text!r} has {' and '.join(flags)}, which llama.cpp's tokenizer has not; "
+                "use a tokenizer without"
+            )
+
+
+def _check_prefix(folder: Path, data: dict[str, Any]) -> None:
+    """Refuse a space before every piece that has none yet: llama.cpp puts it before every piece or before none."""
+    for step in _steps(data.get("pre_tokenizer"), "pretokenizers"):
+        older = "always" if step.get("add_prefix_space", True) else "never"  # what files of older tokenizers mean
+        if step.get("type") == "Metaspace" and step.get("prepend_scheme", older) == "always":
+            raise BadInput(
+                f"{folder}/tokenizer.json has Metaspace with prepend_scheme always (transformers 5 saves LLaMA's so "
+                "with legacy=True), which llama.cpp has not; put the original tokenizer.model there instead of it"
+            )
+
+
+def _normalizer(data: dict[str, Any], kind: str) -> bool:
+    return any(step.get("type") == kind for step in _steps(data.get("normalizer"), "normalizers"))
+
+
+def _steps(spec: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, which may be one step, a sequence or nothing."""
+    steps: list[dict[str, Any]] = spec.get(key, [spec]) if spec else []
+    return steps
 
 
 def _roles(config: dict[str, Any], folder: Path, ids: dict[str, int]) -> dict[str, int]:
@@ -165,6 +213,13 @@ def _from_sentencepiece(
     _put_added(added, tokens, types, scores)
     ids = {text: i for i, text in enumerate(tokens)}
     first_space = _prefixes_first_only(data)
+    if not data and config.get("legacy") is False:
+        # LLaVA's pieces are fresh strings, each with its space; only the text behind a control token has none.
+        warnings.warn(
+            f"{folder} has a LLaMA tokenizer with legacy false: behind </s> it adds no space, llama.cpp does; from the "
+            "second turn on one token a turn differs",
+            stacklevel=3,
+        )
     return Tokenizer(
         model="llama",
         tokens=tokens,
@@ -219,7 +274,7 @@ def _from_bpe(folder: Path, config: dict[str, Any], data: dict[str, Any], added:
         "types": types,
         "special": _roles(config, folder, ids),
         "add_bos": _adds_bos(data, config),
-        "normalized": "NFC" in json.dumps(data.get("normalizer")),
+        "normalized": _normalizer(data, "NFC"),
     }
     if sentencepiece_like:
         first = _prefixes_first_only(data)
@@ -227,6 +282,7 @@ def _from_bpe(folder: Path, config: dict[str, Any], data: dict[str, Any], added:
             model="llama", scores=scores or [], space_prefix=_prefixes_all(data), first_space=first, **common
         )
     pre = _pre_tokenizer(data.get("pre_tokenizer"), folder)
+    _check_byte_level(folder, data, pre, tokens, types, merges)
     return Tokenizer(model="gpt2", merges=merges, pre=pre, space_prefix=False, **common)
 
 
@@ -238,16 +294,37 @@ def _adds_bos(data: dict[str, Any], config: dict[str, Any]) -> bool:
 
 def _prefixes_all(data: dict[str, Any]) -> bool:
     """Legacy LLaMA: the normalizer puts a space before every piece between special tokens."""
-    return '"Prepend"' in json.dumps(data.get("normalizer")) or '"prepend_scheme": "always"' in json.dumps(data)
+    return _normalizer(data, "Prepend")
 
 
 def _prefixes_first_only(data: dict[str, Any]) -> bool:
     return '"prepend_scheme": "first"' in json.dumps(data.get("pre_tokenizer"))
 
 
+def _check_byte_level(
+    folder: Path, data: dict[str, Any], pre: str, tokens: list[str], types: list[int], merges: list[str]
+) -> None:
+    """Refuse what llama.cpp's byte-level BPE does not do."""
+    others = [step.get("type") for step in _steps(data.get("normalizer"), "normalizers") if step.get("type") != "NFC"]
+    if others:
+        raise BadInput(f"{folder}/tokenizer.json has the normalizer {others[0]}, which llama.cpp has not")
+    if bool(data["model"].get("ignore_merges")) == (pre == "llama-bpe"):
+        return  # only there llama.cpp takes a word that is a token without merging
+    made = {merge.replace(" ", "", 1) for merge in merges}
+    words = (text for text, kind in zip(tokens, types) if kind == NORMAL and len(text) > 1 and text not in made)
+    word = next(words, None)
+    if word is not None:
+        raise BadInput(
+            f"{folder}/tokenizer.json has tokens that no merge makes ({word!r}) and an ignore_merges other than "
+            f"llama.cpp's {pre}; there is no GGUF for it"
+        )
+
+
 def _pre_tokenizer(spec: dict[str, Any] | None, folder: Path) -> str:
     """llama.cpp's name of a byte-level pre-tokenizer, deduced from its structure."""
-    steps = (spec or {}).get("pretokenizers", [spec]) if spec else []
+    steps = _steps(spec, "pretokenizers")
+    if any(step.get("type") == "ByteLevel" and step.get("add_prefix_space") for step in steps):
+        raise BadInput(f"{folder}/tokenizer.json has ByteLevel with add_prefix_space, which llama.cpp has not")
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
         return "gpt-2"
@@ -255,7 +332,8 @@ def _pre_tokenizer(spec: dict[str, Any] | None, folder: Path) -> str:
         return "smollm"
     if kinds == ["Split", "ByteLevel"]:
         pattern = steps[0].get("pattern", {}).get("Regex")
-        if pattern in PATTERNS:
+        whole = steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
+        if pattern in PATTERNS and whole and not steps[1].get("use_regex", True):
             return PATTERNS[pattern]
-        kinds[0] = f"Split({pattern})"
+        kinds = [f"Split({pattern}, {steps[0].get('behavior')})", f"ByteLevel(use_regex={steps[1].get('use_regex')})"]
     raise BadInput(f"{folder}/tokenizer.json has a pre-tokenizer that is not known: {' + '.join(map(str, kinds))}")

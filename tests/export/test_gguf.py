@@ -16,6 +16,7 @@ from mllm_edge.export.tokenizer import lead, read_tokenizer
 from mllm_edge.models.interface import LanguageModelExport, LlamaDims
 from mllm_edge.models.llava import llama
 from mllm_edge.runtime.llama import LlamaLanguageModel
+from mllm_edge.runtime.llama_library import library
 from mllm_edge.runtime.stage import Options
 
 NARROW = LlamaDims(vocabulary=422, width=64, ffn_width=96, layers=2, heads=4, kv_heads=4, context=128)
@@ -108,6 +109,44 @@ def test_narrow_k_quants_are_announced(tmp_path: Path, tokenizer: Path) -> None:
         export_language_model(lm, tmp_path / "model.gguf", "q4_k_m")
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("quant", "block"), [("q8_0", 32), ("q4_k_m", 256)])
+def test_a_width_that_fits_no_block(tmp_path: Path, tokenizer: Path, quant: str, block: int, tied: bool) -> None:
+    """llama.cpp aborts the whole process when it is told a type for the embedding whose blocks do not fit its rows."""
+    dims = LlamaDims(vocabulary=422, width=48, ffn_width=80, layers=1, heads=4, kv_heads=4, context=64, tied=tied)
+    model = random_llama(dims)
+    lm = LanguageModelExport("llama", dims, model.state_dict(), tokenizer)
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([[1, 300, 17]])).logits[0, -1].numpy()
+    with pytest.warns(UserWarning, match=f"no multiple of {block}.*F16"):
+        rounded = run(tmp_path / "model.gguf", lm, quant, [1, 300, 17])
+    assert rounded @ expected / np.linalg.norm(rounded) / np.linalg.norm(expected) > 0.99
+
+
+def test_heads_narrower_than_the_width(tmp_path: Path, tokenizer: Path) -> None:
+    dims = dataclasses.replace(WIDE, head_width=32, tied=False)
+    model = random_llama(dims)
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([[1, 300, 17, 5]])).logits[0, -1].numpy()
+    lm = LanguageModelExport("llama", dims, model.state_dict(), tokenizer)
+    np.testing.assert_allclose(run(tmp_path / "model.gguf", lm, "f32", [1, 300, 17, 5]), expected, atol=1e-4)
+
+
+def test_ctrl_c_in_the_quantizer_leaves_nothing(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(source: bytes, path: bytes, settings: object) -> int:
+        assert Path(source.decode()).is_file()
+        Path(path.decode()).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(library(), "llama_model_quantize", interrupt)
+    lm = LanguageModelExport("llama", WIDE, random_llama(WIDE).state_dict(), tokenizer)
+    with pytest.raises(KeyboardInterrupt):
+        export_language_model(lm, tmp_path / "model.gguf", "q4_k_m")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("quant", ["f32", "q4_k_m"])
 def test_one_tensor_at_a_time(tmp_path: Path, tokenizer: Path, quant: str) -> None:
     tensors = Watched(dict(random_llama(WIDE).state_dict()))
@@ -139,11 +178,14 @@ def test_tensor_list_is_transformers_own() -> None:
         assert tensor_shapes(dims) == theirs
 
 
-def test_wrong_shape_and_small_vocabulary_are_named(tmp_path: Path, tokenizer: Path) -> None:
+def test_wrong_shape_nan_and_small_vocabulary_are_named(tmp_path: Path, tokenizer: Path) -> None:
     state = dict(random_llama(NARROW).state_dict())
     wrong = {**state, "model.norm.weight": torch.ones(3)}
     with pytest.raises(BadInput, match=r"model\.norm\.weight has shape \(3,\)"):
         export_language_model(LanguageModelExport("llama", NARROW, wrong, tokenizer), tmp_path / "a.gguf", "f32")
+    bad = {**state, "model.norm.weight": torch.full((64,), float("nan"))}
+    with pytest.raises(BadInput, match=r"model\.norm\.weight has values that are NaN"):
+        export_language_model(LanguageModelExport("llama", NARROW, bad, tokenizer), tmp_path / "a.gguf", "q8_0")
     few = dataclasses.replace(NARROW, vocabulary=100)
     with pytest.raises(BadInput, match="422 tokens but the model 100 rows"):
         export_language_model(LanguageModelExport("llama", few, state, tokenizer), tmp_path / "a.gguf", "f32")

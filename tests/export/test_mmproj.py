@@ -64,17 +64,18 @@ def encode_in_llama_cpp(folder: Path, picture: np.ndarray, width: int) -> np.nda
         llama.llama_model_free(model)
 
 
+@pytest.mark.parametrize("half", [True, False])
 @pytest.mark.parametrize(
     ("connector", "activation"), [("mlp2x_gelu", "quick_gelu"), ("linear", "quick_gelu"), ("mlp2x_gelu", "gelu")]
 )
-def test_llama_cpp_sees_what_pytorch_sees(tmp_path: Path, connector: str, activation: str) -> None:
+def test_llama_cpp_sees_what_pytorch_sees(tmp_path: Path, connector: str, activation: str, half: bool) -> None:
     model = system(connector, activation)
     dims = model.dims
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
     lm = LanguageModelExport("llama", dims.language, model.language_model.state_dict(), llama_sentencepiece(tokenizer))
     export_language_model(lm, tmp_path / "model.gguf", "f32")
-    write_mmproj(model.state_dict(), dims, tmp_path / "mmproj.gguf", half=False)
+    write_mmproj(model.state_dict(), dims, tmp_path / "mmproj.gguf", half=half)
     picture = np.random.default_rng(0).integers(0, 256, (56, 56, 3), dtype=np.uint8)
     pixels = torch.from_numpy(preprocess(Image.fromarray(picture), preprocessing(dims)))
     with torch.no_grad():
