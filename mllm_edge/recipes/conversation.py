@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -38,10 +38,14 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Sample:
-    """A training sample: ids with IMAGE_INDEX at a picture's places, labels with -100 where there is no loss."""
+    """A training sample: ids with IMAGE_INDEX at a picture's places, labels with -100 where there is no loss.
+
+    `branches` is empty, or says of each id whether it belongs to the trunk (0) or to which branch (1, 2, ...).
+    """
 
     ids: list[int]
     labels: list[int]
+    branches: list[int] = field(default_factory=list)
 
 
 def encode_dialogue(
@@ -78,18 +82,71 @@ def encode_dialogue(
     return Sample(ids[:limit], labels[:limit])
 
 
+def share_prefix(samples: Sequence[Sample]) -> Sample:
+    """One sequence that teaches what all of `samples` teach: their common prefix once, then the rest of each.
+
+    A picture and its opening are computed once for many questions. Every branch sees the trunk and itself and starts at
+    the position behind the trunk, so each loss is the one of its sample alone (as in Hydragen, Juravsky et al. 2024).
+
+    Args:
+        samples: at least one, each with a question after the prefix, none with branches.
+    """
+    first = samples[0].ids
+    # One token of every question stays in its branch: the first loss is then predicted from within the branch.
+    limit = min(next((i for i, label in enumerate(s.labels) if label != IGNORE), len(s.ids)) for s in samples) - 1
+    trunk = next((i for i in range(limit) if any(s.ids[i] != first[i] for s in samples)), limit)
+    ids, labels, branches = first[:trunk], [IGNORE] * trunk, [0] * trunk
+    for number, sample in enumerate(samples, start=1):
+        ids, labels = ids + sample.ids[trunk:], labels + sample.labels[trunk:]
+        branches = branches + [number] * (len(sample.ids) - trunk)
+    return Sample(ids, labels, branches)
+
+
 def pad(samples: Sequence[Sample], pad_id: int) -> dict[str, Tensor]:
-    """Right-pad to the longest: `ids`, `labels`, `mask`, each int64 [B,T]."""
+    """Right-pad to the longest: `ids`, `labels`, `mask`, each int64 [B,T]; with branches also `branches` and
+    `positions`."""
     length = max(len(sample.ids) for sample in samples)
 
     def stack(rows: list[list[int]], fill: int) -> Tensor:
         return torch.tensor([row + [fill] * (length - len(row)) for row in rows], dtype=torch.int64)
 
-    return {
+    batch = {
         "ids": stack([sample.ids for sample in samples], pad_id),
         "labels": stack([sample.labels for sample in samples], IGNORE),
         "mask": stack([[1] * len(sample.ids) for sample in samples], 0),
     }
+    if any(sample.branches for sample in samples):
+        batch["branches"] = stack([sample.branches or [0] * len(sample.ids) for sample in samples], 0)
+        batch["positions"] = stack([_positions(sample) for sample in samples], 0)
+    return batch
+
+
+def _positions(sample: Sample) -> list[int]:
+    """Places of the ids as if each branch stood alone behind the trunk."""
+    trunk = sample.branches.count(0)
+    seen: dict[int, int] = {}
+    positions = []
+    for branch in sample.branches or [0] * len(sample.ids):
+        seen[branch] = seen.get(branch, trunk if branch else 0) + 1
+        positions.append(seen[branch] - 1)
+    return positions
+
+
+def visibility(mask: Tensor, branches: Tensor | None) -> Tensor:
+    """What each token sees, in the form that transformers' decoders take.
+
+    Returns:
+        `mask` itself where there are no branches, else float32 [B,1,T,T] to add to the scores: 0 where a token may look
+        (itself and earlier ones of the trunk or of its own branch), the lowest float elsewhere.
+    """
+    if branches is None:
+        return mask
+    length = mask.shape[1]
+    earlier = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    related = (branches.unsqueeze(1) == 0) | (branches.unsqueeze(1) == branches.unsqueeze(2))
+    seen = earlier & related & mask.bool().unsqueeze(1)
+    nothing = torch.finfo(torch.float32).min
+    return torch.zeros(seen.shape, device=mask.device).masked_fill(~seen, nothing).unsqueeze(1)
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -99,6 +156,10 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
         logits: [B,T,V].
         labels: int64 [B,T].
     """
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE
-    )
+    return torch.nn.functional.cross_entropy(*predictions(logits, labels))
+
+
+def predictions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [n,V] logits and int64 [n] truths of the n tokens that have a label."""
+    seen = labels[:, 1:] != IGNORE
+    return logits[:, :-1][seen].float(), labels[:, 1:][seen]

@@ -1,8 +1,8 @@
 """Recipe task `encoder`: the small vision transformer learns scenes from dense labels, a prediction per patch.
 
 Its checkpoint stands where a real system has CLIP, and all systems share it. Each patch says which color, shape and
-size covers it, whether the object's center lies in it, and where that center is; the classes are separate heads, so
-that a color is known on shapes it was never seen on.
+size covers it, whether the object's center lies in it, and where in the picture that center is; the classes are
+separate heads, so that a color is known on shapes it was never seen on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mllm_edge.recipes.weights import read_part, save_part
 from mllm_edge.runtime.preprocess import preprocess
 
 COVERED = 0.08  # share of a patch that an object must cover to own it
-REPAINTED = 0.5  # share of training pictures whose objects get colors that have no name
+REPAINTED = 0.7  # share of training pictures whose objects get colors that have no name
 APART = 70.0  # RGB distance of such a color from every named one
 
 
@@ -50,7 +50,7 @@ def repaint(scene: Scene, rng: np.random.Generator) -> Scene:
 def _unnamed_color(rng: np.random.Generator) -> tuple[int, int, int]:
     named = np.array(list(COLOR_RGB.values()), float)
     while True:
-        hue, saturation, value = rng.uniform((0, 0.3, 0.6), (1, 1, 1))
+        hue, saturation, value = rng.uniform((0, 0, 0.6), (1, 1, 1))
         color = 255 * np.array(colorsys.hsv_to_rgb(hue, saturation, value))
         if np.linalg.norm(named - color, axis=1).min() >= APART:
             red, green, blue = (int(channel) for channel in color)
@@ -61,30 +61,52 @@ def dense_labels(scene: Scene, grid: int, size: int) -> dict[str, np.ndarray[Any
     """Labels per patch of a `grid` x `grid` raster.
 
     Returns:
-        `color`, `shape`, `size`: int64 [N], -100 where no object covers the patch; `object`, `center`: float32 [N] in
-        {0,1}; `offset`: float32 [N,2], from the patch's middle to its object's center, in pictures.
+        `color`, `shape`, `size`, `cell` (of a 3x3 raster, by rows): int64 [N], -100 where no object covers the patch
+        or has its center in it; `object`, `center`: float32 [N] in {0,1}; `place`: float32 [N,2], the object's center
+        in picture widths and heights from the top left.
     """
     owned = masks(scene, size).reshape(-1, grid, size // grid, grid, size // grid).mean(axis=(2, 4))
     owned = owned.reshape(len(scene.objects), -1)  # [n,N] covered share
     owner = np.where(owned.max(axis=0) >= COVERED, owned.argmax(axis=0), -1)
+    centers = np.array([(thing.x, thing.y) for thing in scene.objects])
+
+    def raster(lines: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        columns, rows = np.clip((centers * lines).astype(int), 0, lines - 1).T
+        return rows * lines + columns
+
+    middles = raster(grid)
+    center = np.zeros(grid * grid, np.float32)
+    center[middles] = 1
+    # The hole of a ring is the ring's: a center then always tells what it is the center of.
+    owner[middles] = np.where(owner[middles] >= 0, owner[middles], np.arange(len(scene.objects)))
 
     def classes(indices: list[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
         return np.where(owner >= 0, np.array(indices)[owner], IGNORE).astype(np.int64)
 
-    middle = (np.arange(grid) + 0.5) / grid
-    middles = np.stack(np.meshgrid(middle, middle), axis=-1).reshape(-1, 2)
-    centers = np.array([(thing.x, thing.y) for thing in scene.objects])
-    cells = np.clip((centers * grid).astype(int), 0, grid - 1)
-    center = np.zeros(grid * grid, np.float32)
-    center[cells[:, 1] * grid + cells[:, 0]] = 1
     return {
         "color": classes([list(COLORS).index(thing.color) for thing in scene.objects]),
         "shape": classes([list(SHAPES).index(thing.shape) for thing in scene.objects]),
         "size": classes([list(SIZES).index(thing.size) for thing in scene.objects]),
+        "cell": classes(raster(3).tolist()),
         "object": (owner >= 0).astype(np.float32),
         "center": center,
-        "offset": (centers[owner] - middles).astype(np.float32),
+        "place": centers[owner].astype(np.float32),
     }
+
+
+def sine_positions(grid: int, width: int) -> Tensor:
+    """Where the position embeddings start: 2-D sines and cosines (He et al. 2022, MAE), zeros for the class token.
+
+    From them neighbors and places are linear to read; from random vectors both must be learned patch by patch.
+
+    Returns:
+        float32 [1 + grid * grid, width], the first half of each vector for the column, the second for the row.
+    """
+    quarter = width // 4
+    angles = torch.arange(grid).float().unsqueeze(1) / 10_000 ** (torch.arange(quarter) / quarter)
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, width / 2]
+    columns, rows = line.repeat(grid, 1), line.repeat_interleave(grid, dim=0)
+    return torch.cat([torch.zeros(1, width), torch.cat([columns, rows], dim=1)])
 
 
 class DenseModel(nn.Module):
@@ -93,7 +115,11 @@ class DenseModel(nn.Module):
     def __init__(self, dims: LlavaDims):
         super().__init__()
         self.vision_encoder = VisionEncoder(dims.vision)
-        self.split = {"color": len(COLORS), "shape": len(SHAPES), "size": len(SIZES), "flags": 2, "offset": 2}
+        positions = self.vision_encoder.embeddings.position_embedding.weight
+        with torch.no_grad():
+            positions.copy_(sine_positions(dims.vision.image_size // dims.vision.patch_size, dims.vision.width))
+        self.classes = {"color": len(COLORS), "shape": len(SHAPES), "size": len(SIZES), "cell": 9}
+        self.split = {**self.classes, "flags": 2, "place": 2}
         self.norm = nn.LayerNorm(dims.vision.width)
         self.heads = nn.Linear(dims.vision.width, sum(self.split.values()))
 
@@ -108,7 +134,7 @@ class DenseModel(nn.Module):
         out = {name: value.float() for name, value in self.predict(pixel_values).items()}
         result: dict[str, Tensor] = {}
         loss = torch.zeros((), device=pixel_values.device)
-        for name in ("color", "shape", "size"):
+        for name in self.classes:
             truth = labels[name]
             seen = truth != IGNORE
             count = seen.sum().clamp(min=1)  # a batch may hold only repainted pictures
@@ -119,7 +145,7 @@ class DenseModel(nn.Module):
         weight = torch.tensor([1.0, 8.0], device=flags.device)  # one patch in about 30 holds a center
         loss = loss + functional.binary_cross_entropy_with_logits(out["flags"], flags, pos_weight=weight)
         covered = labels["object"].unsqueeze(-1)
-        away = functional.smooth_l1_loss(out["offset"] * covered, labels["offset"] * covered, beta=0.05)
+        away = functional.smooth_l1_loss(out["place"] * covered, labels["place"] * covered, beta=0.05)
         return {"loss": loss + 4 * away, **result}
 
 

@@ -9,19 +9,30 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mllm_edge.errors import BadInput
 from mllm_edge.models.llava import CONFIGS, PROMPTS, llama
-from mllm_edge.recipes.conversation import Sample, Vocabulary, next_token_loss, pad
+from mllm_edge.recipes.conversation import (
+    Sample,
+    Vocabulary,
+    encode_dialogue,
+    next_token_loss,
+    pad,
+    predictions,
+    share_prefix,
+    visibility,
+)
 from mllm_edge.recipes.recipe import Recipe
-from mllm_edge.recipes.scenes import SHORT, scene_text
+from mllm_edge.recipes.scenes import SHORT, scene_text, told_scene
 from mllm_edge.recipes.weights import save_part
 
 TOKENIZER = "tokenizer.model"
 CORPUS = 2_000  # texts that the tokenizer is trained on
 VALIDATION = 10_000_000  # texts from here on are never trained on
+ASKED = 0.7  # share of samples that are questions about a text; the others are texts
 
 
 def train_tokenizer(path: Path, size: int, texts: Iterator[str]) -> None:
@@ -73,31 +84,51 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.language_model = decoder
 
-    def forward(self, ids: Tensor, labels: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        logits = self.language_model(input_ids=ids, attention_mask=mask).logits
-        return {"loss": next_token_loss(logits, labels)}
+    def forward(
+        self, ids: Tensor, labels: Tensor, mask: Tensor, branches: Tensor | None = None, positions: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        seen = visibility(mask, branches)
+        logits = self.language_model(input_ids=ids, attention_mask=seen, position_ids=positions).logits
+        with torch.no_grad():
+            guesses, truths = predictions(logits, labels)
+            right = (guesses.argmax(-1) == truths).float().mean()
+        return {"loss": next_token_loss(logits, labels), "token_accuracy": right}
+
+
+def plain_attention(decoder: Any) -> Any:
+    """Choose the attention to train with: on a CPU plain products, whose gradients in bf16 take half the time of
+    torch's fused kernel there."""
+    if not torch.cuda.is_available():
+        decoder.set_attn_implementation("eager")
+    return decoder
 
 
 class LanguageTask:
-    """Next-token training on scene texts packed to `data.length` tokens."""
+    """Next-token training on the language of scenes, in two forms.
+
+    Texts packed to `data.length` tokens, and `data.questions` questions about a scene told in words, in the chat
+    template and masked as in the stages that follow: there the decoder learns to look things up, which the loss on
+    texts alone, most of whose words nothing foretells, hardly rewards.
+    """
 
     def __init__(self, recipe: Recipe):
         torch.manual_seed(recipe.seed)
         self.recipe = recipe
         self.dims = CONFIGS[recipe.config]
-        self.length = int(recipe.data.get("length", 192))
+        self.length = int(recipe.data.get("length", 256))
+        self.questions = int(recipe.data.get("questions", 8))
+        self.prompt = PROMPTS[self.dims.template]
         self.tokenizer = Path(recipe.out) / TOKENIZER
         if not self.tokenizer.is_file():
             self.tokenizer.parent.mkdir(parents=True, exist_ok=True)
             train_tokenizer(self.tokenizer, self.dims.language.vocabulary, self._corpus())
         self.vocabulary = sentencepiece_vocabulary(self.tokenizer)
-        self.model = LanguageModel(llama(self.dims.language))
+        self.model = LanguageModel(plain_attention(llama(self.dims.language)))
 
     def _corpus(self) -> Iterator[str]:
         """Scene texts, and between them the words of the chat template. Newlines stay out: as in LLaMA's vocabulary
         they are bytes."""
-        prompt = PROMPTS[self.dims.template]
-        template = prompt.first.format(system=prompt.system, text=SHORT.strip())
+        template = self.prompt.first.format(system=self.prompt.system, text=SHORT.strip())
         for index in range(CORPUS):
             yield scene_text(index, self.recipe.seed)
             if index % 20 == 0:
@@ -108,6 +139,20 @@ class LanguageTask:
         return [{"params": list(self.model.parameters())}]
 
     def sample(self, index: int) -> Sample:
+        rng = np.random.default_rng([self.recipe.seed, 15, index])
+        return self._asked(index, rng) if rng.random() < ASKED else self._told(index)
+
+    def _asked(self, index: int, rng: np.random.Generator) -> Sample:
+        text, questions = told_scene(index, self.recipe.seed)
+        return share_prefix(
+            [self._turn(text, *question.asked(short=rng.random() < 0.75)) for question in questions[: self.questions]]
+        )
+
+    def _turn(self, text: str, question: str, answer: str) -> Sample:
+        turns = [(f"{text}\n{question}", answer)]
+        return encode_dialogue(self.prompt, turns, self.vocabulary, 0, self.dims.language.context)
+
+    def _told(self, index: int) -> Sample:
         ids: list[int] = []
         number = index * 8  # a sample never needs more than 8 texts, so samples share none
         while len(ids) < self.length:
@@ -121,10 +166,20 @@ class LanguageTask:
 
     @torch.no_grad()
     def evaluate(self, samples: int) -> dict[str, float]:
-        """Loss per token on texts past those of training."""
+        """Loss per token on texts past those of training, and the share of exact short answers about such texts
+        (teacher-forced: every token of the answer is the most likely)."""
         device = next(self.model.parameters()).device
-        batch = self.collate([self.sample(VALIDATION // 8 + i) for i in range(samples)])
-        return {"validation_loss": round(float(self.model(**{k: v.to(device) for k, v in batch.items()})["loss"]), 4)}
+        loss, exact = [], []
+        for index in range(VALIDATION // 8, VALIDATION // 8 + samples):
+            text, questions = told_scene(index, self.recipe.seed)
+            asked = self._turn(text, *questions[0].asked(short=True))
+            for sample, values, name in ((self._told(index), loss, "loss"), (asked, exact, "token_accuracy")):
+                batch = {key: value.to(device) for key, value in self.collate([sample]).items()}
+                values.append(float(self.model(**batch)[name]))
+        return {
+            "validation_loss": round(sum(loss) / samples, 4),
+            "validation_exact": round(sum(value == 1 for value in exact) / samples, 4),
+        }
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         save_part(folder, "language_model", asdict(self.dims.language), state, "language_model.", self.recipe.dtype)

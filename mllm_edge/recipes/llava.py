@@ -16,17 +16,35 @@ from torch import Tensor, nn
 
 from mllm_edge.errors import BadInput
 from mllm_edge.models.llava import CONFIGS, PROMPTS, Llava, LlavaDims, preprocessing
-from mllm_edge.recipes.conversation import Sample, encode_dialogue, next_token_loss, pad
-from mllm_edge.recipes.encoder import pixels
-from mllm_edge.recipes.language import TOKENIZER, sentencepiece_vocabulary
+from mllm_edge.recipes.conversation import (
+    Sample,
+    encode_dialogue,
+    next_token_loss,
+    pad,
+    predictions,
+    share_prefix,
+    visibility,
+)
+from mllm_edge.recipes.encoder import pixels, repaint
+from mllm_edge.recipes.language import TOKENIZER, plain_attention, sentencepiece_vocabulary
 from mllm_edge.recipes.readers import Conversation, read_llava
 from mllm_edge.recipes.recipe import LoraSettings, Recipe
-from mllm_edge.recipes.scenes import SHORT, Question, Scene, caption, questions, sample_scene
+from mllm_edge.recipes.scenes import (
+    Scene,
+    caption,
+    draw_questions,
+    placed_questions,
+    questions,
+    sample_scene,
+    without_colors,
+)
 from mllm_edge.recipes.weights import read_part, save_part
 from mllm_edge.runtime.images import load_image
 from mllm_edge.runtime.preprocess import preprocess
 
 DESCRIBE = ("Describe the picture.", "What do you see?", "What is in the picture?")
+DIALOGUES = 0.25  # share of pictures that get a conversation of several turns
+REPAINTED = 0.25  # share of the others that are shown in colors without a name
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -37,38 +55,41 @@ class LlavaModel(nn.Module):
         super().__init__()
         self.llava = llava
 
-    def forward(self, ids: Tensor, labels: Tensor, mask: Tensor, pixel_values: Tensor) -> dict[str, Tensor]:
-        logits = self.llava(ids, mask, pixel_values)
-        loss = next_token_loss(logits, labels)
+    def forward(
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        pixel_values: Tensor,
+        branches: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        logits = self.llava(ids, visibility(mask, branches), pixel_values, positions)
         with torch.no_grad():
-            seen = labels[:, 1:] != -100
-            right = (logits[:, :-1].argmax(-1) == labels[:, 1:])[seen].float().mean()
-        return {"loss": loss, "token_accuracy": right}
+            guesses, truths = predictions(logits, labels)
+            right = (guesses.argmax(-1) == truths).float().mean()
+        return {"loss": next_token_loss(logits, labels), "token_accuracy": right}
 
 
 def dialogue(scene: Scene, rng: np.random.Generator, turns: int) -> list[tuple[str, str]]:
     """A conversation about a scene: up to `turns` questions, most of them asking for a short answer, sometimes a
     description first. Only the first turn carries the picture."""
-    result = [
-        (q.question + SHORT, q.answer) if rng.random() < 0.6 else (q.question, q.sentence)
-        for q in draw(scene, rng, turns)
-    ]
+    asked = draw_questions(questions(scene, rng), rng, turns)
+    result = [question.asked(short=rng.random() < 0.6) for question in asked]
     if rng.random() < 0.3 or not result:
         result.insert(0, (str(rng.choice(DESCRIBE)), caption(scene, rng)))
     first, *rest = result
     return [("<image>\n" + first[0], first[1]), *rest]
 
 
-def draw(scene: Scene, rng: np.random.Generator, number: int) -> list[Question]:
-    """Up to `number` different questions, by kind first: a scene allows many more of some kinds than of others."""
-    left = questions(scene, rng)
-    drawn: list[Question] = []
-    while left and len(drawn) < number:
-        kind = rng.choice(sorted({question.kind for question in left}))
-        of_kind = [question for question in left if question.kind == kind]
-        drawn.append(of_kind[int(rng.integers(len(of_kind)))])
-        left.remove(drawn[-1])
-    return drawn
+def single_turns(scene: Scene, rng: np.random.Generator, number: int, colors: bool) -> list[tuple[str, str]]:
+    """Up to `number` conversations of one turn each about the same scene; none speaks of colors without `colors`."""
+    asked = questions(scene, rng) + placed_questions(scene, rng)
+    asked = draw_questions(asked if colors else without_colors(asked), rng, number)
+    turns = [question.asked(short=rng.random() < 0.75) for question in asked]
+    if colors and rng.random() < 0.3:
+        turns[-1] = str(rng.choice(DESCRIBE)), caption(scene, rng)
+    return [("<image>\n" + question, answer) for question, answer in turns]
 
 
 class LlavaTask:
@@ -80,6 +101,7 @@ class LlavaTask:
         self.dims: LlavaDims = CONFIGS[recipe.config]
         self.prompt = PROMPTS["plain" if stage == "pretrain" else self.dims.template]
         self.turns = int(recipe.data.get("turns", 5))
+        self.questions = int(recipe.data.get("questions", 8))
         self.tokenizer = Path(self._init("language_model")) / TOKENIZER
         self.vocabulary = sentencepiece_vocabulary(self.tokenizer)
         self.conversations = self._read_conversations()
@@ -92,6 +114,7 @@ class LlavaTask:
 
     def _assemble(self) -> Llava:
         llava = Llava(self.dims)
+        plain_attention(llava.language_model)
         llava.vision_encoder.load_state_dict(read_part(self._init("vision_encoder"), "vision_encoder"))
         llava.language_model.load_state_dict(read_part(self._init("language_model"), "language_model"))
         if "connector" in self.recipe.init:
@@ -121,12 +144,24 @@ class LlavaTask:
             turns, pixel_values = self._from_file(self.conversations[index % len(self.conversations)])
         else:
             scene = sample_scene("train", index, self.recipe.seed)
+            if self.stage == "finetune" and rng.random() > DIALOGUES:
+                return self._asked(scene, rng)
             pixel_values = pixels(scene, self.dims)
             pretrain = self.stage == "pretrain"
             turns = [("<image>", caption(scene, rng))] if pretrain else dialogue(scene, rng, self.turns)
+        return self._encode(turns), pixel_values
+
+    def _encode(self, turns: list[tuple[str, str]]) -> Sample:
         limit = self.dims.language.context
-        patches = self.dims.vision.patches
-        return encode_dialogue(self.prompt, turns, self.vocabulary, patches, limit), pixel_values
+        return encode_dialogue(self.prompt, turns, self.vocabulary, self.dims.vision.patches, limit)
+
+    def _asked(self, scene: Scene, rng: np.random.Generator) -> tuple[Sample, np.ndarray[Any, np.dtype[np.float32]]]:
+        """Many questions about one picture, each as the only one; some about a picture whose colors have no name, so
+        that shapes are read from what is seen and not guessed from the color."""
+        repainted = rng.random() < REPAINTED
+        turns = single_turns(scene, rng, self.questions, colors=not repainted)
+        picture = pixels(repaint(scene, rng) if repainted else scene, self.dims)
+        return share_prefix([self._encode([turn]) for turn in turns]), picture
 
     def _from_file(self, entry: Conversation) -> tuple[list[tuple[str, str]], np.ndarray[Any, np.dtype[np.float32]]]:
         """A user's own conversation. Text-only ones get a blank picture, whose embeddings no id points to."""
@@ -153,8 +188,8 @@ class LlavaTask:
             for index in range(samples):
                 scene = sample_scene(split, index, self.recipe.seed)
                 rng = np.random.default_rng([self.recipe.seed, 19, index])
-                question = draw(scene, rng, 1)[0]
-                turns = [("<image>\n" + question.question + SHORT, question.answer)]
+                question, answer = draw_questions(questions(scene, rng), rng, 1)[0].asked(short=True)
+                turns = [("<image>\n" + question, answer)]
                 prompt = PROMPTS[self.dims.template]
                 sample = encode_dialogue(prompt, turns, self.vocabulary, self.dims.vision.patches, 4096)
                 batch = {k: v.to(device) for k, v in self.collate([(sample, pixels(scene, self.dims))]).items()}

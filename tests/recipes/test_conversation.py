@@ -1,9 +1,22 @@
 """Masking of dialogues, by hand-computed expectations."""
 
+from typing import Any
+
+import pytest
 import torch
 
-from mllm_edge.models.llava import IMAGE_INDEX, PROMPTS
-from mllm_edge.recipes.conversation import IGNORE, Sample, Vocabulary, encode_dialogue, next_token_loss, pad
+from mllm_edge.models.llava import CONFIGS, IMAGE_INDEX, PROMPTS, llama
+from mllm_edge.recipes.conversation import (
+    IGNORE,
+    Sample,
+    Vocabulary,
+    encode_dialogue,
+    next_token_loss,
+    pad,
+    predictions,
+    share_prefix,
+    visibility,
+)
 
 WORDS: dict[str, int] = {}
 
@@ -44,6 +57,47 @@ def test_padding_is_outside_loss_and_mask() -> None:
     batch = pad([Sample([5, 6, 7], [IGNORE, 6, 7]), Sample([8], [8])], pad_id=0)
     assert batch["mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[IGNORE, 6, 7], [8, IGNORE, IGNORE]]
+
+
+SINGLES = [
+    Sample([1, 5, 6, 7, 8, 9, 2], [IGNORE] * 5 + [9, 2]),
+    Sample([1, 5, 6, 10, 11, 12, 13, 2], [IGNORE] * 5 + [12, 13, 2]),
+    Sample([1, 5, 6, 7, 20, 2], [IGNORE] * 5 + [2]),
+]
+
+
+def test_a_shared_prefix_stands_once() -> None:
+    joined = share_prefix(SINGLES)
+    assert joined.ids == [1, 5, 6, 7, 8, 9, 2, 10, 11, 12, 13, 2, 7, 20, 2]
+    assert joined.branches == [0] * 3 + [1] * 4 + [2] * 5 + [3] * 3
+    batch = pad([joined, SINGLES[0]], pad_id=0)
+    assert batch["positions"][0].tolist() == [0, 1, 2, 3, 4, 5, 6, 3, 4, 5, 6, 7, 3, 4, 5]
+    assert batch["positions"][1].tolist() == [0, 1, 2, 3, 4, 5, 6] + [0] * 8
+    seen = visibility(batch["mask"], batch["branches"])[0, 0] == 0
+    assert seen[9].nonzero().flatten().tolist() == [0, 1, 2, 7, 8, 9]  # the trunk, then its own branch so far
+
+
+def test_one_sample_alone_keeps_a_question_token_in_its_branch() -> None:
+    assert share_prefix(SINGLES[:1]).branches == [0] * 4 + [1] * 3
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_shared_prefix_teaches_what_its_samples_teach(attention: str) -> None:
+    torch.manual_seed(0)
+    decoder: Any = llama(CONFIGS["tiny"].language).eval()
+    decoder.set_attn_implementation(attention)
+
+    @torch.no_grad()
+    def predicted(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = pad(samples, pad_id=0)
+        seen = visibility(batch["mask"], batch.get("branches"))
+        output = decoder(input_ids=batch["ids"], attention_mask=seen, position_ids=batch.get("positions"))
+        return predictions(output.logits, batch["labels"])
+
+    logits, truths = predicted([share_prefix(SINGLES), SINGLES[1]])
+    alone = [predicted([sample]) for sample in [*SINGLES, SINGLES[1]]]
+    torch.testing.assert_close(logits, torch.cat([values for values, _ in alone]), atol=1e-5, rtol=0)
+    assert truths.tolist() == [9, 2, 12, 13, 2, 2, 12, 13, 2]
 
 
 def test_loss_predicts_the_next_token() -> None:

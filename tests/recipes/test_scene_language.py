@@ -17,13 +17,17 @@ from mllm_edge.recipes.scenes import (
     Scene,
     SceneObject,
     caption,
+    draw_questions,
     edit,
     grounded_caption,
     held_out_questions,
+    placed_questions,
     questions,
     referring_expressions,
     sample_scene,
     scene_text,
+    told_scene,
+    without_colors,
 )
 
 PLAIN = Background("plain", (60, 60, 60), (60, 60, 60), 0.0, 0)
@@ -63,17 +67,27 @@ def grid_cell(item):
     return LOCATIONS[3 * int(item.y * 3) + int(item.x * 3)]
 
 
+def sole(scene, place):
+    """The only object in a cell of the grid."""
+    cell = divmod(LOCATIONS.index(place), 3)
+    (index,) = [i for i, o in enumerate(scene.objects) if (int(o.y * 3), int(o.x * 3)) == cell]
+    return index
+
+
 AT = r"(?:at|in|on) the ((?:top|bottom)(?: left| right)?|left|right|center)"
 
 
 def answer_of(scene, question):
     """Works out (answer, target) from the words of a question alone."""
+    if found := re.fullmatch(
+        rf"(What|Which) (shape|color) is the object {AT}\?", question.replace("is the color of", "color is")
+    ):
+        index = sole(scene, found[3])
+        return getattr(scene.objects[index], found[2]), index
     if found := re.fullmatch(r"(?:What|Which) shape is the (.+)\?", question):
         return scene.objects[the(scene, found[1])].shape, the(scene, found[1])
     if found := re.fullmatch(rf"(?:What|Which object) is {AT}\?", question):
-        row, column = divmod(LOCATIONS.index(found[1]), 3)
-        inside = [i for i, o in enumerate(scene.objects) if (int(o.y * 3), int(o.x * 3)) == (row, column)]
-        (index,) = inside
+        index = sole(scene, found[1])
         return f"{scene.objects[index].color} {scene.objects[index].shape}", index
     if found := re.fullmatch(r"(?:What color is|What is the color of) the (.+)\?", question):
         return scene.objects[the(scene, found[1])].color, the(scene, found[1])
@@ -99,7 +113,8 @@ def answer_of(scene, question):
 
 
 @pytest.mark.parametrize(
-    ("split", "ask"), [("train", questions), ("test", questions), ("held_out", held_out_questions)]
+    ("split", "ask"),
+    [("train", questions), ("test", questions), ("held_out", held_out_questions), ("train", placed_questions)],
 )
 def test_answers_follow_from_the_scene(split, ask):
     for index, scene in enumerate(scenes(split, 200)):
@@ -146,8 +161,15 @@ def test_all_kinds_occur_and_yes_is_as_frequent_as_no():
 
 def test_train_language_never_names_a_held_out_pair():
     for index, scene in enumerate(scenes("train", 150)):
-        said = [scene_text(index), caption(scene, rng(index)), edit(scene, rng(index)).instruction]
-        said += [f"{q.question} {q.sentence}" for q in questions(scene, rng(index))]
+        told, asked = told_scene(index)
+        said = [
+            scene_text(index),
+            told,
+            *(f"{q.question} {q.sentence}" for q in asked),
+            caption(scene, rng(index)),
+            edit(scene, rng(index)).instruction,
+        ]
+        said += [f"{q.question} {q.sentence}" for ask in (questions, placed_questions) for q in ask(scene, rng(index))]
         said += [expression for expression, _ in referring_expressions(scene, rng(index))]
         assert not [name for name in HELD_OUT_NAMES if name in " ".join(said)]
 
@@ -205,6 +227,49 @@ def test_referring_expressions_name_one_object():
                 assert the(scene, text.removeprefix("the ")) == i
 
 
+def read_back(description):
+    """The scene that a full caption tells of."""
+    found = re.findall(rf"(small|large) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}) {AT}", description)
+    cells = [divmod(LOCATIONS.index(place), 3) for *_, place in found]
+    return Scene(
+        tuple(
+            thing(color, shape, size, x=(column + 0.5) / 3, y=(row + 0.5) / 3)
+            for (size, color, shape, _), (row, column) in zip(found, cells, strict=True)
+        ),
+        PLAIN,
+    )
+
+
+def test_told_scenes_answer_their_questions():
+    for index in range(150):
+        text, asked = told_scene(index)
+        assert (text, asked) == told_scene(index)
+        assert len(asked) >= 5
+        for q in asked:
+            assert answer_of(read_back(text), q.question)[0] == q.answer, (text, q)
+
+
+def test_questions_without_colors_are_the_same_in_any_paint():
+    scene = Scene(
+        (thing("red", "ring", x=0.2, y=0.2), thing("blue", "star", "small", x=0.8, y=0.8, radius=0.08)), PLAIN
+    )
+    said = {q.question for number in range(100) for q in without_colors(questions(scene, rng(number)))}
+    assert {"How many rings are there?", "Where is the star?"} <= said
+    assert [text for text in said if text.startswith("Is the ")]
+    assert not [text for text in said if any(color in text for color in COLORS) or text.startswith("What is at")]
+    assert not [text for text in said if "color" in text]
+
+
+def test_drawn_questions_are_of_all_kinds_and_different():
+    scene = sample_scene("train", 1)
+    asked = questions(scene, rng())
+    drawn = draw_questions(asked, rng(), len(asked) + 5)
+    assert sorted(q.question for q in drawn) == sorted(q.question for q in asked)
+    kinds = Counter(draw_questions(asked, rng(number), 1)[0].kind for number in range(1000))
+    assert set(kinds) == {q.kind for q in asked}
+    assert max(kinds.values()) < 1.4 * min(kinds.values())
+
+
 def test_text_dialogues_can_be_answered_from_the_text():
     """Reads the description back and answers the questions from what it says alone."""
     dialogues = 0
@@ -215,15 +280,7 @@ def test_text_dialogues_can_be_answered_from_the_text():
             continue
         dialogues += 1
         description, *turns = text.split(" Question: ")
-        found = re.findall(rf"(small|large) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}) {AT}", description)
-        cells = [divmod(LOCATIONS.index(place), 3) for *_, place in found]
-        told = Scene(
-            tuple(
-                thing(color, shape, size, x=(column + 0.5) / 3, y=(row + 0.5) / 3)
-                for (size, color, shape, _), (row, column) in zip(found, cells, strict=True)
-            ),
-            PLAIN,
-        )
+        told = read_back(description)
         for turn in turns:
             question, answer = turn.split(" Answer: ")
             assert re.search(rf"\b{answer_of(told, question)[0]}\b", answer, re.IGNORECASE), text

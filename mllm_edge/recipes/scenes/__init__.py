@@ -14,9 +14,18 @@ from mllm_edge.recipes.scenes.model import (
     SceneObject,
 )
 from mllm_edge.recipes.scenes.phrases import LOCATIONS, referring_expressions
-from mllm_edge.recipes.scenes.questions import QUESTION_KINDS, SHORT, Question, held_out_questions, questions
+from mllm_edge.recipes.scenes.questions import (
+    QUESTION_KINDS,
+    SHORT,
+    Question,
+    draw_questions,
+    held_out_questions,
+    placed_questions,
+    questions,
+    without_colors,
+)
 from mllm_edge.recipes.scenes.sampling import SPLITS, sample_scene, split_of
-from mllm_edge.recipes.scenes.story import scene_text
+from mllm_edge.recipes.scenes.story import scene_text, told_scene
 
 __all__ = [
     "COLORS",
@@ -37,14 +46,18 @@ __all__ = [
     "SceneObject",
     "boxes",
     "caption",
+    "draw_questions",
     "edit",
     "grounded_caption",
     "held_out_questions",
     "masks",
+    "placed_questions",
     "questions",
     "referring_expressions",
     "render",
     "sample_scene",
     "scene_text",
     "split_of",
+    "told_scene",
+    "without_colors",
 ]

@@ -1,6 +1,6 @@
 """Questions about scenes whose answers are certain."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 
@@ -51,6 +51,10 @@ class Question:
     sentence: str
     target: int | None
 
+    def asked(self, short: bool) -> tuple[str, str]:
+        """Returns question and answer as a turn of a dialogue: `short` asks for a word or phrase."""
+        return (self.question + SHORT, self.answer) if short else (self.question, self.sentence)
+
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """Returns questions of every kind that the scene allows.
@@ -69,6 +73,44 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """
     makers = (_whats, _colors, _counts, _wheres, _existences, _relations)
     return _distinct([question for make in makers for question in make(scene, rng)])
+
+
+def placed_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    """Returns questions on the shape alone and the color alone of whatever is at a place.
+
+    They part what "What is at the top left?" asks for at once.
+
+    Args:
+        scene: The scene.
+        rng: Chooses templates.
+
+    Returns:
+        Questions of the kinds "what" and "color" about each object that is alone at its place.
+    """
+    found = []
+    for place, index in sole_occupants(scene).items():
+        item, name = scene.objects[index], f"object {at_location(place)}"
+        text = pick(rng, ("What shape is the {}?", "Which shape is the {}?")).format(name)
+        found.append(Question("what", text, item.shape, f"The {name} is {with_article(item.shape)}.", index))
+        text = pick(rng, ("What color is the {}?", "What is the color of the {}?")).format(name)
+        found.append(Question("color", text, item.color, f"The {name} is {item.color}.", index))
+    return found
+
+
+def draw_questions(asked: Sequence[Question], rng: np.random.Generator, number: int) -> list[Question]:
+    """Returns up to `number` different questions, each kind as likely: a scene allows many more of some kinds."""
+    left = list(asked)
+    drawn: list[Question] = []
+    while left and len(drawn) < number:
+        kind = pick(rng, sorted({question.kind for question in left}))
+        drawn.append(pick(rng, [question for question in left if question.kind == kind]))
+        left.remove(drawn[-1])
+    return drawn
+
+
+def without_colors(asked: Sequence[Question]) -> list[Question]:
+    """Returns the questions that neither name a color nor are answered by one."""
+    return [q for q in asked if not any(color in f"{q.question} {q.sentence}" for color in COLORS)]
 
 
 def held_out_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:

@@ -8,7 +8,7 @@ from mllm_edge.recipes.scenes.captions import caption, full_caption
 from mllm_edge.recipes.scenes.edits import edit
 from mllm_edge.recipes.scenes.model import Scene, pick, shuffled
 from mllm_edge.recipes.scenes.phrases import cell_center
-from mllm_edge.recipes.scenes.questions import questions
+from mllm_edge.recipes.scenes.questions import Question, draw_questions, questions
 from mllm_edge.recipes.scenes.sampling import is_legible, sample_scene
 
 _STREAM = 77  # sets the choice of words apart from the choice of the scene, which has the same index
@@ -43,6 +43,25 @@ def scene_text(index: int, seed: int = 0) -> str:
     change = edit(scene, rng)
     before, after = full_caption(scene, rng), full_caption(change.after, rng)
     return f"Before: {before} Instruction: {change.instruction} After: {after}"
+
+
+def told_scene(index: int, seed: int = 0) -> tuple[str, list[Question]]:
+    """Tells one scene of the train split in full.
+
+    Args:
+        index: Number of the scene, from 0.
+        seed: Another seed gives another series.
+
+    Returns:
+        A caption that says all there is to know, and questions that it answers, each kind as likely.
+
+    Raises:
+        ValueError: The index or seed is negative.
+    """
+    scene = _snapped(sample_scene("train", index, seed))
+    rng = np.random.default_rng(np.random.SeedSequence([seed, _STREAM + 1, index]))
+    asked = questions(scene, rng)
+    return full_caption(scene, rng), draw_questions(asked, rng, len(asked))
 
 
 def _dialogue(scene: Scene, rng: np.random.Generator) -> str:
