@@ -17,7 +17,7 @@ import typer
 import mllm_edge
 from mllm_edge.errors import BadInput, MissingPackage, OutOfTolerance
 from mllm_edge.options import BundleFolder, Common, Decoding, Loading, NoVerifyHash, Pictures, register
-from mllm_edge.show import Screen
+from mllm_edge.show import Interrupted, Screen
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -35,7 +35,7 @@ app = typer.Typer(
     "usage or input.",
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: drawing boxes with rich would double the time of --help,
+    rich_markup_mode=None,  # plain help: drawing boxes with rich would double the time of --help
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -322,17 +322,30 @@ def _shown(screen: Screen, items: Iterator[str | Answer], show: bool) -> Answer:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. The only place where any error is caught."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    screen = Screen(**{field.name: f"--{field.name}" in words for field in dataclasses.fields(Common)})
+    options = words[: words.index("--")] if "--" in words else words
+    screen = Screen(**{field.name: f"--{field.name}" in options for field in dataclasses.fields(Common)})
     try:
         code = typer.main.get_command(app).main(words, "mllm-edge", standalone_mode=False, obj=screen)
+        sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except UsageError as error:
         return screen.error(BadInput(_usage(error)))
+    except KeyboardInterrupt:  # before or behind the command itself
+        return screen.error(Interrupted("interrupted"))
     except BrokenPipeError:  # the reader of stdout has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 1
     except Exception as error:  # noqa: BLE001  the boundary: whatever it is becomes one line
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk behind stdout
+            _drop_stdout()
         return screen.error(error)
+
+
+def _drop_stdout() -> None:
+    """What is still buffered cannot be written; Python would try once more at its end, with a traceback."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage(error: Exception) -> str:

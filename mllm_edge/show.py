@@ -92,7 +92,8 @@ class Screen:
             line = f"{type(error).__name__}: {line}; run it again with --debug for the traceback"
         print(line if isinstance(error, Interrupted) else f"error: {line}", file=self._err)
         if self.as_json and not self._answered:
-            self.result({"error": line, "exit_code": code})
+            with contextlib.suppress(OSError):  # stdout itself may be what failed
+                self.result({"error": line, "exit_code": code})
         return code
 
     def question(self, prompt: str) -> str | None:

@@ -488,3 +488,20 @@ def test_a_dialogue_on_a_terminal_survives_a_mistake(folder: Path, capsys: Any, 
     said = capsys.readouterr()
     assert said.err == "\nerror: nowhere.png does not exist; check the path\n"
     assert said.out.count("> ") == 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("words", [["systems"], ["systems", "--json"], ["--help"]])
+def test_a_full_disk_behind_stdout_is_one_line(words: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "mllm_edge", *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "No space left" in done.stderr
+
+
+def test_words_behind_two_dashes_are_no_options(call: Call, tmp_path: Path) -> None:
+    said = call("run", tmp_path / "none", "--", "--json")
+    assert said.code == 2
+    assert said.out == ""  # with --json an error would be a document on stdout

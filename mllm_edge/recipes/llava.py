@@ -43,8 +43,9 @@ from mllm_edge.runtime.images import load_image
 from mllm_edge.runtime.preprocess import preprocess
 
 DESCRIBE = ("Describe the picture.", "What do you see?", "What is in the picture?")
-DIALOGUES = 0.25  # share of pictures that get a conversation of several turns
+DIALOGUES = 0.15  # share of pictures that get a conversation of several turns
 REPAINTED = 0.25  # share of the others that are shown in colors without a name
+RELATIONS = 2  # of the questions about a picture; they are the last to be learned
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -84,9 +85,14 @@ def dialogue(scene: Scene, rng: np.random.Generator, turns: int) -> list[tuple[s
 
 def single_turns(scene: Scene, rng: np.random.Generator, number: int, colors: bool) -> list[tuple[str, str]]:
     """Up to `number` conversations of one turn each about the same scene; none speaks of colors without `colors`."""
-    asked = questions(scene, rng) + placed_questions(scene, rng)
-    asked = draw_questions(asked if colors else without_colors(asked), rng, number)
-    turns = [question.asked(short=rng.random() < 0.75) for question in asked]
+    # Worded twice, and fewer of scenes of few objects: else the kinds that ask once per object run out, and counts fill
+    # their place.
+    pool = questions(scene, rng) + questions(scene, rng) + placed_questions(scene, rng)
+    asked = list({q.question: q for q in (pool if colors else without_colors(pool))}.values())
+    number = min(number, 2 + 2 * len(scene.objects))
+    drawn = draw_questions([question for question in asked if question.is_relation], rng, RELATIONS)
+    drawn += draw_questions([question for question in asked if not question.is_relation], rng, number - len(drawn))
+    turns = [question.asked(short=rng.random() < 0.75) for question in drawn]
     if colors and rng.random() < 0.3:
         turns[-1] = str(rng.choice(DESCRIBE)), caption(scene, rng)
     return [("<image>\n" + question, answer) for question, answer in turns]

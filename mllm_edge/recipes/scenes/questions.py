@@ -51,6 +51,11 @@ class Question:
     sentence: str
     target: int | None
 
+    @property
+    def is_relation(self) -> bool:
+        """Whether it asks how two objects lie."""
+        return self.question.startswith("Is the ")
+
     def asked(self, short: bool) -> tuple[str, str]:
         """Returns question and answer as a turn of a dialogue: `short` asks for a word or phrase."""
         return (self.question + SHORT, self.answer) if short else (self.question, self.sentence)
