@@ -45,7 +45,10 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class StageEntry(FileEntry):
-    """One sub-network and the engine that runs it. Stages are wired to each other by tensor names."""
+    """One sub-network and the engine that runs it. Stages are wired to each other by tensor names.
+
+    `flops` counts the floating-point operations of its products; 0 where nobody counted.
+    """
 
     name: str
     engine: str
@@ -53,6 +56,7 @@ class StageEntry(FileEntry):
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     data_files: list[FileEntry] = field(default_factory=list)
+    flops: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ class LanguageModelEntry(FileEntry):
     """The stage that steps. `special_tokens` maps roles (bos, eos, ...) to ids.
 
     `state_positions` says, for a special token whose hidden state feeds another stage, whether the state is read where
-    the token stands ("at") or where it is predicted ("before").
+    the token stands ("at") or where it is predicted ("before"). `flops_per_token` counts the operations of the products
+    with weights, `bytes_per_token` the weights that one step reads; 0 where nobody counted.
     """
 
     name: str
@@ -87,6 +92,8 @@ class LanguageModelEntry(FileEntry):
     embedding: EmbeddingTable
     special_tokens: dict[str, int]
     state_positions: dict[str, str] = field(default_factory=dict)
+    flops_per_token: int = 0
+    bytes_per_token: int = 0
 
 
 @dataclass(frozen=True)

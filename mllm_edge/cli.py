@@ -265,6 +265,8 @@ def bench(
     options: dict[str, Any] = {"repeat": repeat, "image": image, "gen_tokens": gen_tokens}
     if len(bundles) == 1:
         threads = loading.threads or usable_cores()
+        options["limits"] = measuring.machine_limits(bundles[0])  # before the engines' threads are there
+        options["load_cold_ms"] = measuring.load_cold(bundles[0], lambda: loading.open(bundles[0]))
         with screen.steps() as report, loading.open(bundles[0]) as model:
             results = [measuring.measure(model, str(bundles[0]), threads=threads, report=report, **options)]
     else:
@@ -273,7 +275,29 @@ def bench(
     if draw:
         draw(results)
         screen.aside(f"times by stage: {plot}")
-    screen.result(measuring.document(results), measuring.render(results, form))
+    shown = measuring.render(results, form)
+    screen.result(measuring.document(results), measuring.colored(shown) if form == "md" and screen.in_color else shown)
+
+
+@verb("compare old.json new.json", "compare old.json new.json --fail-above 1.1")
+def compare(
+    screen: Screen,
+    old: Annotated[Path, typer.Argument(metavar="OLD.json", help="What `bench --json` wrote.", show_default=False)],
+    new: Annotated[Path, typer.Argument(metavar="NEW.json", help="The same of what is judged.", show_default=False)],
+    fail_above: Annotated[
+        float | None, typer.Option(metavar="RATIO", help="Exit with 1 where a median is that much worse.")
+    ] = None,
+) -> None:
+    """Ratios of two measurements. Above 1 is worse; their spread says what may be chance."""
+    from mllm_edge import bench as measuring
+
+    ratios = measuring.compare(old, new)
+    screen.result(
+        {"ratios": [dataclasses.asdict(ratio) for ratio in ratios]}, measuring.ratio_table(ratios, fail_above)
+    )
+    if fail_above is not None and (worse := [ratio for ratio in ratios if ratio.ratio > fail_above]):
+        named = ", ".join(f"{ratio.measure} of {ratio.bundle} ({ratio.ratio:.2f})" for ratio in worse)
+        raise OutOfTolerance(f"worse than {fail_above:g}: {named}; see the table")
 
 
 @verb("doctor", "doctor --json")

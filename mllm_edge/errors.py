@@ -14,7 +14,7 @@ class BadInput(MllmEdgeError):
 
 
 class OutOfTolerance(MllmEdgeError):
-    """A lowered stage differs from its PyTorch reference by more than the tolerance allows."""
+    """A measured value, of parity or of speed, is outside what is allowed."""
 
 
 class MissingPackage(MllmEdgeError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 import time
 import traceback
@@ -67,6 +68,11 @@ class Screen:
                     _console(self._out).print(part)
         self._out.flush()
         self._answered = True
+
+    @property
+    def in_color(self) -> bool:
+        """Whether people read stdout on a terminal that shows colors."""
+        return self._out.isatty() and not os.environ.get("NO_COLOR")
 
     def text(self, piece: str) -> None:
         """A piece of an answer, on stdout as it comes."""

@@ -16,7 +16,8 @@ from bundle_for_tests import write_bundle
 from PIL import Image
 
 import mllm_edge
-from mllm_edge import bench, cli
+from mllm_edge import bench, bundle, cli
+from mllm_edge.bench import forms, limits, runs
 from mllm_edge.errors import BadInput, MissingPackage
 from mllm_edge.runtime import Answer, Tokens
 from mllm_edge.runtime.stage import Step
@@ -60,8 +61,6 @@ class FakeModel:
 
 @pytest.fixture
 def fake(folder: Path) -> FakeModel:
-    from mllm_edge import bundle
-
     return FakeModel(bundle.read(folder))
 
 
@@ -71,11 +70,13 @@ def measured(model: Any, **options: Any) -> bench.Result:
 
 def test_the_first_repetition_does_not_count(fake: FakeModel) -> None:
     result = measured(fake)
-    assert result.first_token_ms == bench.Spread(min=10, median=30, p90=46)  # 46: between the two slowest of five
-    assert result.stages_ms["prefill"] == bench.Spread(5, 15, 23)
+    assert result.first_token_ms == bench.Spread(
+        min=10, median=30, p90=46, p99=49.6
+    )  # 46: between the two slowest of five
+    assert result.stages_ms["prefill"] == bench.Spread(5, 15, 23, 24.8)
     assert list(result.stages_ms) == ["preprocess", "vision_encoder", "prefill"]
     # 10 of the prompt's 11 positions are read, BOS is kept: 10 in 5, 10, 15, 20, 25 ms
-    assert result.prefill_tokens_per_s == bench.Spread(400, 666.667, 1600)
+    assert result.prefill_tokens_per_s == bench.Spread(400, 666.667, 1600, 1960)
     assert (result.repetitions, result.load_ms, result.environment.threads) == (5, 7.0, 3)
 
 
@@ -128,7 +129,7 @@ def test_a_picture_may_be_given(fake: FakeModel, tmp_path: Path) -> None:
 
 def test_forms_say_the_same(fake: FakeModel) -> None:
     one = measured(fake)
-    other = dataclasses.replace(one, bundle="b|b", stages_ms={"mask_decoder": bench.Spread(1, 2, 3)})
+    other = dataclasses.replace(one, bundle="b|b", stages_ms={"mask_decoder": bench.Spread(1, 2, 3, 4)})
     results = [one, other]
     assert json.loads(bench.render(results, "json")) == bench.document(results)
     lines = bench.render(results, "jsonl").splitlines()
@@ -141,7 +142,9 @@ def test_forms_say_the_same(fake: FakeModel) -> None:
     assert len({len(line) for line in table}) == 1
     assert "a.bundle" in table[0]
     assert "b\\|b" in table[0]  # a bar in a name does not end its cell
-    assert next(line for line in table if line.startswith("| prefill, ms")).split("|")[2].strip() == "15.0 (5.0, 23.0)"
+    assert next(line for line in table if line.startswith("| prefill, ms")).split("|")[2].strip() == (
+        "15.0 (5.0, 23.0, 24.8); 50 % of the time"
+    )
     with pytest.raises(BadInput):
         bench.render(results, "xml")
 
@@ -149,14 +152,14 @@ def test_forms_say_the_same(fake: FakeModel) -> None:
 def test_plot_is_a_png(fake: FakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = measured(fake)
     path = tmp_path / "stages.png"
-    bench.plotter(path)([one, dataclasses.replace(one, stages_ms={"mask_decoder": bench.Spread(1, 2, 3)})])
+    bench.plotter(path)([one, dataclasses.replace(one, stages_ms={"mask_decoder": bench.Spread(1, 2, 3, 4)})])
     with Image.open(path) as drawn:
         assert drawn.format == "PNG"
         assert drawn.width > 500
     for wrong in (tmp_path / "stages.txt", tmp_path / "no" / "stages.png"):
         with pytest.raises(BadInput):
             bench.plotter(wrong)
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(forms.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(MissingPackage):
         bench.plotter(path)
 
@@ -178,7 +181,7 @@ def test_errors_of_the_other_process_arrive(folder: Path, capsys: pytest.Capture
 
 def test_a_process_that_dies_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dead = SimpleNamespace(stdout="", returncode=-11)
-    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: dead)
+    monkeypatch.setattr(runs.subprocess, "run", lambda *_, **__: dead)
     with pytest.raises(mllm_edge.errors.MllmEdgeError, match="ended with code -11"):
         bench.measure_apart(folder, {})
 
@@ -189,5 +192,132 @@ def test_command_measures_one_bundle(folder: Path, capsys: pytest.CaptureFixture
     assert cli.main(words) == 0
     said = capsys.readouterr()
     assert "| vision_encoder, ms" in said.out
+    assert "GB/s" in said.out
+    assert "| load from disk, ms" in said.out
     assert "[2/2]" in said.err
     assert plot.is_file()
+
+
+MACHINE = bench.Limits(memory_gb_per_s=10.0, matmul_tflops=0.1)
+
+
+def test_shares_of_the_limit_are_the_hand_computed_ones(folder: Path) -> None:
+    manifest = bundle.read(folder)
+    # 2 GFLOP at 0.1 TFLOP/s take 20 ms; 1 GB at 10 GB/s takes 100 ms, so the second stage is bound by memory.
+    stages = [
+        dataclasses.replace(manifest.stages[0], name="one", flops=2_000_000_000, bytes=1000),
+        dataclasses.replace(manifest.stages[0], name="two", flops=2_000_000_000, bytes=1_000_000_000),
+    ]
+    counts = {"flops_per_token": 10_000_000, "bytes_per_token": 99_000_000}
+    lm = dataclasses.replace(manifest.language_model, **counts, layers=10, kv_width=250, hidden_width=500)
+    manifest = dataclasses.replace(manifest, stages=stages, language_model=lm)
+    times = {"preprocess": 1.0, "one": 40.0, "two": 125.0, "prefill": 100.0}
+    found = limits.shares(manifest, MACHINE, times, tokens=100, rate=50.0)
+    # Prefill: 100 x 10 MFLOP + 2 x 100^2 x 500 x 10 = 1.1 GFLOP = 11 ms. Decode: 99 MB + 100 x 10 kB = 100 MB = 10 ms.
+    assert found == {"one": 0.5, "two": 0.8, "prefill": 0.11, "decode": 0.5}
+    assert [stage for stage, share in found.items() if limits.is_low(stage, share)] == ["prefill"]
+
+
+def test_what_was_not_counted_has_no_share(folder: Path) -> None:
+    manifest = bundle.read(folder)
+    stages = [dataclasses.replace(stage, flops=0) for stage in manifest.stages]
+    lm = dataclasses.replace(manifest.language_model, flops_per_token=0)
+    manifest = dataclasses.replace(manifest, stages=stages, language_model=lm)
+    assert limits.shares(manifest, MACHINE, {"vision_encoder": 1.0, "prefill": 1.0}, 10, 1.0) == {}
+
+
+def test_a_stage_far_below_the_limit_is_marked(fake: FakeModel) -> None:
+    result = dataclasses.replace(measured(fake, limits=MACHINE), share_of_limit={"prefill": 0.1, "decode": 0.4})
+    told = bench.render([result], "md")
+    assert "10 % of the limit (!)" in told
+    assert "40 % of the limit (!)" not in told
+    assert "10.0 GB/s" in told
+    assert "\x1b[33m10 % of the limit (!)\x1b[0m" in bench.colored(told)
+
+
+def test_limits_are_measured() -> None:
+    found = limits.measure_limits()
+    assert 0.1 < found.memory_gb_per_s < 10_000
+    assert 0.001 < found.matmul_tflops < 1000
+
+
+def test_results_survive_their_document(fake: FakeModel) -> None:
+    result = measured(fake, limits=MACHINE, load_cold_ms=12.0)
+    document = json.loads(json.dumps(bench.document([result])))
+    assert bench.from_document(document, "a.json") == [result]
+    for wrong in ({}, [], {"results": [{}]}, {"results": [{**document["results"][0], "odd": 1}]}):
+        with pytest.raises(BadInput, match=r"a\.json"):
+            bench.from_document(wrong, "a.json")
+
+
+def test_a_cold_load_is_measured(folder: Path) -> None:
+    found = bench.load_cold(folder, lambda: mllm_edge.load(folder, threads=1))
+    assert found is None or found > 0
+
+
+def write_results(path: Path, *results: bench.Result) -> Path:
+    path.write_text(json.dumps(bench.document(results)))
+    return path
+
+
+@pytest.fixture
+def two_files(fake: FakeModel, tmp_path: Path) -> tuple[Path, Path]:
+    old = measured(fake)
+    new = dataclasses.replace(old, first_token_ms=bench.Spread(20, 60, 80, 90), load_ms=14.0)
+    return write_results(tmp_path / "old.json", old), write_results(tmp_path / "new.json", new)
+
+
+def test_ratios_are_above_one_where_it_is_worse(two_files: tuple[Path, Path]) -> None:
+    ratios = {ratio.measure: ratio for ratio in bench.compare(*two_files)}
+    first = ratios["time to first token, ms"]
+    assert (first.old, first.new, first.ratio) == (30, 60, 2.0)
+    assert (first.low, first.high) == (round(20 / 46, 4), 8.0)  # the fastest new over a slow old, and the reverse
+    assert ratios["load again, ms"].ratio == 2.0
+    assert ratios["prefill, ms"].ratio == 1.0
+    back = {ratio.measure: ratio for ratio in bench.compare(*reversed(two_files))}
+    assert back["time to first token, ms"].ratio == 0.5
+
+
+def test_half_the_rate_is_twice_as_bad(fake: FakeModel, tmp_path: Path) -> None:
+    one = measured(fake)
+    files = [
+        write_results(
+            tmp_path / f"{rate}.json",
+            dataclasses.replace(one, decode_tokens_per_s=bench.Spread(0.9 * rate, rate, 1.1 * rate, 1.1 * rate)),
+        )
+        for rate in (100.0, 50.0)
+    ]
+    decode = {ratio.measure: ratio for ratio in bench.compare(*files)}["decode, tokens/s"]
+    assert (decode.old, decode.new, decode.ratio) == (100, 50, 2.0)
+    assert decode.low < 2.0 < decode.high
+
+
+def test_compare_fails_above_a_ratio(two_files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["compare", *map(str, two_files)]
+    assert cli.main([*words, "--fail-above", "2.5"]) == 0
+    assert "WORSE" not in capsys.readouterr().out
+    assert cli.main([*words, "--fail-above", "1.5"]) == 1
+    said = capsys.readouterr()
+    assert "WORSE" in said.out
+    assert said.err.startswith("error: worse than 1.5: time to first token, ms of a.bundle (2.00)")
+    assert cli.main([*words, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["ratios"]) >= 8
+
+
+def test_compare_names_the_file_that_is_wrong(two_files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = two_files[0].parent / "wrong.json"
+    for text in ("{", "{}", '{"results": 3}'):
+        wrong.write_text(text)
+        assert cli.main(["compare", str(two_files[0]), str(wrong)]) == 2
+        assert "wrong.json" in capsys.readouterr().err
+    assert cli.main(["compare", str(two_files[0]), "nowhere.json"]) == 2
+    assert "nowhere.json" in capsys.readouterr().err
+
+
+def test_bundles_are_compared_by_name(fake: FakeModel, tmp_path: Path) -> None:
+    one = measured(fake)
+    other, odd = (dataclasses.replace(one, bundle=name) for name in ("b.bundle", "c.bundle"))
+    both = write_results(tmp_path / "two.json", one, other)
+    assert {r.bundle for r in bench.compare(both, write_results(tmp_path / "b.json", other))} == {"b.bundle"}
+    with pytest.raises(BadInput, match="in common"):
+        bench.compare(both, write_results(tmp_path / "c.json", odd))

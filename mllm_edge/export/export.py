@@ -15,10 +15,11 @@ import mllm_edge
 from mllm_edge import bundle, models
 from mllm_edge.bundle import EmbeddingTable, LanguageModelEntry, Manifest, StageEntry
 from mllm_edge.errors import BadInput
+from mllm_edge.export.cost import BYTES_PER_WEIGHT, stage_flops, weight_count
 from mllm_edge.export.gguf import export_language_model
 from mllm_edge.export.onnx import PRECISIONS, export_stage
 from mllm_edge.export.samples import Samples, pictures
-from mllm_edge.export.verify import PICTURES, require, verify, weight_count
+from mllm_edge.export.verify import PICTURES, require, verify
 from mllm_edge.export.workplace import Finished, Workplace, disk_full_explained
 from mllm_edge.models.interface import Checkpoint, ExportPlan, LanguageModelExport, LlamaDims, StageExport
 
@@ -26,7 +27,6 @@ log = logging.getLogger(__name__)
 
 DEFAULT_PRECISION = {"cpu": "fp32", "cuda": "fp16"}
 CALIBRATION_PICTURES = {"fp32": 0, "fp16": 8, "int8": 32}  # other pictures than those of the verification
-BYTES_PER_WEIGHT = {"f32": 4.0, "f16": 2.0, "q8_0": 1.07, "q6_k": 0.83, "q5_k_m": 0.72, "q4_k_m": 0.62}
 
 # (step, its number from 1, how many there are, seconds that it took or None when it begins)
 Report = Callable[[str, int, int, "float | None"], None]
@@ -177,13 +177,15 @@ class _Job:
             samples = Samples(self.plan, pictures(CALIBRATION_PICTURES[precision], first=PICTURES))
             feeds = samples.inputs(stage) if precision != "fp32" else []
             data_files = export_stage(dataclasses.replace(stage, module=lambda: module), path, precision, feeds)
-            return Finished([self.place.entry(file) for file in (path, *data_files)])
+            details = {"flops": stage_flops(module, stage.inputs)}
+            return Finished([self.place.entry(file) for file in (path, *data_files)], details)
 
         shapes = [dataclasses.asdict(spec) for spec in (*stage.inputs, *stage.outputs)]
         pixels = [dataclasses.asdict(step) for step in self.plan.preprocessing]
         key = self._made_from(precision=precision, shapes=shapes, preprocessing=pixels)
         with self.clock.step(stage.name):
-            file, *data_files = self.place.step(stage.name, key, build).files
+            finished = self.place.step(stage.name, key, build)
+        file, *data_files = finished.files
         return StageEntry(
             **dataclasses.asdict(file),
             name=stage.name,
@@ -192,6 +194,7 @@ class _Job:
             inputs=stage.inputs,
             outputs=stage.outputs,
             data_files=data_files,
+            flops=finished.details["flops"],
         )
 
     def _language_model(self, lm: LanguageModelExport) -> LanguageModelEntry:

@@ -19,6 +19,7 @@ import numpy as np
 import mllm_edge
 from mllm_edge.bundle import EmbeddingTable, LanguageModelEntry, file_entry
 from mllm_edge.errors import BadInput, MllmEdgeError
+from mllm_edge.export.cost import product_weights
 from mllm_edge.export.tokenizer import UNUSED, Tokenizer, read_tokenizer
 from mllm_edge.models.interface import LanguageModelExport, LlamaDims
 from mllm_edge.runtime.llama_library import library, recent_errors
@@ -232,6 +233,7 @@ def _entry(lm: LanguageModelExport, path: Path, quant: str) -> LanguageModelEntr
     dims = lm.dims
     with _reader(path) as reader:
         table = next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
+        unread = 0 if dims.tied else int(table.n_bytes)  # a step looks up one row of it
         embedding = EmbeddingTable(table.tensor_type.name, int(table.data_offset), [dims.vocabulary, dims.width])
         types = Counter(tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1)
         block = SUPER_BLOCK if quant in K_QUANTS else gguf.GGML_QUANT_SIZES[DIRECT[quant][0]][0]
@@ -260,4 +262,6 @@ def _entry(lm: LanguageModelExport, path: Path, quant: str) -> LanguageModelEntr
         embedding=embedding,
         special_tokens=special,
         state_positions=lm.state_positions,
+        flops_per_token=2 * product_weights(dims),
+        bytes_per_token=path.stat().st_size - unread,
     )

@@ -19,6 +19,7 @@ import torch
 from mllm_edge import bundle, models
 from mllm_edge.bundle import Manifest, Parity
 from mllm_edge.errors import BadInput, MllmEdgeError, OutOfTolerance
+from mllm_edge.export.cost import weight_count
 from mllm_edge.export.same_tokens import assert_same_tokens
 from mllm_edge.export.samples import Samples, pictures
 from mllm_edge.models.interface import Checkpoint, ExportPlan, LlamaDims
@@ -130,13 +131,6 @@ def parity(name: str, measured: dict[str, float], tolerance: dict[str, float]) -
     """A row; not-a-number never passes."""
     passed = all(measured[k] >= limit if k in AT_LEAST else measured[k] <= limit for k, limit in tolerance.items())
     return Parity(name, passed, measured, tolerance)
-
-
-def weight_count(dims: LlamaDims) -> int:
-    """How many weights a decoder has; its norms are too few to count."""
-    attention = 2 * dims.width * dims.head_dim * (dims.heads + dims.kv_heads)
-    tables = (1 if dims.tied else 2) * dims.vocabulary * dims.width
-    return dims.layers * (attention + 3 * dims.width * dims.ffn_width) + tables
 
 
 def _context(plan: ExportPlan) -> int:

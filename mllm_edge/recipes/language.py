@@ -169,7 +169,8 @@ class LanguageTask:
         """Loss per token on texts past those of training, and the share of exact short answers about such texts
         (teacher-forced: every token of the answer is the most likely)."""
         device = next(self.model.parameters()).device
-        loss, exact = [], []
+        loss: list[float] = []
+        exact: list[float] = []
         for index in range(VALIDATION // 8, VALIDATION // 8 + samples):
             text, questions = told_scene(index, self.recipe.seed)
             asked = self._turn(text, *questions[0].asked(short=True))

@@ -1,0 +1,25 @@
+"""Speed and memory: measure bundles, compare measurements, plan for machines that are not at hand."""
+
+from mllm_edge.bench.forms import check_form, colored, plotter, ratio_table, render
+from mllm_edge.bench.ratios import compare
+from mllm_edge.bench.result import Environment, Limits, Result, Spread, document, from_document
+from mllm_edge.bench.runs import load_cold, machine_limits, measure, measure_apart
+
+__all__ = [
+    "Environment",
+    "Limits",
+    "Result",
+    "Spread",
+    "check_form",
+    "colored",
+    "compare",
+    "document",
+    "from_document",
+    "load_cold",
+    "machine_limits",
+    "measure",
+    "measure_apart",
+    "plotter",
+    "ratio_table",
+    "render",
+]

@@ -1,0 +1,82 @@
+"""How near a stage comes to what the machine allows: its roofline (Williams et al. 2009), measured on the spot.
+
+A stage cannot end before its weights are read from memory, nor before its products are computed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from mllm_edge.bench.result import Limits
+from mllm_edge.bundle import Manifest
+
+_BYTES = 1 << 28  # read for the memory's rate: past every cache
+_WIDTH = 2048  # of the square matrices for the products' rate
+_ROUNDS = 5
+
+# What well-tuned engines reach of the limit, per kind of stage: TinyChat and TensorRT Edge-LLM on Jetson for the
+# language model, EfficientViT-SAM for encoders (docs/benchmarks.md). Below half of it a stage is worth looking at.
+TARGETS = {"decode": 0.65, "prefill": 0.50}
+STAGE_TARGET = 0.40
+
+
+def measure_limits() -> Limits:
+    """Measure this machine's CPU: the best of some rounds, about a second in all, with the threads that BLAS takes."""
+    numbers = np.ones(_BYTES // 4, np.float32)
+    read = _fastest(lambda: np.dot(numbers, numbers))
+    matrix = np.ones((_WIDTH, _WIDTH), np.float32)
+    product = _fastest(lambda: matrix @ matrix)
+    return Limits(round(_BYTES / read / 1e9, 3), round(2 * _WIDTH**3 / product / 1e12, 4))
+
+
+def shares(
+    manifest: Manifest, limits: Limits, milliseconds: dict[str, float], tokens: int, rate: float
+) -> dict[str, float]:
+    """The part of the machine's limit that each stage reached.
+
+    Args:
+        manifest: of the bundle; stages whose operations it does not tell are left out.
+        limits: the machine's.
+        milliseconds: median time by stage, `prefill` among them.
+        tokens: that were prefilled, and stood in the KV cache while decoding.
+        rate: tokens decoded per second.
+    """
+    lm = manifest.language_model
+    found = {}
+    for stage in manifest.stages:
+        size = stage.bytes + sum(file.bytes for file in stage.data_files)
+        if stage.flops and milliseconds.get(stage.name):
+            found[stage.name] = _least_seconds(limits, stage.flops, size) * 1000 / milliseconds[stage.name]
+    if lm.flops_per_token:
+        attention = 2 * tokens**2 * lm.hidden_width * lm.layers  # scores and values, half of them masked
+        flops = tokens * lm.flops_per_token + attention
+        found["prefill"] = _least_seconds(limits, flops, lm.bytes_per_token) * 1000 / milliseconds["prefill"]
+        cache = tokens * kv_bytes_per_token(lm.layers, lm.kv_width)
+        found["decode"] = rate * _least_seconds(limits, lm.flops_per_token, lm.bytes_per_token + cache)
+    return {name: round(share, 4) for name, share in found.items()}
+
+
+def kv_bytes_per_token(layers: int, kv_width: int, bytes_per_number: float = 2) -> int:
+    """Keys and values of one token."""
+    return int(2 * layers * kv_width * bytes_per_number)
+
+
+def is_low(stage: str, share: float) -> bool:
+    """Whether a stage reaches less than half of what well-tuned engines do."""
+    return share < TARGETS.get(stage, STAGE_TARGET) / 2
+
+
+def _least_seconds(limits: Limits, flops: float, size: float) -> float:
+    return max(flops / (limits.matmul_tflops * 1e12), size / (limits.memory_gb_per_s * 1e9))
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(_ROUNDS):
+        begun = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds)

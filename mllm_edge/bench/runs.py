@@ -1,0 +1,217 @@
+"""Speed and memory of loaded bundles.
+
+Every repetition shows a picture that the model has not seen and asks after an unrelated prompt, so that each stage and
+the prefill really run. Decoding is timed on its own, for a given number of tokens whatever they say.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import mllm_edge
+from mllm_edge.bench.limits import measure_limits, shares
+from mllm_edge.bench.result import Environment, Limits, Result, Spread, from_document
+from mllm_edge.bundle import read
+from mllm_edge.errors import BadInput, MllmEdgeError
+from mllm_edge.runtime.answer import peak_rss
+from mllm_edge.runtime.images import load_image
+
+if TYPE_CHECKING:
+    from mllm_edge.runtime import Answer, Model
+    from mllm_edge.show import Report
+
+PROMPT = "Describe the picture."
+PICTURE_SIZE = 512
+ENGINES = ("onnxruntime", "onnxruntime-gpu", "llama-cpp-python")
+
+
+def measure(
+    model: Model,
+    name: str,
+    *,
+    threads: int,
+    load_cold_ms: float | None = None,
+    limits: Limits | None = None,
+    repeat: int = 5,
+    image: Path | None = None,
+    gen_tokens: int = 32,
+    report: Report = lambda *_: None,
+) -> Result:
+    """Measure a freshly loaded model, after one repetition that does not count.
+
+    Args:
+        model: the model; its peak memory is the process's.
+        name: what to call it in the result.
+        threads: how many it was loaded with, for the record.
+        load_cold_ms: what `load_cold` said.
+        limits: the machine's, to compare with; None leaves the comparison out.
+        repeat: measured repetitions.
+        image: the picture; by default a drawn scene.
+        gen_tokens: tokens to decode in each repetition.
+        report: told of each repetition.
+
+    Raises:
+        BadInput: an unusable picture or number, or more tokens than the context holds.
+    """
+    if repeat < 1 or gen_tokens < 1:
+        raise BadInput(f"{repeat} repetitions of {gen_tokens} tokens measure nothing; give at least 1 of each")
+    picture = _picture(image)
+    runs = []
+    for number in range(repeat + 1):
+        report(name, number + 1, repeat + 1, None)
+        begun = time.perf_counter()
+        runs.append(_once(model, _altered(picture, number), gen_tokens))
+        report(name, number + 1, repeat + 1, time.perf_counter() - begun)
+    environment = _environment(threads, model.manifest.target, limits)
+    return _result(model, name, gen_tokens, runs[1:], load_cold_ms, environment)
+
+
+def machine_limits(bundle: Path) -> Limits | None:
+    """The limits of the machine's CPU, None for a bundle that runs elsewhere."""
+    return measure_limits() if read(bundle, verify_hash=False).target == "cpu" else None
+
+
+def load_cold(bundle: Path, load: Callable[[], Model]) -> float | None:
+    """Milliseconds of loading a bundle whose files are not in the page cache.
+
+    Returns:
+        None where the system cannot be asked to forget a file.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return None
+    for entry in read(bundle, verify_hash=False).files():
+        with (bundle / entry.file).open("rb") as file:
+            os.fsync(file.fileno())  # what is not yet written would stay
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with load() as model:
+        return model.load_ms
+
+
+def measure_apart(bundle: Path, options: dict[str, Any]) -> Result:
+    """Measure a bundle in a process of its own, so that its peak memory is its own.
+
+    Args:
+        bundle: the folder.
+        options: of `mllm-edge bench`, by name.
+
+    Raises:
+        MllmEdgeError: what the other process said.
+    """
+    words = [sys.executable, "-m", "mllm_edge", "bench", str(bundle), "--json"]
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        words += [option] if value is True else [] if value in (None, False) else [option, str(value)]
+    child = subprocess.run(words, stdout=subprocess.PIPE, encoding="utf-8", check=False)
+    try:
+        told = json.loads(child.stdout)
+    except ValueError:
+        raise MllmEdgeError(f"measuring {bundle} ended with code {child.returncode}; measure it alone") from None
+    if child.returncode != 0:
+        raise (BadInput if child.returncode == BadInput.exit_code else MllmEdgeError)(told["error"])
+    return from_document(told, str(bundle))[0]
+
+
+def _picture(image: Path | None) -> NDArray[np.uint8]:
+    if image is not None:
+        return np.array(load_image(image))
+    from mllm_edge.recipes.scenes import render as draw
+    from mllm_edge.recipes.scenes import sample_scene
+
+    return draw(sample_scene("test", 0), PICTURE_SIZE)
+
+
+def _altered(picture: NDArray[np.uint8], number: int) -> NDArray[np.uint8]:
+    """The picture with another first pixel for each number, so that no cache knows it."""
+    altered = picture.copy()
+    altered[0, 0] = [number >> 16 & 255, number >> 8 & 255, number & 255]
+    return altered
+
+
+def _once(model: Model, picture: NDArray[np.uint8], gen_tokens: int) -> tuple[Answer, float]:
+    """One repetition: an answer of one token, and the seconds that decoding `gen_tokens` more took."""
+    decoder = model.language_model
+    # No prompt begins like the strings that end an answer, so nothing of the KV cache but BOS can be kept.
+    model.generate((*model.manifest.prompt.stop, ".")[0], raw=True, max_tokens=1)
+    answer = model.generate(PROMPT, picture, max_tokens=1)
+    if answer.tokens.prompt + gen_tokens > decoder.context:
+        raise BadInput(
+            f"{gen_tokens} tokens behind a prompt of {answer.tokens.prompt} do not fit the context of "
+            f"{decoder.context}; lower --gen-tokens"
+        )
+    begun = time.perf_counter()
+    token = answer.tokens.ids[0]
+    for _ in range(gen_tokens):
+        token = int(decoder.step(token).logits.argmax())
+    return answer, time.perf_counter() - begun
+
+
+def _result(
+    model: Model,
+    name: str,
+    gen_tokens: int,
+    runs: Sequence[tuple[Answer, float]],
+    load_cold_ms: float | None,
+    environment: Environment,
+) -> Result:
+    manifest, answers = model.manifest, [answer for answer, _ in runs]
+    tokens = answers[0].tokens
+    prefilled = tokens.prompt - (model.language_model.bos is not None)
+    stages = [stage for stage in answers[0].timings if stage not in ("load", "decode", "total")]
+    precisions = [*dict.fromkeys(stage.precision for stage in manifest.stages), manifest.language_model.precision]
+    stages_ms = {stage: _spread([answer.timings[stage] for answer in answers]) for stage in stages}
+    decode = _spread([gen_tokens / seconds for _, seconds in runs])
+    medians = {stage: spread.median for stage, spread in stages_ms.items()}
+    limits = environment.limits
+    return Result(
+        bundle=name,
+        system=manifest.system,
+        config=manifest.config,
+        precision=" + ".join(precisions),
+        size_mb=round(sum(entry.bytes for entry in manifest.files()) / 1e6, 3),
+        repetitions=len(runs),
+        prompt_tokens=tokens.prompt,
+        image_tokens=tokens.image,
+        generated_tokens=gen_tokens,
+        load_cold_ms=None if load_cold_ms is None else round(load_cold_ms, 3),
+        load_ms=round(model.load_ms, 3),
+        stages_ms=stages_ms,
+        first_token_ms=_spread([answer.timings["total"] for answer in answers]),
+        prefill_tokens_per_s=_spread([1000 * prefilled / answer.timings["prefill"] for answer in answers]),
+        decode_tokens_per_s=decode,
+        peak_rss_mb=peak_rss(),
+        share_of_limit=shares(manifest, limits, medians, prefilled, decode.median) if limits else {},
+        environment=environment,
+    )
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(*(round(float(np.percentile(values, share)), 3) for share in (0, 50, 90, 99)))
+
+
+def _environment(threads: int, target: str, limits: Limits | None) -> Environment:
+    from mllm_edge.doctor import cpu_name, version
+    from mllm_edge.runtime.llama_library import library
+
+    engines = {engine: found for engine in ENGINES if (found := version(engine))}
+    versions = {"mllm-edge": mllm_edge.__version__, **engines}
+    return Environment(
+        cpu=cpu_name(),
+        threads=threads,
+        target=target,
+        system=platform.platform(),
+        python=platform.python_version(),
+        versions=versions,
+        build=library().llama_print_system_info().decode().strip(),
+        limits=limits,
+    )

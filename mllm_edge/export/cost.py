@@ -1,0 +1,53 @@
+"""What stages and language models cost, from their shapes alone: operations, weights, bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mllm_edge.models.interface import Checkpoint, LlamaDims
+
+if TYPE_CHECKING:
+    from mllm_edge.bundle import TensorSpec
+
+BYTES_PER_WEIGHT = {"f32": 4.0, "f16": 2.0, "q8_0": 1.07, "q6_k": 0.83, "q5_k_m": 0.72, "q4_k_m": 0.62}
+STAGE_BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0}
+
+
+def weight_count(dims: LlamaDims) -> int:
+    """How many weights a decoder has; its norms are too few to count."""
+    return product_weights(dims) + (0 if dims.tied else dims.vocabulary * dims.width)
+
+
+def product_weights(dims: LlamaDims) -> int:
+    """The weights that every token is multiplied with: all but the embedding table, which only the head may share."""
+    attention = 2 * dims.width * dims.head_dim * (dims.heads + dims.kv_heads)
+    return dims.layers * (attention + 3 * dims.width * dims.ffn_width) + dims.vocabulary * dims.width
+
+
+def stage_flops(module: nn.Module, inputs: list[TensorSpec]) -> int:
+    """Floating-point operations of a module's matrix products and convolutions, two per multiplication.
+
+    Nothing is computed: weights and inputs are shapes.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shapes = {name: tensor.to("meta") for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    feeds = [
+        torch.empty([int(size) for size in spec.shape], dtype=getattr(torch, spec.dtype), device="meta")
+        for spec in inputs
+    ]
+    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(module, shapes, tuple(feeds))
+    return int(counter.get_total_flops())
+
+
+def without_weights(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Checkpoint:
+    """The checkpoint with shapes in the place of its weights; build its stages under `torch.device("meta")`."""
+    tensors: dict[str, Tensor] = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return Checkpoint(
+        checkpoint.system, checkpoint.config, checkpoint.dims, tensors, checkpoint.tokenizer, checkpoint.source
+    )
