@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import os
 import sys
 import time
@@ -15,8 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import mllm_edge
-from mllm_edge.errors import BadInput, MissingPackage, OutOfTolerance
-from mllm_edge.options import BundleFolder, Common, Decoding, Loading, NoVerifyHash, Pictures, register
+from mllm_edge.errors import BadInput, OutOfTolerance
+from mllm_edge.options import (
+    BundleFolder,
+    Common,
+    Decoding,
+    Loading,
+    NoVerifyHash,
+    Pictures,
+    app,
+    needs,
+    verb,
+)
 from mllm_edge.show import Interrupted, Screen
 
 if TYPE_CHECKING:
@@ -27,30 +35,6 @@ if TYPE_CHECKING:
 
 # What typer raises for a wrong command line. Its home moved between typer's versions, its place above BadParameter not.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-
-app = typer.Typer(
-    name="mllm-edge",
-    help="Multimodal LLMs from a recipe or a public checkpoint to the machine they must run on.",
-    epilog="Every command takes --json, --quiet and --debug. Exit codes: 0 done, 1 failed or out of tolerance, 2 bad "
-    "usage or input.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: drawing boxes with rich would double the time of --help
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-verb = functools.partial(register, app)
-
-
-@contextlib.contextmanager
-def needs(extra: str) -> Iterator[None]:
-    """Turn a library that is not installed into the line that installs it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("mllm_edge"):
-            raise
-        raise MissingPackage(error.name or "a package", extra) from None
 
 
 def _manifest(folder: Path) -> Manifest:
@@ -241,65 +225,6 @@ def chat(screen: Screen, loading: Loading, decoding: Decoding, bundle: BundleFol
         screen.result({"turns": turns})
 
 
-@verb("bench my.bundle", "bench fp32.bundle int8.bundle -r 20 -o csv --plot stages.png")
-def bench(
-    screen: Screen,
-    loading: Loading,
-    bundles: Annotated[
-        list[Path],
-        typer.Argument(metavar="BUNDLE", help="Bundles, each measured in a process of its own.", show_default=False),
-    ],
-    repeat: Annotated[int, typer.Option("-r", "--repeat", help="Measured repetitions.")] = 5,
-    image: Annotated[Path | None, typer.Option(metavar="FILE", help="By default a drawn one.")] = None,
-    gen_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
-    form: Annotated[str, typer.Option("-o", "--output", metavar="md|csv|json|jsonl", help="The result's form.")] = "md",
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the times by stage.")] = None,
-) -> None:
-    """Measure speed and memory. Times by stage, time to first token, tokens per second, peak memory."""
-    from mllm_edge import bench as measuring
-    from mllm_edge.runtime.threads import usable_cores
-
-    form = "json" if screen.as_json else form
-    measuring.check_form(form)
-    draw = measuring.plotter(plot) if plot else None
-    options: dict[str, Any] = {"repeat": repeat, "image": image, "gen_tokens": gen_tokens}
-    if len(bundles) == 1:
-        threads = loading.threads or usable_cores()
-        options["limits"] = measuring.machine_limits(bundles[0])  # before the engines' threads are there
-        options["load_cold_ms"] = measuring.load_cold(bundles[0], lambda: loading.open(bundles[0]))
-        with screen.steps() as report, loading.open(bundles[0]) as model:
-            results = [measuring.measure(model, str(bundles[0]), threads=threads, report=report, **options)]
-    else:
-        options |= {**vars(loading), "quiet": screen.quiet, "debug": screen.debug}
-        results = [measuring.measure_apart(bundle, options) for bundle in bundles]
-    if draw:
-        draw(results)
-        screen.aside(f"times by stage: {plot}")
-    shown = measuring.render(results, form)
-    screen.result(measuring.document(results), measuring.colored(shown) if form == "md" and screen.in_color else shown)
-
-
-@verb("compare old.json new.json", "compare old.json new.json --fail-above 1.1")
-def compare(
-    screen: Screen,
-    old: Annotated[Path, typer.Argument(metavar="OLD.json", help="What `bench --json` wrote.", show_default=False)],
-    new: Annotated[Path, typer.Argument(metavar="NEW.json", help="The same of what is judged.", show_default=False)],
-    fail_above: Annotated[
-        float | None, typer.Option(metavar="RATIO", help="Exit with 1 where a median is that much worse.")
-    ] = None,
-) -> None:
-    """Ratios of two measurements. Above 1 is worse; their spread says what may be chance."""
-    from mllm_edge import bench as measuring
-
-    ratios = measuring.compare(old, new)
-    screen.result(
-        {"ratios": [dataclasses.asdict(ratio) for ratio in ratios]}, measuring.ratio_table(ratios, fail_above)
-    )
-    if fail_above is not None and (worse := [ratio for ratio in ratios if ratio.ratio > fail_above]):
-        named = ", ".join(f"{ratio.measure} of {ratio.bundle} ({ratio.ratio:.2f})" for ratio in worse)
-        raise OutOfTolerance(f"worse than {fail_above:g}: {named}; see the table")
-
-
 @verb("doctor", "doctor --json")
 def doctor(screen: Screen) -> None:
     """Say what this machine has and lacks. What is missing comes with the line that installs it."""
@@ -341,6 +266,9 @@ def _shown(screen: Screen, items: Iterator[str | Answer], show: bool) -> Answer:
         if show:
             screen.text(item)
     raise AssertionError("a stream ends with an Answer")
+
+
+from mllm_edge import cli_bench  # noqa: E402, F401  its commands come behind those above
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -104,7 +104,7 @@ def examine() -> Findings:
         cpu=cpu_name(),
         cores=usable_cores(),
         features=_features(),
-        memory=_memory(),
+        memory=memory(),
         disk_free=round(shutil.disk_usage(Path.cwd()).free / 1e6),
         gpus=gpus,
         jetson=_jetson(),
@@ -247,7 +247,7 @@ def _features() -> list[str]:
     return [feature for feature in FEATURES if feature in flags]
 
 
-def _memory() -> dict[str, float]:
+def memory() -> dict[str, float]:
     """RAM and swap in MB, where the system says so (Linux)."""
     fields = dict(re.findall(r"^(\w+):\s+(\d+) kB$", _read(MEMINFO), re.MULTILINE))
     names = {"total": "MemTotal", "available": "MemAvailable", "swap": "SwapTotal", "free_swap": "SwapFree"}

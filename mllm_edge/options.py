@@ -1,11 +1,13 @@
-"""Options that commands share, and how a function becomes a command."""
+"""The command line's frame: the app, options that commands share, and how a function becomes a command."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,9 +15,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import mllm_edge
+from mllm_edge.errors import MissingPackage
 
 if TYPE_CHECKING:
     from mllm_edge.runtime import Model
+
+app = typer.Typer(
+    name="mllm-edge",
+    help="Multimodal LLMs from a recipe or a public checkpoint to the machine they must run on.",
+    epilog="Every command takes --json, --quiet and --debug. Exit codes: 0 done, 1 failed or out of tolerance, 2 bad "
+    "usage or input.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: drawing boxes with rich would double the time of --help
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.", show_default=False)]
 Pictures = Annotated[list[Path] | None, typer.Option("--image", metavar="FILE", help="A picture; may be repeated.")]
@@ -102,6 +116,20 @@ def register(app: typer.Typer, *examples: str) -> Callable[[Command], Command]:
         return function
 
     return decorate
+
+
+verb = functools.partial(register, app)
+
+
+@contextlib.contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Turn a library that is not installed into the line that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("mllm_edge"):
+            raise
+        raise MissingPackage(error.name or "a package", extra) from None
 
 
 def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:

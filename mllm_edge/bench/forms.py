@@ -22,6 +22,8 @@ from mllm_edge.errors import BadInput, MissingPackage
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from mllm_edge.bench.plan import Plan
+
 FORMS = ("md", "csv", "json", "jsonl")
 LOW = " (!)"  # marks a stage that is far below the limit
 
@@ -177,3 +179,32 @@ def _plot(results: Sequence[Result], path: Path) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def plan_tables(plan: Plan) -> list[Table]:
+    """A plan for people: memory, then times."""
+    from mllm_edge.show import pairs, size, table
+
+    device, settings = plan.device, plan.settings
+    rows = {
+        "model": f"{plan.system} {plan.config}, {settings.precision} + {settings.quant}",
+        "machine": f"{device.title}: {device.memory_gb:.1f} GB, of which {plan.free_gb:.1f} GB are for the model; "
+        f"{device.memory_gb_per_s:g} GB/s, {device.tflops:g} TFLOP/s",
+        "files": ", ".join(f"{name} {size(gb * 1e9)}" for name, gb in plan.files_gb.items()),
+        "memory when loaded": f"{plan.load_gb:.2f} GB",
+        f"with {settings.context} tokens": f"{plan.full_context_gb:.2f} GB (KV cache {settings.kv_type})",
+        "fits": "yes" if plan.fits else f"NO: {plan.advice}",
+    }
+    numbers = ["GFLOP", "reads", "limit, ms", "expected, ms"]
+    with_measured = any(part.measured_ms is not None for part in plan.parts)
+    numbers += ["measured, ms", "expected / measured"] * with_measured
+    times = table(f"times, {plan.prompt_tokens} tokens of prompt", "stage", *numbers, right=numbers)
+    for part in plan.parts:
+        cells = [f"{part.gflop:.1f}", size(part.bytes), f"{part.limit_ms:.1f}", f"{part.expected_ms:.1f}"]
+        if with_measured:
+            known = part.measured_ms
+            cells += ["", ""] if known is None else [f"{known:.1f}", f"{part.expected_ms / known:.2f}"]
+        times.add_row(part.name if part.name != "decode" else "decode, a token", *cells)
+    limit, expected = plan.first_token_ms
+    times.add_row("time to first token", "", "", f"{limit:.1f}", f"{expected:.1f}", *[""] * (2 * with_measured))
+    return [pairs("plan", rows), times]

@@ -35,7 +35,7 @@ def compare(old: Path, new: Path) -> list[Ratio]:
     Raises:
         BadInput: a file that is no result of `bench`, or nothing in common.
     """
-    before, after = _read(old), _read(new)
+    before, after = read_results(old), read_results(new)
     if len(before) == len(after) == 1:
         pairs = [(before[0], after[0])]
     else:
@@ -46,7 +46,12 @@ def compare(old: Path, new: Path) -> list[Ratio]:
     return [ratio for pair in pairs for ratio in _ratios(*pair)]
 
 
-def _read(path: Path) -> list[Result]:
+def read_results(path: Path) -> list[Result]:
+    """What `mllm-edge bench --json` wrote.
+
+    Raises:
+        BadInput: it cannot be read, or is something else.
+    """
     try:
         return from_document(json.loads(path.read_text(encoding="utf-8")), str(path))
     except (OSError, ValueError) as error:

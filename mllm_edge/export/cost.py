@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from mllm_edge.export.checkpoint import Tensors
 from mllm_edge.models.interface import Checkpoint, LlamaDims
 
 if TYPE_CHECKING:
@@ -45,9 +46,9 @@ def stage_flops(module: nn.Module, inputs: list[TensorSpec]) -> int:
     return int(counter.get_total_flops())
 
 
-def without_weights(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Checkpoint:
+def without_weights(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with shapes in the place of its weights; build its stages under `torch.device("meta")`."""
-    tensors: dict[str, Tensor] = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    return Checkpoint(
-        checkpoint.system, checkpoint.config, checkpoint.dims, tensors, checkpoint.tokenizer, checkpoint.source
-    )
+    tensors = checkpoint.tensors
+    shape = tensors.shape if isinstance(tensors, Tensors) else lambda name: tuple(tensors[name].shape)
+    shapes = Tensors(list(tensors), lambda name: torch.empty(shape(name), device="meta"), shape)
+    return dataclasses.replace(checkpoint, tensors=shapes)

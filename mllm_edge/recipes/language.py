@@ -26,13 +26,15 @@ from mllm_edge.recipes.conversation import (
     visibility,
 )
 from mllm_edge.recipes.recipe import Recipe
-from mllm_edge.recipes.scenes import SHORT, scene_text, told_scene
+from mllm_edge.recipes.scenes import SHORT, pick, scene_text, told_scene
 from mllm_edge.recipes.weights import save_part
 
 TOKENIZER = "tokenizer.model"
+DESCRIBE = ("Describe the picture.", "What do you see?", "What is in the picture?")
+DESCRIBED = 0.3  # share of scenes of which a description is asked too
 CORPUS = 2_000  # texts that the tokenizer is trained on
 VALIDATION = 10_000_000  # texts from here on are never trained on
-ASKED = 0.7  # share of samples that are questions about a text; the others are texts
+ASKED = 0.85  # share of samples that are questions about a text; the others are texts
 
 
 def train_tokenizer(path: Path, size: int, texts: Iterator[str]) -> None:
@@ -131,6 +133,8 @@ class LanguageTask:
         template = self.prompt.first.format(system=self.prompt.system, text=SHORT.strip())
         for index in range(CORPUS):
             yield scene_text(index, self.recipe.seed)
+            if index % 4 == 0:
+                yield told_scene(index, self.recipe.seed, other_names=True)[0]
             if index % 20 == 0:
                 yield template
         yield string.ascii_letters + string.digits + string.punctuation
@@ -143,10 +147,11 @@ class LanguageTask:
         return self._asked(index, rng) if rng.random() < ASKED else self._told(index)
 
     def _asked(self, index: int, rng: np.random.Generator) -> Sample:
-        text, questions = told_scene(index, self.recipe.seed)
-        return share_prefix(
-            [self._turn(text, *question.asked(short=rng.random() < 0.75)) for question in questions[: self.questions]]
-        )
+        text, questions = told_scene(index, self.recipe.seed, other_names=True)
+        turns = [question.asked(short=rng.random() < 0.75) for question in questions[: self.questions]]
+        if rng.random() < DESCRIBED:
+            turns[-1] = pick(rng, DESCRIBE), text
+        return share_prefix([self._turn(text, *turn) for turn in turns])
 
     def _turn(self, text: str, question: str, answer: str) -> Sample:
         turns = [(f"{text}\n{question}", answer)]

@@ -26,13 +26,20 @@ from mllm_edge.recipes.conversation import (
     visibility,
 )
 from mllm_edge.recipes.encoder import pixels, repaint
-from mllm_edge.recipes.language import TOKENIZER, plain_attention, sentencepiece_vocabulary
+from mllm_edge.recipes.language import (
+    DESCRIBE,
+    DESCRIBED,
+    TOKENIZER,
+    plain_attention,
+    sentencepiece_vocabulary,
+)
 from mllm_edge.recipes.readers import Conversation, read_llava
 from mllm_edge.recipes.recipe import LoraSettings, Recipe
 from mllm_edge.recipes.scenes import (
     Scene,
     caption,
     draw_questions,
+    pick,
     placed_questions,
     questions,
     sample_scene,
@@ -42,7 +49,6 @@ from mllm_edge.recipes.weights import read_part, save_part
 from mllm_edge.runtime.images import load_image
 from mllm_edge.runtime.preprocess import preprocess
 
-DESCRIBE = ("Describe the picture.", "What do you see?", "What is in the picture?")
 DIALOGUES = 0.15  # share of pictures that get a conversation of several turns
 REPAINTED = 0.25  # share of the others that are shown in colors without a name
 RELATIONS = 2  # of the questions about a picture; they are the last to be learned
@@ -77,8 +83,8 @@ def dialogue(scene: Scene, rng: np.random.Generator, turns: int) -> list[tuple[s
     description first. Only the first turn carries the picture."""
     asked = draw_questions(questions(scene, rng), rng, turns)
     result = [question.asked(short=rng.random() < 0.6) for question in asked]
-    if rng.random() < 0.3 or not result:
-        result.insert(0, (str(rng.choice(DESCRIBE)), caption(scene, rng)))
+    if rng.random() < DESCRIBED or not result:
+        result.insert(0, (pick(rng, DESCRIBE), caption(scene, rng)))
     first, *rest = result
     return [("<image>\n" + first[0], first[1]), *rest]
 
@@ -93,8 +99,8 @@ def single_turns(scene: Scene, rng: np.random.Generator, number: int, colors: bo
     drawn = draw_questions([question for question in asked if question.is_relation], rng, RELATIONS)
     drawn += draw_questions([question for question in asked if not question.is_relation], rng, number - len(drawn))
     turns = [question.asked(short=rng.random() < 0.75) for question in drawn]
-    if colors and rng.random() < 0.3:
-        turns[-1] = str(rng.choice(DESCRIBE)), caption(scene, rng)
+    if colors and rng.random() < DESCRIBED:
+        turns[-1] = pick(rng, DESCRIBE), caption(scene, rng)
     return [("<image>\n" + question, answer) for question, answer in turns]
 
 
@@ -105,7 +111,8 @@ class LlavaTask:
         torch.manual_seed(recipe.seed)
         self.recipe, self.stage = recipe, stage
         self.dims: LlavaDims = CONFIGS[recipe.config]
-        self.prompt = PROMPTS["plain" if stage == "pretrain" else self.dims.template]
+        plain = stage == "pretrain" and "conversations" in recipe.data  # captions alone, as LLaVA-1.5 has them
+        self.prompt = PROMPTS["plain" if plain else self.dims.template]
         self.turns = int(recipe.data.get("turns", 5))
         self.questions = int(recipe.data.get("questions", 8))
         self.tokenizer = Path(self._init("language_model")) / TOKENIZER
@@ -150,11 +157,9 @@ class LlavaTask:
             turns, pixel_values = self._from_file(self.conversations[index % len(self.conversations)])
         else:
             scene = sample_scene("train", index, self.recipe.seed)
-            if self.stage == "finetune" and rng.random() > DIALOGUES:
+            if self.stage == "pretrain" or rng.random() > DIALOGUES:
                 return self._asked(scene, rng)
-            pixel_values = pixels(scene, self.dims)
-            pretrain = self.stage == "pretrain"
-            turns = [("<image>", caption(scene, rng))] if pretrain else dialogue(scene, rng, self.turns)
+            pixel_values, turns = pixels(scene, self.dims), dialogue(scene, rng, self.turns)
         return self._encode(turns), pixel_values
 
     def _encode(self, turns: list[tuple[str, str]]) -> Sample:

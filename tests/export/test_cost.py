@@ -6,7 +6,7 @@ from toy_system import DIMS, decoder
 
 from mllm_edge.bundle import TensorSpec
 from mllm_edge.export.cost import product_weights, stage_flops, weight_count, without_weights
-from mllm_edge.models.llava import CONFIGS, export_plan, resolve, tensor_shapes
+from mllm_edge.models.llava import CONFIGS, export_plan, resolve
 
 
 def test_weight_count_is_that_of_the_reference() -> None:
@@ -23,7 +23,7 @@ def test_operations_of_a_convolution_and_a_linear() -> None:
 
 
 def test_full_size_costs_what_the_literature_says() -> None:
-    checkpoint = without_weights(resolve("random", "7b"), tensor_shapes(CONFIGS["7b"]))
+    checkpoint = without_weights(resolve("random", "7b"))
     plan = export_plan(checkpoint)
     with torch.device("meta"):
         module = plan.stages[0].module()

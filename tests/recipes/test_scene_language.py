@@ -290,3 +290,22 @@ def test_text_dialogues_can_be_answered_from_the_text():
 def test_vocabulary_is_small():
     words = {word for i in range(400) for word in re.findall(r"[a-z0-9]+", scene_text(i).lower())}
     assert 60 < len(words) < 110
+
+
+def test_other_names_change_nothing_else():
+    renamed = 0
+    for index in range(150):
+        (text, asked), (other, renamed_questions) = told_scene(index), told_scene(index, other_names=True)
+        renamed += text != other
+        words, others = (re.findall(r"\w+", re.sub(r"\b[Aa]n?\b", "a", told)) for told in (text, other))
+        names = dict(zip(words, others, strict=True))
+        changed = {old: new for old, new in names.items() if old != new}
+        assert set(changed) <= {*COLORS, *SHAPES}
+        assert len(set(names.values())) == len(names)
+        assert [q.kind for q in renamed_questions] == [q.kind for q in asked]
+        for q, other_q in zip(asked, renamed_questions, strict=True):
+            assert other_q.answer == " ".join(changed.get(word, word) for word in q.answer.split()), (q, other_q)
+        said = " ".join([other, *(f"{q.question} {q.sentence}" for q in renamed_questions)])
+        assert not [name for name in HELD_OUT_NAMES if name in said]
+        assert not re.search(r"\b[Aa] [aeiou]|\b[Aa]n [^aeiou]", said)
+    assert 80 < renamed < 125

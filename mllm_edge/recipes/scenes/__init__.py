@@ -12,6 +12,7 @@ from mllm_edge.recipes.scenes.model import (
     Background,
     Scene,
     SceneObject,
+    pick,
 )
 from mllm_edge.recipes.scenes.phrases import LOCATIONS, referring_expressions
 from mllm_edge.recipes.scenes.questions import (
@@ -51,6 +52,7 @@ __all__ = [
     "grounded_caption",
     "held_out_questions",
     "masks",
+    "pick",
     "placed_questions",
     "questions",
     "referring_expressions",

@@ -9,10 +9,12 @@ from mllm_edge.recipes.scenes.edits import edit
 from mllm_edge.recipes.scenes.model import Scene, pick, shuffled
 from mllm_edge.recipes.scenes.phrases import cell_center
 from mllm_edge.recipes.scenes.questions import Question, draw_questions, questions
+from mllm_edge.recipes.scenes.renaming import rename
 from mllm_edge.recipes.scenes.sampling import is_legible, sample_scene
 
 _STREAM = 77  # sets the choice of words apart from the choice of the scene, which has the same index
 _MOST_QUESTIONS = 4
+_RENAMED = 0.7
 
 
 def scene_text(index: int, seed: int = 0) -> str:
@@ -45,12 +47,13 @@ def scene_text(index: int, seed: int = 0) -> str:
     return f"Before: {before} Instruction: {change.instruction} After: {after}"
 
 
-def told_scene(index: int, seed: int = 0) -> tuple[str, list[Question]]:
+def told_scene(index: int, seed: int = 0, other_names: bool = False) -> tuple[str, list[Question]]:
     """Tells one scene of the train split in full.
 
     Args:
         index: Number of the scene, from 0.
         seed: Another seed gives another series.
+        other_names: Whether most scenes get other names for their colors and shapes (see `rename`).
 
     Returns:
         A caption that says all there is to know, and questions that it answers, each kind as likely.
@@ -61,7 +64,8 @@ def told_scene(index: int, seed: int = 0) -> tuple[str, list[Question]]:
     scene = _snapped(sample_scene("train", index, seed))
     rng = np.random.default_rng(np.random.SeedSequence([seed, _STREAM + 1, index]))
     asked = questions(scene, rng)
-    return full_caption(scene, rng), draw_questions(asked, rng, len(asked))
+    text, drawn = full_caption(scene, rng), draw_questions(asked, rng, len(asked))
+    return rename(scene, text, drawn, rng) if other_names and rng.random() < _RENAMED else (text, drawn)
 
 
 def _dialogue(scene: Scene, rng: np.random.Generator) -> str:

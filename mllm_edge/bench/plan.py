@@ -1,0 +1,224 @@
+"""Before anything is downloaded: does a model fit a machine, and how fast can it be there.
+
+Everything follows from shapes. Times are a roofline's: the larger of operations over the machine's rate and bytes over
+its bandwidth; what is expected is that limit over the part of it that engines reach on such machines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from mllm_edge import models
+from mllm_edge.bench.devices import Device
+from mllm_edge.bench.limits import kv_bytes_per_token
+from mllm_edge.bench.result import Result
+from mllm_edge.errors import BadInput
+from mllm_edge.export.cost import (
+    BYTES_PER_WEIGHT,
+    STAGE_BYTES_PER_WEIGHT,
+    product_weights,
+    stage_flops,
+    weight_count,
+    without_weights,
+)
+from mllm_edge.models.interface import ExportPlan, LlamaDims
+
+KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 1.0625}
+TEXT = 64  # tokens of text around the picture
+WORK_GB = 0.3  # Python, the engines' code and working memory
+LEAST_CONTEXT = 512  # a smaller context is not proposed
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user may choose."""
+
+    precision: str
+    quant: str
+    context: int
+    kv_type: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stage, the prefill of a picture and its question, or the decoding of one token.
+
+    `measured_ms` is what a benchmark on the same machine gave, None without one.
+    """
+
+    name: str
+    gflop: float
+    bytes: int
+    limit_ms: float
+    expected_ms: float
+    measured_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer: memory in 10^9 bytes, times in milliseconds, and the first change that makes it fit."""
+
+    system: str
+    config: str
+    device: Device
+    settings: Settings
+    prompt_tokens: int
+    files_gb: dict[str, float]
+    load_gb: float
+    full_context_gb: float
+    free_gb: float
+    fits: bool
+    advice: str
+    parts: list[Part]
+
+    @property
+    def first_token_ms(self) -> tuple[float, float]:
+        """Limit and expectation of the time to the first token of a picture and a question."""
+        before = [part for part in self.parts if part.name != "decode"]
+        return sum(part.limit_ms for part in before), sum(part.expected_ms for part in before)
+
+
+def settings(precision: str, quant: str, context: int, kv_type: str) -> Settings:
+    """Settings from words.
+
+    Raises:
+        BadInput: names the choices.
+    """
+    for what, word, known in (
+        ("precision", precision, STAGE_BYTES_PER_WEIGHT),
+        ("quantization", quant, BYTES_PER_WEIGHT),
+        ("KV type", kv_type, KV_BYTES),
+    ):
+        if word not in known:
+            raise BadInput(f"unknown {what} {word!r}; use one of {', '.join(known)}")
+    return Settings(precision, quant, context, kv_type)
+
+
+def plan(system: str, config: str, chosen: Settings, device: Device, measured: Result | None = None) -> Plan:
+    """Plan a system's config for a device.
+
+    Args:
+        system: a name of the registry.
+        config: one of its configs.
+        chosen: precision of the stages, quantization, context (0: the model's own), type of the KV cache.
+        device: where it shall run.
+        measured: a benchmark of the same on that device, to see how far the expectation is off.
+
+    Raises:
+        BadInput: an unknown name, a context past the model's, or a measurement of something else.
+    """
+    module = models.get(system).load_module()
+    checkpoint = without_weights(module.resolve("random", config))
+    lowered = module.export_plan(checkpoint)
+    dims = lowered.language_model.dims
+    chosen = replace(chosen, context=chosen.context or dims.context)
+    if not 1 <= chosen.context <= dims.context:
+        raise BadInput(f"{config} has a context of {dims.context}, not {chosen.context}; lower --context")
+    if measured and (measured.system, measured.config) != (system, checkpoint.config):
+        raise BadInput(
+            f"the measurement is of {measured.system} {measured.config}, not of {system} {checkpoint.config}; "
+            "give one of the same"
+        )
+    stages = _stages(lowered)
+    free = device.memory_gb - device.reserved_gb
+    files = _files(stages, dims, chosen)
+    full = _full(files, dims, chosen)
+    tokens = measured.prompt_tokens if measured else _image_tokens(lowered) + TEXT
+    return Plan(
+        system=system,
+        config=checkpoint.config,
+        device=device,
+        settings=chosen,
+        prompt_tokens=tokens,
+        files_gb={name: round(size / 1e9, 3) for name, size in files.items()},
+        load_gb=round(sum(files.values()) / 1e9 + WORK_GB, 3),
+        full_context_gb=round(full, 3),
+        free_gb=round(free, 3),
+        fits=full <= free,
+        advice="" if full <= free else _advice(stages, dims, chosen, free),
+        parts=_parts(stages, files, dims, chosen, tokens, device, measured),
+    )
+
+
+def _stages(lowered: ExportPlan) -> dict[str, tuple[int, int, tuple[str, ...]]]:
+    """Weights, operations and possible precisions of each stage."""
+    found = {}
+    for stage in lowered.stages:
+        with torch.device("meta"):
+            module = stage.module()
+        weights = sum(parameter.numel() for parameter in module.parameters())
+        found[stage.name] = weights, stage_flops(module, stage.inputs), stage.precisions
+    return found
+
+
+def _image_tokens(lowered: ExportPlan) -> int:
+    return sum(int(spec.shape[1]) for spec in lowered.stages[-1].outputs)
+
+
+def _files(stages: dict[str, tuple[int, int, tuple[str, ...]]], dims: LlamaDims, settings: Settings) -> dict[str, int]:
+    sizes = {}
+    for name, (weights, _, precisions) in stages.items():
+        precision = settings.precision if settings.precision in precisions else precisions[-1]
+        sizes[name] = int(weights * STAGE_BYTES_PER_WEIGHT[precision])
+    return {**sizes, "language_model": int(weight_count(dims) * BYTES_PER_WEIGHT[settings.quant])}
+
+
+def _full(files: dict[str, int], dims: LlamaDims, settings: Settings) -> float:
+    """GB with the whole context in use."""
+    cache = settings.context * _kv_bytes(dims, settings)
+    return (sum(files.values()) + cache) / 1e9 + WORK_GB
+
+
+def _kv_bytes(dims: LlamaDims, settings: Settings) -> int:
+    return kv_bytes_per_token(dims.layers, dims.kv_heads * dims.head_dim, KV_BYTES[settings.kv_type])
+
+
+def _advice(
+    stages: dict[str, tuple[int, int, tuple[str, ...]]], dims: LlamaDims, settings: Settings, free: float
+) -> str:
+    """The first change that fits, from the cheapest to the dearest in quality."""
+    smaller = [quant for quant, size in BYTES_PER_WEIGHT.items() if size < BYTES_PER_WEIGHT[settings.quant]]
+    least = min(BYTES_PER_WEIGHT, key=lambda quant: BYTES_PER_WEIGHT[quant])
+    tried = [replace(settings, kv_type="q8_0")]
+    tried += [replace(settings, kv_type="q8_0", quant=quant) for quant in smaller]
+    tried += [replace(settings, kv_type="q8_0", quant=least, precision="int8")]
+    context = settings.context // 2
+    while context >= LEAST_CONTEXT:
+        tried.append(replace(settings, kv_type="q8_0", quant=least, precision="int8", context=context))
+        context //= 2
+    for other in tried:
+        if _full(_files(stages, dims, other), dims, other) <= free:
+            old, new = asdict(settings), asdict(other)
+            changed = [f"--{name.replace('_', '-')} {new[name]}" for name in new if new[name] != old[name]]
+            return f"it fits with {' '.join(changed)}"
+    return "nothing makes it fit; take a smaller config"
+
+
+def _parts(
+    stages: dict[str, tuple[int, int, tuple[str, ...]]],
+    files: dict[str, int],
+    dims: LlamaDims,
+    settings: Settings,
+    tokens: int,
+    device: Device,
+    measured: Result | None,
+) -> list[Part]:
+    read = int(product_weights(dims) * BYTES_PER_WEIGHT[settings.quant])
+    cache = tokens * _kv_bytes(dims, settings)
+    attention = 2 * tokens**2 * dims.heads * dims.head_dim * dims.layers  # scores and values, half of them masked
+    costs: dict[str, tuple[float, int]] = {name: (flops, files[name]) for name, (_, flops, _) in stages.items()}
+    costs["prefill"] = 2.0 * product_weights(dims) * tokens + attention, read
+    costs["decode"] = 2.0 * product_weights(dims), read + cache
+    seen: dict[str, Any] = {}
+    if measured:
+        seen = {name: spread.median for name, spread in measured.stages_ms.items()}
+        seen["decode"] = 1000 / measured.decode_tokens_per_s.median
+    parts = []
+    for name, (flops, size) in costs.items():
+        limit = 1000 * max(flops / (device.tflops * 1e12), size / (device.memory_gb_per_s * 1e9))
+        expected = limit / device.reach.get(name, device.reach["stage"])
+        parts.append(Part(name, round(flops / 1e9, 3), size, round(limit, 3), round(expected, 3), seen.get(name)))
+    return parts

@@ -1,0 +1,110 @@
+"""`plan`: hand-computed sizes and times, advice that really fits, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from mllm_edge import bench, cli
+from mllm_edge.bench import devices
+from mllm_edge.bench.plan import Settings, plan
+from mllm_edge.errors import BadInput
+
+ORIN = devices.DEVICES["orin-nano"]
+USUAL = Settings("fp16", "q4_k_m", 0, "f16")
+
+
+def test_vicuna_7b_on_an_orin_nano_is_what_hand_computation_says() -> None:
+    made = plan("llava", "7b", dataclasses.replace(USUAL, context=1000), ORIN)
+    # CLIP-L/14-336 without its last block: 291 M weights of 2 bytes; connector 21 M; 6.74 G weights of 0.62 bytes
+    expected = {"vision_encoder": 0.582, "connector": 0.042, "language_model": 4.18}
+    assert made.files_gb == pytest.approx(expected, abs=0.01)
+    # 1000 tokens x 2 x 32 layers x 4096 x 2 bytes = 0.524 GB of KV cache
+    assert made.full_context_gb - made.load_gb == pytest.approx(0.524, abs=0.002)
+    parts = {part.name: part for part in made.parts}
+    assert made.prompt_tokens == 576 + 64
+    # 640 tokens: 8.6 TFLOP at 10 TFLOP/s
+    assert parts["prefill"].limit_ms == pytest.approx(857, rel=0.01)
+    # 4.1 GB of weights and 640 x 0.524 MB of cache at 68 GB/s
+    assert parts["decode"].limit_ms == pytest.approx(1000 * (4.10 + 0.336) / 68, rel=0.01)
+    assert parts["decode"].expected_ms == pytest.approx(parts["decode"].limit_ms / 0.40, rel=0.001)
+    limit, likely = made.first_token_ms
+    assert limit == pytest.approx(sum(part.limit_ms for part in made.parts if part.name != "decode"))
+    assert likely > 2 * limit
+
+
+@pytest.mark.parametrize(("quant", "device"), [("q4_k_m", "orin-nano"), ("f16", "rtx-4060-laptop")])
+def test_the_advice_fits(quant: str, device: str) -> None:
+    chosen = dataclasses.replace(USUAL, quant=quant)
+    made = plan("llava", "7b", chosen, devices.get(device))
+    assert not made.fits
+    changes = dict(re.findall(r"--([a-z-]+) (\S+)", made.advice))
+    assert changes
+    values = {name.replace("-", "_"): int(value) if value.isdigit() else value for name, value in changes.items()}
+    again = plan("llava", "7b", dataclasses.replace(chosen, **values), devices.get(device))
+    assert (again.fits, again.advice) == (True, "")
+
+
+def test_what_cannot_fit_is_said() -> None:
+    made = plan("llava", "13b", USUAL, dataclasses.replace(ORIN, memory_gb=3.0))
+    assert (made.fits, made.advice) == (False, "nothing makes it fit; take a smaller config")
+
+
+def test_a_measurement_stands_beside_the_expectation() -> None:
+    spread = bench.Spread(10, 20, 30, 40)
+    environment = bench.Environment("cpu", 1, "cpu", "linux", "3.11", {}, "", None)
+    result = bench.Result(
+        *("a.bundle", "llava", "7b", "fp32", 1.0, 1, 700, 576, 4, None, 1.0, {"vision_encoder": spread}),
+        *(spread, spread, spread, None, {}, environment),
+    )
+    made = plan("llava", "7b", USUAL, ORIN, result)
+    parts = {part.name: part.measured_ms for part in made.parts}
+    assert parts == {"vision_encoder": 20, "connector": None, "prefill": None, "decode": 50}
+    assert made.prompt_tokens == 700
+    with pytest.raises(BadInput, match="not of llava 1b"):
+        plan("llava", "1b", USUAL, ORIN, result)
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "llava", "--config", "7b", "--device", "agx-orin"]
+    assert cli.main(words) == 0
+    told = capsys.readouterr().out
+    assert "Jetson AGX Orin 64GB" in told
+    assert "time to first token" in told
+    assert cli.main([*words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["fits"] is True
+    assert document["settings"]["context"] == 4096
+
+
+def test_this_machine_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "llava", "--config", "tiny", "--device", "this", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["device"]["memory_gb_per_s"] > 0.1
+    assert document["settings"]["precision"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "orin-nan"], "did you mean orin-nano or orin-nano-super?"),
+        (["--device", "zzz"], "use this, orin-nano,"),
+        (["--device", "thor", "--quant", "q3"], "unknown quantization 'q3'"),
+        (["--device", "thor", "--context", "9999"], "context of 1024"),
+        (["--device", "thor", "--config", "70b"], "no config '70b'"),
+        (["--device", "thor", "--measured", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_mistakes_are_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "llava", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_devices_are_plausible() -> None:
+    for name, device in devices.DEVICES.items():
+        assert name == device.name
+        assert 0 < device.reserved_gb < device.memory_gb
+        assert all(0 < share < 1 for share in device.reach.values())
