@@ -27,7 +27,7 @@ from mllm_edge.errors import OutOfTolerance
 from mllm_edge.models import SYSTEMS
 from mllm_edge.recipes.recipe import available
 
-VERBS = ["systems", "recipes", "train", "export", "verify", "inspect", "run", "chat", "bench", "doctor"]
+VERBS = ["systems", "recipes", "train", "export", "verify", "inspect", "run", "chat", "doctor", "bench", "compare", "plan"]
 
 
 @dataclasses.dataclass
@@ -140,7 +140,7 @@ def test_systems_and_recipes_are_the_registries(call: Call) -> None:
 
 def test_no_system_is_named_where_all_are_served() -> None:
     package = Path(cli.__file__).parent
-    for file in ("cli.py", "options.py", "show.py", "bench.py", "doctor.py"):
+    for file in ("cli.py", "cli_bench.py", "options.py", "show.py", "doctor.py", *(package / "bench").glob("*.py")):
         text = (package / file).read_text(encoding="utf-8").lower()
         assert [name for name in SYSTEMS if name in text] == [], file
 
