@@ -27,7 +27,20 @@ from mllm_edge.errors import OutOfTolerance
 from mllm_edge.models import SYSTEMS
 from mllm_edge.recipes.recipe import available
 
-VERBS = ["systems", "recipes", "train", "export", "verify", "inspect", "run", "chat", "doctor", "bench", "compare", "plan"]
+VERBS = [
+    "systems",
+    "recipes",
+    "train",
+    "export",
+    "verify",
+    "inspect",
+    "run",
+    "chat",
+    "doctor",
+    "bench",
+    "compare",
+    "plan",
+]
 
 
 @dataclasses.dataclass
