@@ -162,7 +162,10 @@ def _has_gpu() -> bool:
 def _steps(
     accelerator: Accelerator, model: nn.Module, optimizer: Any, scheduler: Any, batches: Iterable[Batch], recipe: Recipe
 ) -> Iterable[dict[str, float]]:
-    """Yield the metrics of each optimizer step, averaged over its accumulated micro-batches."""
+    """Yield the metrics of each optimizer step, averaged over its accumulated micro-batches.
+
+    Each micro-batch weighs the same, however many labels it has (so do the original scripts').
+    """
     totals: dict[str, Tensor] = {}
     for number, batch in enumerate(batches, start=1):
         with accelerator.accumulate(model):
