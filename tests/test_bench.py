@@ -227,7 +227,7 @@ def test_what_was_not_counted_has_no_share(folder: Path) -> None:
 
 
 def test_a_stage_far_below_the_limit_is_marked(fake: FakeModel) -> None:
-    result = dataclasses.replace(measured(fake, limits=MACHINE), share_of_limit={"prefill": 0.1, "decode": 0.4})
+    result = dataclasses.replace(measured(fake, limits=lambda: MACHINE), share_of_limit={"prefill": 0.1, "decode": 0.4})
     told = bench.render([result], "md")
     assert "10 % of the limit (!)" in told
     assert "40 % of the limit (!)" not in told
@@ -242,7 +242,7 @@ def test_limits_are_measured() -> None:
 
 
 def test_results_survive_their_document(fake: FakeModel) -> None:
-    result = measured(fake, limits=MACHINE, load_cold_ms=12.0)
+    result = measured(fake, limits=lambda: MACHINE, load_cold_ms=12.0)
     document = json.loads(json.dumps(bench.document([result])))
     assert bench.from_document(document, "a.json") == [result]
     for wrong in ({}, [], {"results": [{}]}, {"results": [{**document["results"][0], "odd": 1}]}):
@@ -321,3 +321,14 @@ def test_bundles_are_compared_by_name(fake: FakeModel, tmp_path: Path) -> None:
     assert {r.bundle for r in bench.compare(both, write_results(tmp_path / "b.json", other))} == {"b.bundle"}
     with pytest.raises(BadInput, match="in common"):
         bench.compare(both, write_results(tmp_path / "c.json", odd))
+
+
+def test_measuring_the_limits_is_not_in_the_peak(fake: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    peak = [100.0]
+    monkeypatch.setattr(runs, "peak_rss", lambda: peak[0])
+
+    def greedy() -> bench.Limits:
+        peak[0] = 900.0
+        return MACHINE
+
+    assert measured(fake, limits=greedy).peak_rss_mb == 100.0

@@ -133,7 +133,7 @@ def plan(system: str, config: str, chosen: Settings, device: Device, measured: R
         device=device,
         settings=chosen,
         prompt_tokens=tokens,
-        files_gb={name: round(size / 1e9, 3) for name, size in files.items()},
+        files_gb={name: round(size / 1e9, 6) for name, size in files.items()},
         load_gb=round(sum(files.values()) / 1e9 + WORK_GB, 3),
         full_context_gb=round(full, 3),
         free_gb=round(free, 3),

@@ -42,7 +42,7 @@ def measure(
     *,
     threads: int,
     load_cold_ms: float | None = None,
-    limits: Limits | None = None,
+    limits: Callable[[], Limits | None] = lambda: None,
     repeat: int = 5,
     image: Path | None = None,
     gen_tokens: int = 32,
@@ -55,7 +55,7 @@ def measure(
         name: what to call it in the result.
         threads: how many it was loaded with, for the record.
         load_cold_ms: what `load_cold` said.
-        limits: the machine's, to compare with; None leaves the comparison out.
+        limits: measures the machine's, to compare with; called last, because it takes memory of its own.
         repeat: measured repetitions.
         image: the picture; by default a drawn scene.
         gen_tokens: tokens to decode in each repetition.
@@ -73,8 +73,9 @@ def measure(
         begun = time.perf_counter()
         runs.append(_once(model, _altered(picture, number), gen_tokens))
         report(name, number + 1, repeat + 1, time.perf_counter() - begun)
-    environment = _environment(threads, model.manifest.target, limits)
-    return _result(model, name, gen_tokens, runs[1:], load_cold_ms, environment)
+    peak = peak_rss()
+    environment = _environment(threads, model.manifest.target, limits())
+    return _result(model, name, gen_tokens, runs[1:], load_cold_ms, peak, environment)
 
 
 def machine_limits(bundle: Path) -> Limits | None:
@@ -162,6 +163,7 @@ def _result(
     gen_tokens: int,
     runs: Sequence[tuple[Answer, float]],
     load_cold_ms: float | None,
+    peak: float | None,
     environment: Environment,
 ) -> Result:
     manifest, answers = model.manifest, [answer for answer, _ in runs]
@@ -189,7 +191,7 @@ def _result(
         first_token_ms=_spread([answer.timings["total"] for answer in answers]),
         prefill_tokens_per_s=_spread([1000 * prefilled / answer.timings["prefill"] for answer in answers]),
         decode_tokens_per_s=decode,
-        peak_rss_mb=peak_rss(),
+        peak_rss_mb=peak,
         share_of_limit=shares(manifest, limits, medians, prefilled, decode.median) if limits else {},
         environment=environment,
     )
