@@ -39,7 +39,7 @@ CLIP_L_336 = VitDims(image_size=336, patch_size=14, width=1024, layers=24, heads
 CONFIGS: dict[str, LlavaDims] = {
     "tiny": LlavaDims(
         vision=VitDims(image_size=128, patch_size=16, width=192, layers=6, heads=3, mlp_width=768),
-        language=LlamaDims(vocabulary=640, width=256, ffn_width=512, layers=4, heads=4, kv_heads=2, context=1024),
+        language=LlamaDims(vocabulary=768, width=256, ffn_width=512, layers=4, heads=4, kv_heads=2, context=1024),
     ),
     "1b": LlavaDims(CLIP_L_336, LlamaDims(32000, 2048, 5632, layers=22, heads=32, kv_heads=4, context=4096)),
     "7b": LlavaDims(CLIP_L_336, LlamaDims(32000, 4096, 11008, layers=32, heads=32, kv_heads=32, context=4096)),

@@ -25,6 +25,11 @@ class Vocabulary:
     bos: int | None
     pad: int
 
+    @property
+    def start(self) -> list[int]:
+        """What every sequence begins with."""
+        return [] if self.bos is None else [self.bos]
+
     def ids(self, text: str) -> list[int]:
         """Ids of `text`, in which control strings stand for their ids."""
         if not self.specials:
@@ -41,11 +46,13 @@ class Sample:
     """A training sample: ids with IMAGE_INDEX at a picture's places, labels with -100 where there is no loss.
 
     `branches` is empty, or says of each id whether it belongs to the trunk (0) or to which branch (1, 2, ...).
+    `bags` is empty, or holds for each IMAGE_INDEX the ids whose embeddings' sum stands there (a bag of words).
     """
 
     ids: list[int]
     labels: list[int]
     branches: list[int] = field(default_factory=list)
+    bags: list[list[int]] = field(default_factory=list)
 
 
 def encode_dialogue(
@@ -64,7 +71,7 @@ def encode_dialogue(
         patches: places that one picture takes.
         limit: longer samples are cut.
     """
-    ids = [] if vocabulary.bos is None else [vocabulary.bos]
+    ids = vocabulary.start
     labels = [IGNORE] * len(ids)
     for number, (user, assistant) in enumerate(turns):
         form = prompt.first if number == 0 else prompt.next
@@ -80,6 +87,13 @@ def encode_dialogue(
         ids = ids + whole
         labels = labels + [IGNORE] * len(asked) + whole[len(asked) :]
     return Sample(ids[:limit], labels[:limit])
+
+
+def encode_brief(opening: list[int], start: str, rest: str, vocabulary: Vocabulary) -> Sample:
+    """`opening`, then `start` and `rest` as plain words without a template; the loss sees `rest` and the end."""
+    known = vocabulary.ids(start)
+    whole = vocabulary.ids(f"{start} {rest}" + next(iter(vocabulary.specials)))
+    return Sample(opening + whole, [IGNORE] * (len(opening) + len(known)) + whole[len(known) :])
 
 
 def share_prefix(samples: Sequence[Sample]) -> Sample:
@@ -99,12 +113,12 @@ def share_prefix(samples: Sequence[Sample]) -> Sample:
     for number, sample in enumerate(samples, start=1):
         ids, labels = ids + sample.ids[trunk:], labels + sample.labels[trunk:]
         branches = branches + [number] * (len(sample.ids) - trunk)
-    return Sample(ids, labels, branches)
+    return Sample(ids, labels, branches, samples[0].bags)
 
 
 def pad(samples: Sequence[Sample], pad_id: int) -> dict[str, Tensor]:
     """Right-pad to the longest: `ids`, `labels`, `mask`, each int64 [B,T]; with branches also `branches` and
-    `positions`."""
+    `positions`; with bags also `bags`, int64 [n,most ids], -1 where a bag has no more."""
     length = max(len(sample.ids) for sample in samples)
 
     def stack(rows: list[list[int]], fill: int) -> Tensor:
@@ -118,6 +132,10 @@ def pad(samples: Sequence[Sample], pad_id: int) -> dict[str, Tensor]:
     if any(sample.branches for sample in samples):
         batch["branches"] = stack([sample.branches or [0] * len(sample.ids) for sample in samples], 0)
         batch["positions"] = stack([_positions(sample) for sample in samples], 0)
+    bags = [bag for sample in samples for bag in sample.bags]
+    if bags:
+        most = max(map(len, bags))
+        batch["bags"] = torch.tensor([bag + [-1] * (most - len(bag)) for bag in bags])
     return batch
 
 

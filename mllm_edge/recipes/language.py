@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import string
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mllm_edge.errors import BadInput
-from mllm_edge.models.llava import CONFIGS, PROMPTS, llama
+from mllm_edge.models.llava import CONFIGS, IMAGE_INDEX, PROMPTS, llama
 from mllm_edge.recipes.conversation import (
     Sample,
     Vocabulary,
+    encode_brief,
     encode_dialogue,
     next_token_loss,
     pad,
@@ -26,7 +27,7 @@ from mllm_edge.recipes.conversation import (
     visibility,
 )
 from mllm_edge.recipes.recipe import Recipe
-from mllm_edge.recipes.scenes import SHORT, pick, scene_text, told_scene
+from mllm_edge.recipes.scenes import SHORT, ToldScene, pick, scene_text, telegram, terse, told_scene
 from mllm_edge.recipes.weights import save_part
 
 TOKENIZER = "tokenizer.model"
@@ -34,7 +35,12 @@ DESCRIBE = ("Describe the picture.", "What do you see?", "What is in the picture
 DESCRIBED = 0.3  # share of scenes of which a description is asked too
 CORPUS = 2_000  # texts that the tokenizer is trained on
 VALIDATION = 10_000_000  # texts from here on are never trained on
-ASKED = 0.85  # share of samples that are questions about a text; the others are texts
+FORMS = {"telegram": 0.13, "terse": 0.27, "chat": 0.45, "text": 0.15}  # shares of samples behind the first ones
+IN_BAGS = 0.85  # share of the first three forms whose scene is told in bags of words, one for an object and not in text
+TELEGRAMS = 10  # per sample, and as many terse questions
+COPIES = 8  # a bag stands at up to so many places, as an object covers several patches of a picture
+BLANKS = 24  # up to so many places hold an empty bag, as a patch of background does
+COUNTED = "object"  # in one bag of each object, so that objects can be counted; an encoder marks their centers
 
 
 def train_tokenizer(path: Path, size: int, texts: Iterator[str]) -> None:
@@ -82,19 +88,36 @@ def sentencepiece_vocabulary(path: Path) -> Vocabulary:
 class LanguageModel(nn.Module):
     """The decoder with its loss."""
 
-    def __init__(self, decoder: nn.Module):
+    def __init__(self, decoder: Any):
         super().__init__()
         self.language_model = decoder
 
     def forward(
-        self, ids: Tensor, labels: Tensor, mask: Tensor, branches: Tensor | None = None, positions: Tensor | None = None
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        branches: Tensor | None = None,
+        positions: Tensor | None = None,
+        bags: Tensor | None = None,
     ) -> dict[str, Tensor]:
         seen = visibility(mask, branches)
-        logits = self.language_model(input_ids=ids, attention_mask=seen, position_ids=positions).logits
+        embeds = self.embed(ids, bags)
+        logits = self.language_model(inputs_embeds=embeds, attention_mask=seen, position_ids=positions).logits
         with torch.no_grad():
             guesses, truths = predictions(logits, labels)
             right = (guesses.argmax(-1) == truths).float().mean()
         return {"loss": next_token_loss(logits, labels), "token_accuracy": right}
+
+    def embed(self, ids: Tensor, bags: Tensor | None) -> Tensor:
+        """Embeddings [B,T,D] of `ids`; where those are IMAGE_INDEX, the sum of a bag's (see `conversation.pad`)."""
+        table: Any = self.language_model.get_input_embeddings()
+        here = ids == IMAGE_INDEX
+        embeds: Tensor = table(ids.masked_fill(here, 0))
+        if bags is None:
+            return embeds
+        sums = (table(bags.clamp(min=0)) * (bags >= 0).unsqueeze(-1)).sum(dim=1)
+        return embeds.masked_scatter(here.unsqueeze(-1), sums.to(embeds.dtype))
 
 
 def plain_attention(decoder: Any) -> Any:
@@ -106,11 +129,12 @@ def plain_attention(decoder: Any) -> Any:
 
 
 class LanguageTask:
-    """Next-token training on the language of scenes, in two forms.
+    """Next-token training on the language of scenes.
 
-    Texts packed to `data.length` tokens, and `data.questions` questions about a scene told in words, in the chat
-    template and masked as in the stages that follow: there the decoder learns to look things up, which the loss on
-    texts alone, most of whose words nothing foretells, hardly rewards.
+    A decoder must learn to look things up, which the loss on texts alone, most of whose words nothing foretells, hardly
+    rewards. So most samples ask about a scene: in telegrams, in terse questions and in the chat template of the stages
+    that follow; and most of these scenes are told not in text but in bags of words, a token for an object, which is
+    what a connector will make of a picture. The first `data.opening` steps bring telegrams alone.
     """
 
     def __init__(self, recipe: Recipe):
@@ -119,6 +143,7 @@ class LanguageTask:
         self.dims = CONFIGS[recipe.config]
         self.length = int(recipe.data.get("length", 256))
         self.questions = int(recipe.data.get("questions", 8))
+        self.opening = int(recipe.data.get("opening", 0)) * recipe.batch
         self.prompt = PROMPTS[self.dims.template]
         self.tokenizer = Path(recipe.out) / TOKENIZER
         if not self.tokenizer.is_file():
@@ -133,8 +158,8 @@ class LanguageTask:
         template = self.prompt.first.format(system=self.prompt.system, text=SHORT.strip())
         for index in range(CORPUS):
             yield scene_text(index, self.recipe.seed)
-            if index % 4 == 0:
-                yield told_scene(index, self.recipe.seed, other_names=True)[0]
+            if index % 2 == 0:
+                yield told_scene(index, self.recipe.seed, other_names=True).text
             if index % 20 == 0:
                 yield template
         yield string.ascii_letters + string.digits + string.punctuation
@@ -144,20 +169,46 @@ class LanguageTask:
 
     def sample(self, index: int) -> Sample:
         rng = np.random.default_rng([self.recipe.seed, 15, index])
-        return self._asked(index, rng) if rng.random() < ASKED else self._told(index)
+        first = index < self.opening
+        form = "telegram" if first else str(rng.choice(list(FORMS), p=list(FORMS.values())))
+        if form == "text":
+            return self._text(index)
+        told = told_scene(index, self.recipe.seed, other_names=True)
+        bags = self._bags(told, rng, alone=first) if first or rng.random() < IN_BAGS else []
+        if form == "chat":
+            samples = self._dialogues(told, bags, rng)
+        else:
+            places = [IMAGE_INDEX] * len(bags) if bags else self.vocabulary.ids(told.text)
+            opening = [*self.vocabulary.start, *places]
+            pairs = dict.fromkeys(
+                [telegram(told.things, rng) for _ in range(TELEGRAMS)]
+                if form == "telegram"
+                else [terse(question) for question in told.questions[:TELEGRAMS]]
+            )
+            samples = [encode_brief(opening, *pair, self.vocabulary) for pair in pairs]
+        return replace(share_prefix(samples), bags=bags)
 
-    def _asked(self, index: int, rng: np.random.Generator) -> Sample:
-        text, questions = told_scene(index, self.recipe.seed, other_names=True)
-        turns = [question.asked(short=rng.random() < 0.75) for question in questions[: self.questions]]
+    def _bags(self, told: ToldScene, rng: np.random.Generator, alone: bool) -> list[list[int]]:
+        """A bag of word ids for each object; unless `alone`, with copies and empty ones between."""
+        bags = []
+        for thing in told.things:
+            words = " ".join(thing)
+            copies = 0 if alone else int(rng.integers(COPIES))
+            bags += [self.vocabulary.ids(f"{words} {COUNTED}")] + [self.vocabulary.ids(words)] * copies
+        bags += [[]] * (0 if alone else int(rng.integers(BLANKS + 1)))
+        return [bags[i] for i in rng.permutation(len(bags))]
+
+    def _dialogues(self, told: ToldScene, bags: list[list[int]], rng: np.random.Generator) -> list[Sample]:
+        turns = [question.asked(short=rng.random() < 0.75) for question in told.questions[: self.questions]]
         if rng.random() < DESCRIBED:
-            turns[-1] = pick(rng, DESCRIBE), text
-        return share_prefix([self._turn(text, *turn) for turn in turns])
+            turns[-1] = pick(rng, DESCRIBE), told.text
+        return [self._turn(self.prompt.image if bags else told.text, *turn, places=len(bags)) for turn in turns]
 
-    def _turn(self, text: str, question: str, answer: str) -> Sample:
+    def _turn(self, text: str, question: str, answer: str, places: int = 0) -> Sample:
         turns = [(f"{text}\n{question}", answer)]
-        return encode_dialogue(self.prompt, turns, self.vocabulary, 0, self.dims.language.context)
+        return encode_dialogue(self.prompt, turns, self.vocabulary, places, self.dims.language.context)
 
-    def _told(self, index: int) -> Sample:
+    def _text(self, index: int) -> Sample:
         ids: list[int] = []
         number = index * 8  # a sample never needs more than 8 texts, so samples share none
         while len(ids) < self.length:
@@ -177,9 +228,9 @@ class LanguageTask:
         loss: list[float] = []
         exact: list[float] = []
         for index in range(VALIDATION // 8, VALIDATION // 8 + samples):
-            text, questions = told_scene(index, self.recipe.seed)
-            asked = self._turn(text, *questions[0].asked(short=True))
-            for sample, values, name in ((self._told(index), loss, "loss"), (asked, exact, "token_accuracy")):
+            told = told_scene(index, self.recipe.seed)
+            asked = self._turn(told.text, *told.questions[0].asked(short=True))
+            for sample, values, name in ((self._text(index), loss, "loss"), (asked, exact, "token_accuracy")):
                 batch = {key: value.to(device) for key, value in self.collate([sample]).items()}
                 values.append(float(self.model(**batch)[name]))
         return {

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from mllm_edge.errors import BadInput
-from mllm_edge.models.llava import CONFIGS, PROMPTS, Llava, LlavaDims, preprocessing
+from mllm_edge.models.llava import CONFIGS, IMAGE_INDEX, PROMPTS, Llava, LlavaDims, preprocessing
 from mllm_edge.recipes.conversation import (
     Sample,
+    encode_brief,
     encode_dialogue,
     next_token_loss,
     pad,
@@ -29,6 +30,7 @@ from mllm_edge.recipes.encoder import pixels, repaint
 from mllm_edge.recipes.language import (
     DESCRIBE,
     DESCRIBED,
+    TELEGRAMS,
     TOKENIZER,
     plain_attention,
     sentencepiece_vocabulary,
@@ -37,12 +39,15 @@ from mllm_edge.recipes.readers import Conversation, read_llava
 from mllm_edge.recipes.recipe import LoraSettings, Recipe
 from mllm_edge.recipes.scenes import (
     Scene,
+    attributes,
     caption,
     draw_questions,
     pick,
     placed_questions,
     questions,
     sample_scene,
+    telegram,
+    terse,
     without_colors,
 )
 from mllm_edge.recipes.weights import read_part, save_part
@@ -51,7 +56,11 @@ from mllm_edge.runtime.preprocess import preprocess
 
 DIALOGUES = 0.15  # share of pictures that get a conversation of several turns
 REPAINTED = 0.25  # share of the others that are shown in colors without a name
-RELATIONS = 2  # of the questions about a picture; they are the last to be learned
+LONE = 0.4  # share of the scenes of one object, soon mastered, that are not passed over
+# Shares of the pictures without a conversation that get telegrams, and terse questions, instead of questions.
+BRIEF = {"pretrain": (0.6, 0.3), "finetune": (0.15, 0.25)}
+WORD_SCALE = 2.0  # a picture's embeddings start at so many times the scale of a word's: each says several words
+RELATIONS = 1  # of the questions about a picture; they are the last to be learned
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -104,6 +113,39 @@ def single_turns(scene: Scene, rng: np.random.Generator, number: int, colors: bo
     return [("<image>\n" + question, answer) for question, answer in turns]
 
 
+def brief_turns(scene: Scene, rng: np.random.Generator, colors: bool, telegrams: bool) -> list[tuple[str, str]]:
+    """Telegrams or terse questions about a scene, none twice; none speaks of colors without `colors`."""
+    if telegrams:
+        things = [[word for word in attributes(item) if colors or word != item.color] for item in scene.objects]
+        turns = [telegram(things, rng) for _ in range(TELEGRAMS)]
+    else:
+        pool = questions(scene, rng) + questions(scene, rng) + placed_questions(scene, rng)
+        asked = [question for question in (pool if colors else without_colors(pool)) if not question.is_relation]
+        turns = [terse(question) for question in draw_questions(asked, rng, TELEGRAMS)]
+    return list(dict.fromkeys(turns))
+
+
+@torch.no_grad()
+def start_connector(llava: Llava, pixel_values: Tensor) -> None:
+    """Scale a fresh connector layer by layer so that pictures speak as loud as words.
+
+    Each unit gets mean 0 and deviation 1 over real pictures (layer-sequential unit variance, Mishkin & Matas 2016), the
+    last layer's the deviation of the word embeddings times `WORD_SCALE`. Left to chance a picture's embeddings are many
+    times as long as a word's, and no layer of the decoder then moves them.
+    """
+    words = llava.language_model.get_input_embeddings().weight.std()
+    layers = [layer for layer in llava.connector if isinstance(layer, nn.Linear)]
+    features = llava.vision_encoder(pixel_values).flatten(0, 1)
+    for layer in llava.connector:
+        if isinstance(layer, nn.Linear):
+            layer.bias.zero_()
+            out = layer(features)
+            gain = (words * WORD_SCALE if layer is layers[-1] else 1.0) / out.std(dim=0)
+            layer.weight.mul_(gain.unsqueeze(1))
+            layer.bias.copy_(-out.mean(dim=0) * gain)
+        features = layer(features)
+
+
 class LlavaTask:
     """Both stages of the paper; `stage` is "pretrain" or "finetune"."""
 
@@ -132,6 +174,8 @@ class LlavaTask:
         llava.language_model.load_state_dict(read_part(self._init("language_model"), "language_model"))
         if "connector" in self.recipe.init:
             llava.connector.load_state_dict(read_part(self.recipe.init["connector"], "connector"))
+        else:
+            start_connector(llava, torch.stack([torch.from_numpy(self._first_picture(i)) for i in range(64)]))
         llava.requires_grad_(False)
         llava.connector.requires_grad_(True)
         if self.stage == "finetune":
@@ -146,17 +190,26 @@ class LlavaTask:
             return []
         return list(read_llava(Path(self.recipe.data["conversations"]), Path(self.recipe.data.get("images", "."))))
 
+    def _first_picture(self, index: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        if self.conversations:
+            return self._from_file(self.conversations[index % len(self.conversations)])[1]
+        return pixels(sample_scene("train", index, self.recipe.seed), self.dims)
+
     def parameters(self) -> list[dict[str, Any]]:
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        decayed = [p for _, p in named if p.ndim > 1]
-        return [{"params": decayed}, {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = []
+        parts = {"language_model": self.recipe.lr, "connector": self.recipe.connector_lr or self.recipe.lr}
+        for part, rate in parts.items():
+            trained = [p for p in getattr(self.model.llava, part).parameters() if p.requires_grad]
+            groups.append({"params": [p for p in trained if p.ndim > 1], "lr": rate})
+            groups.append({"params": [p for p in trained if p.ndim <= 1], "lr": rate, "weight_decay": 0.0})
+        return [group for group in groups if group["params"]]
 
     def sample(self, index: int) -> tuple[Sample, np.ndarray[Any, np.dtype[np.float32]]]:
         rng = np.random.default_rng([self.recipe.seed, 17, index])
         if self.conversations:
             turns, pixel_values = self._from_file(self.conversations[index % len(self.conversations)])
         else:
-            scene = sample_scene("train", index, self.recipe.seed)
+            scene = self._scene(index, rng)
             if self.stage == "pretrain" or rng.random() > DIALOGUES:
                 return self._asked(scene, rng)
             pixel_values, turns = pixels(scene, self.dims), dialogue(scene, rng, self.turns)
@@ -166,12 +219,26 @@ class LlavaTask:
         limit = self.dims.language.context
         return encode_dialogue(self.prompt, turns, self.vocabulary, self.dims.vision.patches, limit)
 
+    def _scene(self, index: int, rng: np.random.Generator) -> Scene:
+        """One of four scenes that no other sample sees: most of those with one object are passed over."""
+        for number in range(4 * index, 4 * index + 4):
+            scene = sample_scene("train", number, self.recipe.seed)
+            if len(scene.objects) > 1 or rng.random() < LONE:
+                break
+        return scene
+
     def _asked(self, scene: Scene, rng: np.random.Generator) -> tuple[Sample, np.ndarray[Any, np.dtype[np.float32]]]:
         """Many questions about one picture, each as the only one; some about a picture whose colors have no name, so
         that shapes are read from what is seen and not guessed from the color."""
         repainted = rng.random() < REPAINTED
-        turns = single_turns(scene, rng, self.questions, colors=not repainted)
         picture = pixels(repaint(scene, rng) if repainted else scene, self.dims)
+        telegrams, terse_questions = BRIEF[self.stage]
+        form = rng.random()
+        if form < telegrams + terse_questions:
+            opening = [*self.vocabulary.start, *[IMAGE_INDEX] * self.dims.vision.patches]
+            turns = brief_turns(scene, rng, colors=not repainted, telegrams=form < telegrams)
+            return share_prefix([encode_brief(opening, *turn, self.vocabulary) for turn in turns]), picture
+        turns = single_turns(scene, rng, self.questions, colors=not repainted)
         return share_prefix([self._encode([turn]) for turn in turns]), picture
 
     def _from_file(self, entry: Conversation) -> tuple[list[tuple[str, str]], np.ndarray[Any, np.dtype[np.float32]]]:

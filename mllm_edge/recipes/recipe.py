@@ -30,7 +30,8 @@ class Recipe:
 
     `batch` counts samples per optimizer step over all processes and accumulation steps. `init` maps a part of the model
     to the folder of an earlier run. `data` is the task's own (empty: our scenes). `precision` "auto" takes bf16 where
-    the hardware multiplies it natively, else fp32.
+    the hardware multiplies it natively, else fp32. `connector_lr` is a rate of the connector's own, as LLaVA-1.5 has it
+    (0: as `lr`).
     """
 
     task: str
@@ -42,6 +43,7 @@ class Recipe:
     batch: int = 32
     accumulate: int = 1
     lr: float = 1e-3
+    connector_lr: float = 0.0
     weight_decay: float = 0.0
     warmup: float = 0.03
     clip: float = 1.0

@@ -39,15 +39,43 @@ def test_unknown_connector_is_named() -> None:
         connector("resampler", 8, 8)
 
 
-def test_7b_tensor_list() -> None:
-    shapes = tensor_shapes(CONFIGS["7b"])
-    assert shapes["connector.0.weight"] == (4096, 1024)
-    assert shapes["connector.2.weight"] == (4096, 4096)
-    assert shapes["language_model.model.embed_tokens.weight"] == (32000, 4096)
-    assert shapes["language_model.model.layers.31.mlp.down_proj.weight"] == (4096, 11008)
-    assert shapes["vision_encoder.embeddings.position_embedding.weight"] == (577, 1024)
-    assert "vision_encoder.encoder.layers.22.mlp.fc1.weight" in shapes
-    assert "vision_encoder.encoder.layers.23.mlp.fc1.weight" not in shapes
+def published_tensors(width: int, ffn_width: int, layers: int) -> dict[str, tuple[int, ...]]:
+    """The list of `liuhaotian/llava-v1.5-*` with `openai/clip-vit-large-patch14-336`, under our prefixes.
+
+    CLIP has 24 blocks; the tap at -2 needs 23, and nothing behind them.
+    """
+    llm: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (32000, width), "lm_head.weight": (32000, width)}
+    llm["model.norm.weight"] = (width,)
+    for i in range(layers):
+        layer = f"model.layers.{i}."
+        llm |= {f"{layer}self_attn.{name}_proj.weight": (width, width) for name in "qkvo"}
+        llm |= {f"{layer}mlp.{name}_proj.weight": (ffn_width, width) for name in ("gate", "up")}
+        llm |= {f"{layer}mlp.down_proj.weight": (width, ffn_width)}
+        llm |= {f"{layer}{name}_layernorm.weight": (width,) for name in ("input", "post_attention")}
+    clip: dict[str, tuple[int, ...]] = {
+        "embeddings.class_embedding": (1024,),
+        "embeddings.patch_embedding.weight": (1024, 3, 14, 14),
+        "embeddings.position_embedding.weight": (577, 1024),
+        "pre_layrnorm.weight": (1024,),
+        "pre_layrnorm.bias": (1024,),
+    }
+    for i in range(23):
+        block = f"encoder.layers.{i}."
+        linears = {f"self_attn.{name}_proj": (1024, 1024) for name in ("q", "k", "v", "out")}
+        linears |= {"mlp.fc1": (4096, 1024), "mlp.fc2": (1024, 4096)}
+        for name, shape in linears.items():
+            clip |= {f"{block}{name}.weight": shape, f"{block}{name}.bias": shape[:1]}
+        clip |= {f"{block}layer_norm{n}.{kind}": (1024,) for n in (1, 2) for kind in ("weight", "bias")}
+    projector = {"0.weight": (width, 1024), "0.bias": (width,), "2.weight": (width, width), "2.bias": (width,)}
+    parts = {"language_model": llm, "vision_encoder": clip, "connector": projector}
+    return {f"{part}.{name}": shape for part, names in parts.items() for name, shape in names.items()}
+
+
+@pytest.mark.parametrize(
+    ("config", "width", "ffn_width", "layers"), [("7b", 4096, 11008, 32), ("13b", 5120, 13824, 40)]
+)
+def test_tensor_list_is_that_of_the_published_checkpoint(config: str, width: int, ffn_width: int, layers: int) -> None:
+    assert tensor_shapes(CONFIGS[config]) == published_tensors(width, ffn_width, layers)
 
 
 def test_1b_has_grouped_heads() -> None:

@@ -10,6 +10,7 @@ from mllm_edge.recipes.conversation import (
     IGNORE,
     Sample,
     Vocabulary,
+    encode_brief,
     encode_dialogue,
     next_token_loss,
     pad,
@@ -17,6 +18,7 @@ from mllm_edge.recipes.conversation import (
     share_prefix,
     visibility,
 )
+from mllm_edge.recipes.language import LanguageModel
 
 WORDS: dict[str, int] = {}
 
@@ -98,6 +100,32 @@ def test_a_shared_prefix_teaches_what_its_samples_teach(attention: str) -> None:
     alone = [predicted([sample]) for sample in [*SINGLES, SINGLES[1]]]
     torch.testing.assert_close(logits, torch.cat([values for values, _ in alone]), atol=1e-5, rtol=0)
     assert truths.tolist() == [9, 2, 12, 13, 2, 2, 12, 13, 2]
+
+
+def test_brief_samples_learn_the_rest_and_the_end() -> None:
+    sample = encode_brief([1, IMAGE_INDEX], "ring", "dark red", VOCABULARY)
+    assert sample.ids == [1, IMAGE_INDEX, *words("ring dark red"), 2]
+    assert sample.labels == [IGNORE] * 3 + [*words("dark red"), 2]
+
+
+def test_bags_are_stacked_in_the_order_of_their_places() -> None:
+    one = Sample([1, IMAGE_INDEX, IMAGE_INDEX, 5], [IGNORE] * 3 + [5], bags=[[7, 8], []])
+    two = Sample([1, IMAGE_INDEX, 6], [IGNORE] * 2 + [6], bags=[[9]])
+    assert pad([one, two], 0)["bags"].tolist() == [[7, 8], [-1, -1], [9, -1]]
+    assert "bags" not in pad([Sample([1, 5], [IGNORE, 5])], 0)
+
+
+def test_a_bag_stands_for_the_sum_of_its_words() -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(llama(CONFIGS["tiny"].language))
+    table = model.language_model.get_input_embeddings().weight
+    ids = torch.tensor([[1, IMAGE_INDEX, IMAGE_INDEX, 5], [1, IMAGE_INDEX, 6, 0]])
+    embeds = model.embed(ids, torch.tensor([[7, 8], [-1, -1], [9, -1]]))
+    torch.testing.assert_close(embeds[0, 1], table[7] + table[8])
+    torch.testing.assert_close(embeds[0, 2], torch.zeros_like(table[0]))
+    torch.testing.assert_close(embeds[1, 1], table[9])
+    torch.testing.assert_close(embeds[:, 0], table[[1, 1]])
+    torch.testing.assert_close(embeds[0, 3], table[5])
 
 
 def test_loss_predicts_the_next_token() -> None:

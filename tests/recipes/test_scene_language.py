@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ from mllm_edge.recipes.scenes import (
     LOCATIONS,
     QUESTION_KINDS,
     SHAPES,
+    SIZES,
     Background,
+    Question,
     Scene,
     SceneObject,
+    attributes,
     caption,
     draw_questions,
     edit,
@@ -26,6 +30,8 @@ from mllm_edge.recipes.scenes import (
     referring_expressions,
     sample_scene,
     scene_text,
+    telegram,
+    terse,
     told_scene,
     without_colors,
 )
@@ -161,11 +167,12 @@ def test_all_kinds_occur_and_yes_is_as_frequent_as_no():
 
 def test_train_language_never_names_a_held_out_pair():
     for index, scene in enumerate(scenes("train", 150)):
-        told, asked = told_scene(index)
+        told = told_scene(index)
         said = [
             scene_text(index),
-            told,
-            *(f"{q.question} {q.sentence}" for q in asked),
+            told.text,
+            *(" ".join(words) for words in told.things),
+            *(f"{q.question} {q.sentence}" for q in told.questions),
             caption(scene, rng(index)),
             edit(scene, rng(index)).instruction,
         ]
@@ -242,11 +249,49 @@ def read_back(description):
 
 def test_told_scenes_answer_their_questions():
     for index in range(150):
-        text, asked = told_scene(index)
-        assert (text, asked) == told_scene(index)
-        assert len(asked) >= 5
-        for q in asked:
-            assert answer_of(read_back(text), q.question)[0] == q.answer, (text, q)
+        told = told_scene(index)
+        assert told == told_scene(index)
+        assert len(told.questions) >= 5
+        for q in told.questions:
+            assert answer_of(read_back(told.text), q.question)[0] == q.answer, (told.text, q)
+
+
+def test_told_things_say_what_the_text_says():
+    for index in range(50):
+        told = told_scene(index)
+        assert len(told.things) == len(re.findall(r"\b(?:small|large)\b", told.text))
+        for size, color, shape, place in told.things:
+            assert re.search(rf"{size} {color} {shape} (at|in|on) the {place}", told.text), told
+
+
+def test_telegrams_name_one_thing_in_any_order():
+    things = [["small", "red", "ring", "top left"], ["large", "blue", "star"]]
+    drawn = [" ".join(telegram(things, rng(number))) for number in range(400)]
+    orders = [" ".join(order) for words in things for order in permutations(words)]
+    assert set(drawn) == set(orders)
+    assert telegram([["red", "ring"]], rng()) in {("red", "ring"), ("ring", "red")}
+
+
+def test_attributes_leave_out_an_unclear_place():
+    assert attributes(thing("red", "ring", x=0.1, y=0.1)) == ["large", "red", "ring", "top left"]
+    assert attributes(thing("red", "ring", x=1 / 3, y=0.1)) == ["large", "red", "ring"]
+
+
+def test_terse_questions_keep_the_words_that_matter():
+    def asked(text: str) -> str:
+        return terse(Question("what", text, "red", "It is red.", 0))[0]
+
+    assert asked("What color is the small ring?") == "What color small ring?"
+    assert asked("How many red stars can you see?") == "How many red stars?"
+    assert asked("Is there a large object?") == "large object?"
+    assert asked("Which object is at the top left?") == "object top left?"
+    for index in range(60):
+        scene = sample_scene("train", index)
+        for q in questions(scene, rng(index)):
+            text, answer = terse(q)
+            kept = [word for word in re.findall(r"\w+", q.question) if word in {*COLORS, *SHAPES, *SIZES, "object"}]
+            assert all(word in text for word in kept)
+            assert answer == q.answer
 
 
 def test_questions_without_colors_are_the_same_in_any_paint():
@@ -295,13 +340,16 @@ def test_vocabulary_is_small():
 def test_other_names_change_nothing_else():
     renamed = 0
     for index in range(150):
-        (text, asked), (other, renamed_questions) = told_scene(index), told_scene(index, other_names=True)
+        known, renamed_scene = told_scene(index), told_scene(index, other_names=True)
+        (text, asked), (other, renamed_questions) = ((t.text, t.questions) for t in (known, renamed_scene))
         renamed += text != other
         words, others = (re.findall(r"\w+", re.sub(r"\b[Aa]n?\b", "a", told)) for told in (text, other))
         names = dict(zip(words, others, strict=True))
         changed = {old: new for old, new in names.items() if old != new}
         assert set(changed) <= {*COLORS, *SHAPES}
         assert len(set(names.values())) == len(names)
+        said_of_things = [[" ".join(changed.get(w, w) for w in word.split()) for word in t] for t in known.things]
+        assert renamed_scene.things == said_of_things
         assert [q.kind for q in renamed_questions] == [q.kind for q in asked]
         for q, other_q in zip(asked, renamed_questions, strict=True):
             assert other_q.answer == " ".join(changed.get(word, word) for word in q.answer.split()), (q, other_q)

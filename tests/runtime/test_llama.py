@@ -107,13 +107,16 @@ def test_ctrl_c_stops_a_prefill(model: LlamaLanguageModel, monkeypatch: pytest.M
         statuses.append(decode(context, batch))
         return statuses[-1]
 
-    handler = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        patch.setattr(llama, "llama_decode", pressed)
-        with pytest.raises(KeyboardInterrupt):
-            model.prefill(model.embed(IDS))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores the signal
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(llama, "llama_decode", pressed)
+            with pytest.raises(KeyboardInterrupt):
+                model.prefill(model.embed(IDS))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert statuses == [2]  # aborted, not finished
-    assert signal.getsignal(signal.SIGINT) is handler
     np.testing.assert_allclose(model.prefill(model.embed(IDS)).logits, reference_logits(IDS)[-1], atol=1e-4)
 
 

@@ -1,5 +1,6 @@
 """Synthetic scenes: one generator of pictures, masks and language for every system trained here."""
 
+from mllm_edge.recipes.scenes.brief import attributes, telegram, terse
 from mllm_edge.recipes.scenes.captions import GroundedCaption, caption, grounded_caption
 from mllm_edge.recipes.scenes.drawing import boxes, masks, render
 from mllm_edge.recipes.scenes.edits import EDIT_KINDS, Edit, edit
@@ -26,7 +27,7 @@ from mllm_edge.recipes.scenes.questions import (
     without_colors,
 )
 from mllm_edge.recipes.scenes.sampling import SPLITS, sample_scene, split_of
-from mllm_edge.recipes.scenes.story import scene_text, told_scene
+from mllm_edge.recipes.scenes.story import ToldScene, scene_text, told_scene
 
 __all__ = [
     "COLORS",
@@ -45,6 +46,8 @@ __all__ = [
     "Question",
     "Scene",
     "SceneObject",
+    "ToldScene",
+    "attributes",
     "boxes",
     "caption",
     "draw_questions",
@@ -60,6 +63,8 @@ __all__ = [
     "sample_scene",
     "scene_text",
     "split_of",
+    "telegram",
+    "terse",
     "told_scene",
     "without_colors",
 ]

@@ -17,15 +17,17 @@ _WORD = re.compile(r"[a-z]+", re.IGNORECASE)
 _ARTICLE = re.compile(r"\b([Aa])n? (?=([a-z]))")
 
 
-def rename(scene: Scene, text: str, asked: list[Question], rng: np.random.Generator) -> tuple[str, list[Question]]:
+def rename(
+    scene: Scene, texts: list[str], asked: list[Question], rng: np.random.Generator
+) -> tuple[list[str], list[Question]]:
     """Gives every color and every shape a name drawn from all that there are, the same one wherever it occurs.
 
     Who learns from such texts learns to look names up: no name tells anything of another. The held-out pairs stay
     unnamed.
 
     Args:
-        scene: What `text` and `asked` are about.
-        text: Told of the scene.
+        scene: What `texts` and `asked` are about.
+        texts: Told of the scene.
         asked: Questions about it.
         rng: Draws the names.
     """
@@ -38,8 +40,8 @@ def rename(scene: Scene, text: str, asked: list[Question], rng: np.random.Genera
             )
             for q in asked
         ]
-        told = _said(text, names)
-        said = " ".join([told, *(f"{q.question} {q.sentence}" for q in renamed)])
+        told = [_said(text, names) for text in texts]
+        said = " ".join([*told, *(f"{q.question} {q.sentence}" for q in renamed)])
         if shown.isdisjoint(HELD_OUT_PAIRS) and not any(" ".join(pair) in said for pair in HELD_OUT_PAIRS):
             return told, renamed
 

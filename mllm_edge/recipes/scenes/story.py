@@ -1,9 +1,10 @@
 """Scenes told in words alone, for a language model that has yet to meet a picture."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mllm_edge.recipes.scenes.brief import attributes
 from mllm_edge.recipes.scenes.captions import caption, full_caption
 from mllm_edge.recipes.scenes.edits import edit
 from mllm_edge.recipes.scenes.model import Scene, pick, shuffled
@@ -47,7 +48,22 @@ def scene_text(index: int, seed: int = 0) -> str:
     return f"Before: {before} Instruction: {change.instruction} After: {after}"
 
 
-def told_scene(index: int, seed: int = 0, other_names: bool = False) -> tuple[str, list[Question]]:
+@dataclass(frozen=True)
+class ToldScene:
+    """A scene in words.
+
+    Attributes:
+        text: A caption that says all there is to know.
+        things: The same in bare words: the attributes of each object (see `attributes`).
+        questions: Questions that both answer, each kind as likely.
+    """
+
+    text: str
+    things: list[list[str]]
+    questions: list[Question]
+
+
+def told_scene(index: int, seed: int = 0, other_names: bool = False) -> ToldScene:
     """Tells one scene of the train split in full.
 
     Args:
@@ -55,17 +71,17 @@ def told_scene(index: int, seed: int = 0, other_names: bool = False) -> tuple[st
         seed: Another seed gives another series.
         other_names: Whether most scenes get other names for their colors and shapes (see `rename`).
 
-    Returns:
-        A caption that says all there is to know, and questions that it answers, each kind as likely.
-
     Raises:
         ValueError: The index or seed is negative.
     """
     scene = _snapped(sample_scene("train", index, seed))
     rng = np.random.default_rng(np.random.SeedSequence([seed, _STREAM + 1, index]))
     asked = questions(scene, rng)
-    text, drawn = full_caption(scene, rng), draw_questions(asked, rng, len(asked))
-    return rename(scene, text, drawn, rng) if other_names and rng.random() < _RENAMED else (text, drawn)
+    texts = [full_caption(scene, rng), *(", ".join(attributes(item)) for item in scene.objects)]
+    drawn = draw_questions(asked, rng, len(asked))
+    if other_names and rng.random() < _RENAMED:
+        texts, drawn = rename(scene, texts, drawn, rng)
+    return ToldScene(texts[0], [text.split(", ") for text in texts[1:]], drawn)
 
 
 def _dialogue(scene: Scene, rng: np.random.Generator) -> str:

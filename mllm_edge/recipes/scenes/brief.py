@@ -1,0 +1,43 @@
+"""Scenes and questions in the fewest words: a decoder learns to look things up in these first.
+
+In whole sentences nothing is rewarded until a question's noun is gathered, found in the scene and its attribute carried
+to the answer, all at once; for many hundred steps a decoder then guesses among the objects that are there. Where one
+word follows another of the same object, each of those steps earns something by itself.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mllm_edge.recipes.scenes.model import SceneObject, pick, shuffled
+from mllm_edge.recipes.scenes.phrases import location
+from mllm_edge.recipes.scenes.questions import Question
+
+_FILLERS = frozenset(("is", "the", "are", "there", "you", "can", "see", "which", "of", "in", "at", "on", "a", "an"))
+
+
+def attributes(item: SceneObject) -> list[str]:
+    """Returns all that words say of an object: size, color, shape and, where it is clear, the place."""
+    place = location(item)
+    return [item.size, item.color, item.shape, *([place] if place else [])]
+
+
+def telegram(things: Sequence[Sequence[str]], rng: np.random.Generator) -> tuple[str, str]:
+    """Names one of several things by its attributes in any order.
+
+    Args:
+        things: The attributes of each, as of `attributes`.
+        rng: Draws the thing and the order.
+
+    Returns:
+        The first attribute and the others: "circle", "top left red small".
+    """
+    first, *others = shuffled(rng, pick(rng, things))
+    return first, " ".join(others)
+
+
+def terse(question: Question) -> tuple[str, str]:
+    """Returns question and answer without filler words: "How many red rings?" and "2", "What color ring?" and
+    "red"."""
+    words = [word for word in question.question.removesuffix("?").split() if word.lower() not in _FILLERS]
+    return " ".join(words) + "?", question.answer

@@ -1,0 +1,74 @@
+"""What LLaVA's two stages are fed, and where the connector starts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mllm_edge.models.llava import CONFIGS, IMAGE_INDEX, Llava
+from mllm_edge.recipes import train
+from mllm_edge.recipes.conversation import IGNORE
+from mllm_edge.recipes.encoder import pixels
+from mllm_edge.recipes.llava import WORD_SCALE, LlavaTask, brief_turns, start_connector
+from mllm_edge.recipes.recipe import load
+from mllm_edge.recipes.scenes import COLORS, sample_scene
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder: Path = tmp_path_factory.mktemp("parts")
+    settings = ["batch=2", "steps=1", "evaluate=0", "precision=fp32"]
+    for name, recipe in (("vision_encoder", "encoder-pretrain"), ("language_model", "lm-pretrain")):
+        train(recipe, [*settings, f"out={folder / name}"], False, lambda step, steps, metrics: None)
+    return [f"init.{name}={folder / name}" for name in ("vision_encoder", "language_model")]
+
+
+def test_a_fresh_connector_speaks_as_loud_as_words() -> None:
+    torch.manual_seed(0)
+    dims = CONFIGS["tiny"]
+    llava = Llava(dims)
+    pictures = torch.stack([torch.from_numpy(pixels(sample_scene("train", i), dims)) for i in range(8)])
+    start_connector(llava, pictures)
+    with torch.no_grad():
+        embeds = llava.encode(pictures).flatten(0, 1)
+    words = llava.language_model.get_input_embeddings().weight.std()
+    torch.testing.assert_close(embeds.mean(dim=0), torch.zeros(embeds.shape[1]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(embeds.std(dim=0), (WORD_SCALE * words).expand(embeds.shape[1]), atol=0, rtol=1e-3)
+
+
+def test_brief_turns_follow_the_picture() -> None:
+    scene = next(s for s in (sample_scene("train", i) for i in range(50)) if len(s.objects) == 3)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        for first, rest in brief_turns(scene, rng, colors=True, telegrams=True):
+            said = f"{first} {rest}"
+            assert any(all(word in said for word in (o.size, *o.pair)) for o in scene.objects)
+        for telegrams in (True, False):
+            turns = brief_turns(scene, rng, colors=False, telegrams=telegrams)
+            assert turns and len(set(turns)) == len(turns)
+            assert not [turn for turn in turns if any(color in " ".join(turn) for color in COLORS)]
+
+
+def test_stages_learn_answers_alone_behind_one_picture(parts: list[str]) -> None:
+    task = LlavaTask(load("llava-pretrain", parts), "pretrain")
+    forms = set()
+    for index in range(30):
+        sample, picture = task.sample(index)
+        assert sample.ids.count(IMAGE_INDEX) == task.dims.vision.patches
+        assert picture.shape == (3, 128, 128)
+        learned = [token for token in sample.labels if token != IGNORE]
+        assert 2 in learned and IMAGE_INDEX not in learned
+        forms.add(sample.ids[1] == IMAGE_INDEX)
+    assert forms == {True, False}  # brief samples open with the picture, the others with the template
+
+
+def test_the_connector_has_a_rate_of_its_own(parts: list[str]) -> None:
+    recipe = load("llava-pretrain", [*parts, "lr=3e-4"])
+    rates = {p: g["lr"] for g in LlavaTask(recipe, "finetune").parameters() for p in g["params"]}
+    assert set(rates.values()) == {3e-4}
+    task = LlavaTask(load("llava-pretrain", [*parts, "lr=3e-4", "connector_lr=1e-5"]), "finetune")
+    rates = {id(p): g["lr"] for g in task.parameters() for p in g["params"]}
+    assert {rates[id(p)] for p in task.model.llava.connector.parameters()} == {1e-5}
+    assert {rates[id(p)] for p in task.model.llava.language_model.parameters()} == {3e-4}
+    assert all(id(p) not in rates for p in task.model.llava.vision_encoder.parameters())
