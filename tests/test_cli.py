@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import re
 import shutil
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,10 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
-from bundle_for_tests import write_bundle
-from PIL import Image
 
 import mllm_edge
 from mllm_edge import bundle, cli
@@ -77,18 +72,6 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         return Said(code, *capsys.readouterr())
 
     return run
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bundle(tmp_path_factory.mktemp("cli") / "tiny.bundle")
-
-
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pictures") / "noise.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)).save(path)
-    return path
 
 
 def test_help_lists_the_verbs(call: Call) -> None:
@@ -419,54 +402,6 @@ def test_train_passes_settings_and_prints_the_report(call: Call, monkeypatch: py
     assert (other.code, other.out, other.err) == (0, "", "")
 
 
-def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run Python code apart, with what this process has imported out of the way."""
-    words = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, encoding="utf-8", check=False)
-
-
-def test_importing_the_command_line_loads_nothing_heavy() -> None:
-    heavy = ["torch", "transformers", "onnx", "onnxruntime", "llama_cpp", "gguf", "numpy", "PIL", "yaml", "rich"]
-    code = f"import sys, mllm_edge, mllm_edge.cli; print([name for name in {heavy} if name in sys.modules])"
-    assert python(code).stdout == "[]\n"
-
-
-BLOCKED = """
-import sys
-blocked = {"torch", "transformers", "onnx"}
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in blocked:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Finder())
-from mllm_edge.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def test_running_needs_no_pytorch(folder: Path, picture: Path) -> None:
-    said = python(BLOCKED, "run", folder, "the", "--image", picture, "--max-tokens", 2)
-    assert said.returncode == 0, said.stderr
-    assert said.stdout
-
-
-@pytest.mark.parametrize("words", [["verify", "some.bundle"], ["export", "llava"]])
-def test_a_missing_package_comes_with_the_line_that_installs_it(words: list[str]) -> None:
-    said = python(BLOCKED, *words)
-    assert said.returncode == 1
-    assert re.fullmatch(r"error: (torch|onnx) is not installed; run: pip install 'mllm-edge\[export\]'\n", said.stderr)
-
-
-def test_a_reader_that_leaves_is_no_error() -> None:
-    words = [sys.executable, "-m", "mllm_edge", "systems"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
-    assert process.stdout and process.stderr
-    process.stdout.close()
-    assert process.wait(timeout=60) == 1
-    assert process.stderr.read() == ""
-    process.stderr.close()
-
-
 class Terminal(io.StringIO):
     """A stream that says it is a terminal."""
 
@@ -501,17 +436,6 @@ def test_a_dialogue_on_a_terminal_survives_a_mistake(folder: Path, capsys: Any, 
     said = capsys.readouterr()
     assert said.err == "\nerror: nowhere.png does not exist; check the path\n"
     assert said.out.count("> ") == 3
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("words", [["systems"], ["systems", "--json"], ["--help"]])
-def test_a_full_disk_behind_stdout_is_one_line(words: list[str]) -> None:
-    with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-m", "mllm_edge", *words]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert "No space left" in done.stderr
 
 
 def test_words_behind_two_dashes_are_no_options(call: Call, tmp_path: Path) -> None:
