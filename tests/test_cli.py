@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import shutil
 import sys
 import warnings
@@ -14,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from calls_for_tests import Call
 
 import mllm_edge
 from mllm_edge import bundle, cli
@@ -36,42 +36,6 @@ VERBS = [
     "compare",
     "plan",
 ]
-
-
-@dataclasses.dataclass
-class Said:
-    """What a command said, and its exit code."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> Any:
-        return json.loads(self.out)
-
-    @property
-    def error(self) -> str:
-        """The one line of an error."""
-        assert self.out == ""
-        assert self.err.startswith("error: ")
-        assert self.err.count("\n") == 1
-        return self.err.removeprefix("error: ").rstrip("\n")
-
-
-Call = Callable[..., Said]
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    def run(*words: object, text: str = "") -> Said:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-        if words[:1] in (("run",), ("chat",)) and len(words) > 2 and "--threads" not in words:
-            words += ("--threads", 1)  # tests share the machine
-        code = cli.main([str(word) for word in words])
-        return Said(code, *capsys.readouterr())
-
-    return run
 
 
 def test_help_lists_the_verbs(call: Call) -> None:
@@ -132,13 +96,6 @@ def test_systems_and_recipes_are_the_registries(call: Call) -> None:
     assert call("recipes", "--json").document == {"recipes": available()}
     assert SYSTEMS["llava"].title in call("systems").out
     assert all(name in call("recipes").out for name in available())
-
-
-def test_no_system_is_named_where_all_are_served() -> None:
-    package = Path(cli.__file__).parent
-    for file in ("cli.py", "cli_bench.py", "options.py", "show.py", "doctor.py", *(package / "bench").glob("*.py")):
-        text = (package / file).read_text(encoding="utf-8").lower()
-        assert [name for name in SYSTEMS if name in text] == [], file
 
 
 def test_run_answers_on_stdout_and_says_times_on_stderr(folder: Path, picture: Path, call: Call) -> None:
@@ -436,9 +393,3 @@ def test_a_dialogue_on_a_terminal_survives_a_mistake(folder: Path, capsys: Any, 
     said = capsys.readouterr()
     assert said.err == "\nerror: nowhere.png does not exist; check the path\n"
     assert said.out.count("> ") == 3
-
-
-def test_words_behind_two_dashes_are_no_options(call: Call, tmp_path: Path) -> None:
-    said = call("run", tmp_path / "none", "--", "--json")
-    assert said.code == 2
-    assert said.out == ""  # with --json an error would be a document on stdout

@@ -1,4 +1,4 @@
-"""The commands in a process of their own: what it imports, and what happens to its streams."""
+"""The commands from outside: what their process imports, what happens to its streams, what their code may not name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from calls_for_tests import Call
+
+from mllm_edge import cli
+from mllm_edge.models import SYSTEMS
 
 
 def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -67,3 +71,16 @@ def test_a_full_disk_behind_stdout_is_one_line(words: list[str]) -> None:
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "No space left" in done.stderr
+
+
+def test_no_system_is_named_where_all_are_served() -> None:
+    package = Path(cli.__file__).parent
+    for file in ("cli.py", "cli_bench.py", "options.py", "show.py", "doctor.py", *(package / "bench").glob("*.py")):
+        text = (package / file).read_text(encoding="utf-8").lower()
+        assert [name for name in SYSTEMS if name in text] == [], file
+
+
+def test_words_behind_two_dashes_are_no_options(call: Call, tmp_path: Path) -> None:
+    said = call("run", tmp_path / "none", "--", "--json")
+    assert said.code == 2
+    assert said.out == ""  # with --json an error would be a document on stdout
