@@ -7,15 +7,16 @@ import json
 import logging
 import os
 import sys
-import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mllm_edge.errors import MllmEdgeError
+from mllm_edge.progress import Pace, PlainSteps, PlainTraining, Report, TrainReport, metrics_line
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -26,12 +27,7 @@ if TYPE_CHECKING:
     from mllm_edge.models import SystemInfo
     from mllm_edge.runtime import Answer
 
-# (step, its number from 1, how many there are, seconds that it took or None when it begins)
-Report = Callable[[str, int, int, "float | None"], None]
-TrainReport = Callable[[int, int, dict[str, float]], None]
-
 PLAIN_WIDTH = 160  # columns of tables that do not go to a terminal
-PLAIN_SECONDS = 10.0  # between two lines of training progress there
 
 
 class Interrupted(MllmEdgeError):
@@ -149,15 +145,16 @@ class Screen:
             yield lambda *_: None
             return
         if not self._err.isatty():
-            yield self._plain_steps
+            yield PlainSteps(self._note)
             return
         from rich.progress import MofNCompleteColumn
 
         with self._bar([MofNCompleteColumn()]) as bar:
-            task = bar.add_task("preparing", total=None)
+            task, paces = bar.add_task("preparing", total=None), defaultdict[str, Pace](Pace)
 
-            def report(step: str, number: int, total: int, seconds: float | None) -> None:
-                bar.update(task, description=step, total=total, completed=number - (seconds is None))
+            def report(step: str, number: int, total: int, seconds: float | None, part: float = 0.0) -> None:
+                text = step + (f" {part:.0%}{paces[step].left(part)}" if part else "")
+                bar.update(task, description=text, total=total, completed=number - (seconds is None))
 
             yield report
 
@@ -168,14 +165,14 @@ class Screen:
             yield lambda *_: None
             return
         if not self._err.isatty():
-            yield _PlainTraining(self._note)
+            yield PlainTraining(self._note)
             return
         from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
         with self._bar([MofNCompleteColumn(), TimeRemainingColumn()]) as bar:
             task = bar.add_task("preparing", total=None)
             yield lambda step, steps, metrics: bar.update(
-                task, description=_metrics(metrics), total=steps, completed=step
+                task, description=metrics_line(metrics), total=steps, completed=step
             )
 
     @contextlib.contextmanager
@@ -192,10 +189,6 @@ class Screen:
                 yield progress
             finally:
                 self._live = None
-
-    def _plain_steps(self, step: str, number: int, total: int, seconds: float | None) -> None:
-        took = "..." if seconds is None else f"{seconds:.1f} s"
-        self._note(f"[{number}/{total}] {step} {took}")
 
     @cached_property
     def _console_err(self) -> Console:
@@ -229,30 +222,6 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._screen._note(record.getMessage())
-
-
-class _PlainTraining:
-    """A line now and then."""
-
-    def __init__(self, note: Callable[[str], None]):
-        self._note = note
-        self._begun = self._last = time.monotonic()
-        self._first: int | None = None
-
-    def __call__(self, step: int, steps: int, metrics: dict[str, float]) -> None:
-        now = time.monotonic()
-        first = self._first is None
-        self._first = step if self._first is None else self._first
-        if not first and step < steps and now - self._last < PLAIN_SECONDS:
-            return
-        self._last = now
-        done = step - self._first
-        left = f", {(now - self._begun) / done * (steps - step):.0f} s left" if done else ""
-        self._note(f"step {step}/{steps}: {_metrics(metrics)}{left}")
-
-
-def _metrics(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
 def _console(stream: TextIO) -> Console:

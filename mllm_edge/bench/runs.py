@@ -28,8 +28,8 @@ from mllm_edge.runtime.answer import peak_rss
 from mllm_edge.runtime.images import load_image
 
 if TYPE_CHECKING:
+    from mllm_edge.progress import Report
     from mllm_edge.runtime import Answer, Model
-    from mllm_edge.show import Report
 
 PROMPT = "Describe the picture."
 PICTURE_SIZE = 512

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mllm_edge
 from mllm_edge import bundle, models
-from mllm_edge.bundle import EmbeddingTable, LanguageModelEntry, Manifest, StageEntry
+from mllm_edge.bundle import EmbeddingTable, FileEntry, LanguageModelEntry, Manifest, StageEntry
 from mllm_edge.errors import BadInput
 from mllm_edge.export.cost import BYTES_PER_WEIGHT, stage_flops, weight_count
 from mllm_edge.export.gguf import export_language_model
@@ -23,13 +24,13 @@ from mllm_edge.export.verify import PICTURES, require, verify
 from mllm_edge.export.workplace import Finished, Workplace, disk_full_explained
 from mllm_edge.models.interface import Checkpoint, ExportPlan, LanguageModelExport, LlamaDims, StageExport
 
+if TYPE_CHECKING:
+    from mllm_edge.progress import Report
+
 log = logging.getLogger(__name__)
 
 DEFAULT_PRECISION = {"cpu": "fp32", "cuda": "fp16"}
 CALIBRATION_PICTURES = {"fp32": 0, "fp16": 8, "int8": 32}  # other pictures than those of the verification
-
-# (step, its number from 1, how many there are, seconds that it took or None when it begins)
-Report = Callable[[str, int, int, "float | None"], None]
 
 
 def export(
@@ -63,7 +64,8 @@ def export(
         force: replace a bundle that is already there.
         mmproj: also write llama.cpp's multimodal projector file.
         check: compare the bundle with PyTorch before it gets its name.
-        report: called when a step begins and when it has ended.
+        report: called when a step begins (`seconds` None), with the `part` that is done of a long one, and when it has
+            ended.
 
     Returns:
         The bundle's folder.
@@ -115,11 +117,12 @@ class _Clock:
         self._number = 0
 
     @contextlib.contextmanager
-    def step(self, name: str) -> Iterator[None]:
+    def step(self, name: str) -> Iterator[Callable[[float], None]]:
+        """Yields what to call with the share of the step that is done."""
         self._number += 1
         self._report(name, self._number, self._total, None)
         began = time.monotonic()
-        yield
+        yield lambda part: self._report(name, self._number, self._total, None, part)
         self._report(name, self._number, self._total, time.monotonic() - began)
 
 
@@ -198,12 +201,19 @@ class _Job:
         )
 
     def _language_model(self, lm: LanguageModelExport) -> LanguageModelEntry:
-        def build() -> Finished:
-            entry = export_language_model(lm, self.place.folder / "language_model.gguf", self.quant)
-            return Finished([self.place.entry(self.place.folder / entry.file)], dataclasses.asdict(entry))
-
         key = self._made_from(quant=self.quant, state_positions=lm.state_positions)
-        with self.clock.step("language_model"):
+
+        def build() -> Finished:
+            entry = export_language_model(
+                lm,
+                self.place.folder / "language_model.gguf",
+                self.quant,
+                lambda done, total: tell(done / total),
+                made_from=json.dumps(key, sort_keys=True, default=repr),
+            )
+            return Finished([FileEntry(entry.file, entry.bytes, entry.sha256)], dataclasses.asdict(entry))
+
+        with self.clock.step("language_model") as tell:
             details = self.place.step("language_model", key, build).details
         return LanguageModelEntry(**{**details, "embedding": EmbeddingTable(**details["embedding"])})
 
@@ -213,6 +223,5 @@ class _Job:
 
 
 def _language_model_bytes(dims: LlamaDims, quant: str) -> int:
-    """Room that writing the language model takes: the file, and the 16-bit file that it is quantized from."""
-    source = 0.0 if quant in ("f32", "f16") else BYTES_PER_WEIGHT["f16"]
-    return int(weight_count(dims) * (BYTES_PER_WEIGHT[quant] + source) * 1.05)
+    """Room that the language model takes."""
+    return int(weight_count(dims) * BYTES_PER_WEIGHT[quant] * 1.05)

@@ -1,16 +1,21 @@
-"""The language model as a GGUF file, by our own tensor map; K-quants by llama.cpp's quantizer.
+"""The language model as a GGUF file, by our own tensor map; blocks are quantized by llama.cpp's code.
 
-Tensors are written one by one, so that a model larger than the memory can be exported. The token embedding stays in a
-type whose rows the runtime can read alone (F32, F16 or Q8_0).
+Tensors are written one by one, so that a model larger than the memory can be exported, and an export that was killed
+goes on with the next. The token embedding stays in a type whose rows the runtime can read alone (F32, F16 or Q8_0).
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import hashlib
+import itertools
+import math
 import os
+import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import gguf
@@ -20,9 +25,9 @@ import mllm_edge
 from mllm_edge.bundle import EmbeddingTable, LanguageModelEntry, file_entry
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.export.cost import product_weights
+from mllm_edge.export.k_quants import K_QUANTS, chosen_types, quantize_rows
 from mllm_edge.export.tokenizer import UNUSED, Tokenizer, read_tokenizer
 from mllm_edge.models.interface import LanguageModelExport, LlamaDims
-from mllm_edge.runtime.llama_library import library, recent_errors
 
 TYPE = gguf.GGMLQuantizationType
 FILE_TYPE = gguf.LlamaFileType
@@ -32,25 +37,22 @@ DIRECT = {
     "f16": (TYPE.F16, FILE_TYPE.MOSTLY_F16),
     "q8_0": (TYPE.Q8_0, FILE_TYPE.MOSTLY_Q8_0),
 }
-K_QUANTS = {
-    "q6_k": FILE_TYPE.MOSTLY_Q6_K,
-    "q5_k_m": FILE_TYPE.MOSTLY_Q5_K_M,
-    "q4_k_m": FILE_TYPE.MOSTLY_Q4_K_M,
-}
 SUPER_BLOCK = 256  # values in a block of a K-quant: rows must be a multiple
-Progress = Callable[[int, int], None]  # tensors written so far, and in all
+Progress = Callable[[int, int], None]  # weights written so far, and in all
 
 
 def export_language_model(
-    lm: LanguageModelExport, path: Path, quant: str, progress: Progress | None = None
+    lm: LanguageModelExport, path: Path, quant: str, progress: Progress | None = None, made_from: str = ""
 ) -> LanguageModelEntry:
-    """Write `lm` to `path` and describe it for the manifest. The file gets its name when it is complete.
+    """Write `lm` to `path` and describe it for the manifest. The file gets its name when it is complete; one that was
+    begun from the same weights is gone on with.
 
     Args:
         lm: the decoder.
         path: the GGUF file, inside the bundle's folder.
         quant: one of `QUANTS`.
         progress: called after each tensor.
+        made_from: stands for the weights and settings; a file begun under the same name is continued.
 
     Raises:
         BadInput: an unknown quantization, a tokenizer with more tokens than the model, weights of wrong shape.
@@ -58,51 +60,99 @@ def export_language_model(
     """
     if quant not in QUANTS:
         raise BadInput(f"quantization {quant!r} is not known; use one of {', '.join(QUANTS)}")
-    partial, source = path.with_name(path.name + ".partial"), path.with_name(path.name + ".f16.partial")
-    try:
-        if quant in DIRECT:
-            write_gguf(lm, partial, quant, progress)
-        else:
-            write_gguf(lm, source, "f16", progress)
-            _quantize(source, partial, quant, lm.dims.width)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-        source.unlink(missing_ok=True)
+    name = hashlib.sha256(f"{made_from}:{quant}".encode()).hexdigest()[:16]
+    partial = path.with_name(f"{path.name}.{name}.partial")
+    for stale in path.parent.glob(f"{path.name}.*.partial"):
+        if stale != partial or not made_from:
+            stale.unlink()
+    write_gguf(lm, partial, quant, progress)
+    partial.replace(path)
     return _entry(lm, path, quant)
 
 
 def write_gguf(lm: LanguageModelExport, path: Path, quant: str, progress: Progress | None = None) -> None:
-    """Write `lm` in one pass with matrices as F32, F16 or Q8_0 and vectors as F32.
+    """Write `lm` in one pass, vectors as F32; tensors that stand in the file already are not written again.
 
     Raises:
         BadInput: see `export_language_model`.
     """
     if lm.architecture != "llama":
         raise BadInput(f"there is no GGUF map for architecture {lm.architecture!r} yet; it has llama")
-    kind, file_type = DIRECT[quant]
     shapes = tensor_shapes(lm.dims)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, lm.dims.layers)
-    writer = gguf.GGUFWriter(path, "llama")
-    try:
-        _write_dims(writer, lm.dims, file_type)
-        _write_tokenizer(writer, read_tokenizer(lm.tokenizer), lm.dims.vocabulary, lm.tokenizer)
-        types = {name: _type(shape, kind) for name, shape in shapes.items()}
-        for name, shape in shapes.items():
-            size = _bytes(shape, types[name])
-            gguf_name = names.get_name(name, (".weight",))
-            if gguf_name is None:
-                raise MllmEdgeError(f"the gguf package has no name for {name}; install gguf >= 0.19")
-            writer.add_tensor_info(gguf_name, shape, np.dtype(np.float32), size, raw_dtype=types[name])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for number, (name, shape) in enumerate(shapes.items(), start=1):
-            writer.write_tensor_data(_tensor(lm, name, shape, types[name]))
+    types = _types(lm.dims, shapes, quant)
+    head = _head(lm, shapes, types, quant, path)
+    sizes = [_bytes(shape, types[name]) for name, shape in shapes.items()]
+    padded = [gguf.GGUFWriter.ggml_pad(size, gguf.GGUF_DEFAULT_ALIGNMENT) for size in sizes]
+    ends = [len(head) + end for end in itertools.accumulate(padded)]
+    weights = list(itertools.accumulate(math.prod(shape) for shape in shapes.values()))
+    done = _begun(path, head, ends)
+    with path.open("r+b") as file:
+        file.truncate(ends[done - 1] if done else len(head))
+        file.seek(0, os.SEEK_END)
+        if done and progress:
+            progress(weights[done - 1], weights[-1])
+        for number, (name, shape) in itertools.islice(enumerate(shapes.items()), done, None):
+            file.write(_tensor(lm, name, shape, types[name]).data)
+            file.write(bytes(padded[number] - sizes[number]))
             if progress:
-                progress(number, len(shapes))
-    finally:
-        writer.close()
+                progress(weights[number], weights[-1])
+
+
+def _types(dims: LlamaDims, shapes: dict[str, tuple[int, ...]], quant: str) -> dict[str, TYPE]:
+    """The type that each tensor gets in the file."""
+    if quant in DIRECT:
+        return {name: _type(shape, DIRECT[quant][0]) for name, shape in shapes.items()}
+    names = _gguf_names(dims, shapes)
+    chosen = chosen_types(
+        {names[name]: shape for name, shape in shapes.items()},
+        quant,
+        _type((1, dims.width), TYPE.Q8_0),  # llama.cpp aborts on a type that does not fit the rows
+        lambda writer: _write_dims(writer, dims, FILE_TYPE.ALL_F32),
+    )
+    return {name: chosen[names[name]] for name in shapes}
+
+
+def _gguf_names(dims: LlamaDims, names: Iterable[str]) -> dict[str, str]:
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, dims.layers)
+    found = {name: known.get_name(name, (".weight",)) for name in names}
+    unknown = [name for name, gguf_name in found.items() if gguf_name is None]
+    if unknown:
+        raise MllmEdgeError(f"the gguf package has no name for {unknown[0]}; install gguf >= 0.19")
+    return {name: str(gguf_name) for name, gguf_name in found.items()}
+
+
+def _head(
+    lm: LanguageModelExport, shapes: dict[str, tuple[int, ...]], types: dict[str, TYPE], quant: str, path: Path
+) -> bytes:
+    """All that stands before the tensors."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        file = Path(folder) / "head"
+        writer = gguf.GGUFWriter(file, "llama")
+        try:
+            _write_dims(writer, lm.dims, DIRECT[quant][1] if quant in DIRECT else K_QUANTS[quant])
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            _write_tokenizer(writer, read_tokenizer(lm.tokenizer), lm.dims.vocabulary, lm.tokenizer)
+            for name, gguf_name in _gguf_names(lm.dims, shapes).items():
+                shape, kind = shapes[name], types[name]
+                size = _bytes(shape, kind)
+                writer.add_tensor_info(gguf_name, shape, np.dtype(np.float32), size, raw_dtype=kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        finally:
+            writer.close()
+        head = file.read_bytes()
+    return head + bytes(gguf.GGUFWriter.ggml_pad(len(head), gguf.GGUF_DEFAULT_ALIGNMENT) - len(head))
+
+
+def _begun(path: Path, head: bytes, ends: list[int]) -> int:
+    """How many tensors stand whole in a file that begins with `head`; it is made where there is none."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(head)) == head:
+                return bisect.bisect_right(ends, path.stat().st_size)
+    path.write_bytes(head)
+    return 0
 
 
 def tensor_shapes(dims: LlamaDims) -> dict[str, tuple[int, ...]]:
@@ -150,13 +200,13 @@ def _tensor(lm: LanguageModelExport, name: str, shape: tuple[int, ...], kind: TY
     if name.endswith(("q_proj.weight", "k_proj.weight")):
         heads = lm.dims.heads if name.endswith("q_proj.weight") else lm.dims.kv_heads
         array = interleave_rotary(array, heads)
-    if kind == TYPE.Q8_0:
-        return gguf.quants.quantize(array, kind)
     if kind == TYPE.F16:
         if np.abs(array).max() > np.finfo(np.float16).max:
             raise BadInput(f"{name} has values beyond 16-bit floats; use --quant f32 or q8_0")
         array = array.astype(np.float16)
-    return np.ascontiguousarray(array)
+    if kind in (TYPE.F16, TYPE.F32):
+        return np.ascontiguousarray(array)
+    return quantize_rows(array, kind)
 
 
 def interleave_rotary(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -204,20 +254,6 @@ def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocabulary: 
     writer.add_add_bos_token(tokenizer.add_bos)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(tokenizer.space_prefix)
-
-
-def _quantize(source: Path, path: Path, quant: str, width: int) -> None:
-    """K-quantize `source`, an F16 file, with llama.cpp; the embedding, `width` wide, becomes Q8_0 where that fits."""
-    llama = library()
-    settings = llama.llama_model_quantize_default_params()
-    settings.ftype = int(K_QUANTS[quant])
-    settings.token_embedding_type = int(_type((1, width), TYPE.Q8_0))  # llama.cpp aborts on a type that does not fit
-    settings.nthread = os.cpu_count() or 1
-    recent_errors.clear()
-    status = llama.llama_model_quantize(os.fsencode(source), os.fsencode(path), settings)
-    if status != 0:
-        reason = "; ".join(recent_errors) or f"status {status}"
-        raise MllmEdgeError(f"llama.cpp could not quantize to {quant} ({reason}); use --quant q8_0")
 
 
 @contextlib.contextmanager

@@ -106,7 +106,7 @@ def test_every_step_is_reported_when_it_begins_and_ends(toy, out):
 
 @pytest.mark.parametrize("blow", [KeyboardInterrupt, RuntimeError])
 def test_interrupted_export_leaves_nothing_and_goes_on(toy, out, monkeypatch, blow):
-    def fail(*_):
+    def fail(*_, **__):
         raise blow
 
     monkeypatch.setattr(export_module, "export_language_model", fail)
@@ -165,7 +165,7 @@ def test_unverified_bundle_says_so(toy, out):
 
 
 def test_full_disk_is_explained_and_can_go_on(toy, out, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(export_module, "export_language_model", full)
@@ -176,7 +176,7 @@ def test_full_disk_is_explained_and_can_go_on(toy, out, monkeypatch):
 
 
 def test_other_system_errors_are_not_called_a_full_disk(toy, out, monkeypatch):
-    def denied(*_):
+    def denied(*_, **__):
         raise PermissionError(errno.EACCES, "no")
 
     monkeypatch.setattr(export_module, "export_language_model", denied)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tokenizers_to_test import byte_level, llama_fast, llama_sentencepiece, writ
 
 from mllm_edge.errors import BadInput, OutOfTolerance
 from mllm_edge.export.gguf import QUANTS, export_language_model, interleave_rotary, tensor_shapes
+from mllm_edge.export.k_quants import K_QUANTS
 from mllm_edge.export.same_tokens import assert_same_tokens
 from mllm_edge.export.tokenizer import lead, read_tokenizer
 from mllm_edge.models.interface import LanguageModelExport, LlamaDims
@@ -23,6 +25,8 @@ NARROW = LlamaDims(vocabulary=422, width=64, ffn_width=96, layers=2, heads=4, kv
 WIDE = LlamaDims(
     vocabulary=450, width=256, ffn_width=512, layers=2, heads=4, kv_heads=2, context=128, tied=True, rope_theta=5e5
 )
+
+DEEP = dataclasses.replace(WIDE, layers=9, tied=False, kv_heads=1)  # mixtures give some layers more bits
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +141,6 @@ def test_ctrl_c_in_the_quantizer_leaves_nothing(
 ) -> None:
     def interrupt(source: bytes, path: bytes, settings: object) -> int:
         assert Path(source.decode()).is_file()
-        Path(path.decode()).write_bytes(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(library(), "llama_model_quantize", interrupt)
@@ -154,16 +157,76 @@ def test_one_tensor_at_a_time(tmp_path: Path, tokenizer: Path, quant: str) -> No
     assert tensors.most == 1
 
 
-def test_an_interrupted_export_leaves_nothing(tmp_path: Path, tokenizer: Path) -> None:
-    lm = LanguageModelExport("llama", NARROW, random_llama(NARROW).state_dict(), tokenizer)
+class Killed(Exception):
+    pass
 
-    def interrupt(done: int, total: int) -> None:
-        if done == 5:
-            raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        export_language_model(lm, tmp_path / "model.gguf", "q6_k", interrupt)
-    assert not list(tmp_path.iterdir())
+class Counted(dict[str, torch.Tensor]):
+    """Counts the tensors that were read, and dies at one of them."""
+
+    def __init__(self, state: dict[str, torch.Tensor], last: int):
+        super().__init__(state)
+        self.read, self.last = 0, last
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if self.read == self.last:
+            raise Killed
+        self.read += 1
+        return super().__getitem__(name)
+
+
+@pytest.mark.parametrize("torn", [0, 1, 40], ids=["between tensors", "a byte missing", "in a tensor"])
+def test_a_killed_export_goes_on_with_the_next_tensor(tmp_path: Path, tokenizer: Path, torn: int) -> None:
+    state = random_llama(WIDE).state_dict()
+    path, whole = tmp_path / "model.gguf", tmp_path / "whole.gguf"
+    export_language_model(LanguageModelExport("llama", WIDE, state, tokenizer), whole, "q4_k_m")
+    lm = LanguageModelExport("llama", WIDE, Counted(state, 7), tokenizer)
+    with pytest.raises(Killed):
+        export_language_model(lm, path, "q4_k_m", made_from="these weights")
+    assert not path.exists()
+    (partial,) = tmp_path.glob("*.partial")
+    with partial.open("r+b") as file:
+        file.truncate(partial.stat().st_size - torn)
+    rest, told = Counted(state, 1000), []
+    lm = LanguageModelExport("llama", WIDE, rest, tokenizer)
+    export_language_model(lm, path, "q4_k_m", lambda done, _: told.append(done), made_from="these weights")
+    assert rest.read == len(tensor_shapes(WIDE)) - 7 + (torn > 0)
+    assert told == sorted(set(told))
+    assert path.read_bytes() == whole.read_bytes()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_another_export_does_not_go_on_with_a_strangers_file(tmp_path: Path, tokenizer: Path) -> None:
+    first, second = (random_llama(WIDE).state_dict() for _ in range(2))
+    second = {name: tensor * 2 for name, tensor in second.items()}
+    lm = LanguageModelExport("llama", WIDE, Counted(first, 7), tokenizer)
+    with pytest.raises(Killed):
+        export_language_model(lm, tmp_path / "model.gguf", "f16", made_from="the first")
+    lm = LanguageModelExport("llama", WIDE, second, tokenizer)
+    export_language_model(lm, tmp_path / "model.gguf", "f16", made_from="the second")
+    export_language_model(lm, tmp_path / "whole.gguf", "f16")
+    assert (tmp_path / "model.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("dims", [NARROW, WIDE, DEEP], ids=["narrow", "tied", "deep"])
+@pytest.mark.parametrize("quant", list(K_QUANTS))
+@pytest.mark.filterwarnings("ignore:.*no multiple of")
+def test_k_quants_are_those_of_llama_cpps_own_quantizer(
+    tmp_path: Path, tokenizer: Path, dims: LlamaDims, quant: str
+) -> None:
+    lm = LanguageModelExport("llama", dims, random_llama(dims).state_dict(), tokenizer)
+    export_language_model(lm, tmp_path / "f32.gguf", "f32")
+    export_language_model(lm, tmp_path / "ours.gguf", quant)
+    settings = library().llama_model_quantize_default_params()
+    settings.ftype, settings.token_embedding_type = int(K_QUANTS[quant]), int(gguf.GGMLQuantizationType.Q8_0)
+    source, theirs = (str(tmp_path / name).encode() for name in ("f32.gguf", "theirs.gguf"))
+    assert library().llama_model_quantize(source, theirs, settings) == 0
+    expected = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "theirs.gguf").tensors}
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "ours.gguf").tensors}
+    assert {name: t.tensor_type for name, t in found.items()} == {name: t.tensor_type for name, t in expected.items()}
+    for name, tensor in found.items():
+        np.testing.assert_array_equal(tensor.data, expected[name].data, err_msg=name)
 
 
 def test_rotary_rows_are_interleaved_by_hand() -> None:

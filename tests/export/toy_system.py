@@ -78,7 +78,7 @@ def register(monkeypatch, system):
     monkeypatch.setitem(models.SYSTEMS, "toy", info)
 
 
-def fake_gguf(lm, path, quant, *_):
+def fake_gguf(lm, path, quant, *_, **__):
     """Stands in for the GGUF writer, which has its own tests."""
     path.write_bytes(b"GGUF" + quant.encode())
     entry = bundle.file_entry(path.parent, path.name)

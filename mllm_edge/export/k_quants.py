@@ -1,0 +1,97 @@
+"""Block quantization by llama.cpp's own code, a tensor at a time: no 16-bit copy of the model is needed."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from mllm_edge.errors import MllmEdgeError
+from mllm_edge.runtime.llama_library import library, recent_errors
+
+TYPE = gguf.GGMLQuantizationType
+K_QUANTS = {
+    "q6_k": gguf.LlamaFileType.MOSTLY_Q6_K,
+    "q5_k_m": gguf.LlamaFileType.MOSTLY_Q5_K_M,
+    "q4_k_m": gguf.LlamaFileType.MOSTLY_Q4_K_M,
+}
+_SKETCHED_ROWS = 2  # of one row llama.cpp takes a matrix for a vector
+_ROWS_AT_ONCE = 256  # that a thread quantizes before it takes the next
+
+
+def chosen_types(
+    shapes: Mapping[str, tuple[int, ...]], quant: str, embedding: TYPE, write_head: Callable[[gguf.GGUFWriter], None]
+) -> dict[str, TYPE]:
+    """Which type llama.cpp gives to each tensor in a mixture such as q4_k_m.
+
+    The mixtures are rules over names, layers and row lengths that only `llama_model_quantize` knows. It quantizes a
+    sketch of the model, whose matrices have two rows, and the types are read off.
+
+    Args:
+        shapes: name in the GGUF file -> shape.
+        quant: one of `K_QUANTS`.
+        embedding: the type of the token embedding.
+        write_head: writes the model's metadata.
+
+    Raises:
+        MllmEdgeError: llama.cpp refuses the model.
+    """
+    llama = library()
+    with tempfile.TemporaryDirectory() as folder:
+        sketch, result = Path(folder) / "sketch.gguf", Path(folder) / "result.gguf"
+        writer = gguf.GGUFWriter(sketch, "llama")
+        write_head(writer)
+        for name, shape in shapes.items():
+            small = shape if len(shape) == 1 else (_SKETCHED_ROWS, shape[-1])
+            writer.add_tensor(name, np.zeros(small, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        settings = llama.llama_model_quantize_default_params()
+        settings.ftype = int(K_QUANTS[quant])
+        settings.token_embedding_type = int(embedding)
+        settings.nthread = 1
+        recent_errors.clear()
+        status = llama.llama_model_quantize(os.fsencode(sketch), os.fsencode(result), settings)
+        if status != 0:
+            reason = "; ".join(recent_errors) or f"status {status}"
+            raise MllmEdgeError(f"llama.cpp could not quantize to {quant} ({reason}); use --quant q8_0")
+        reader = gguf.GGUFReader(result)
+        types = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
+        del reader.data  # the memory map
+    return types
+
+
+def quantize_rows(matrix: np.ndarray, kind: TYPE) -> np.ndarray:
+    """The blocks of a float32 matrix [R,C] in type `kind`, uint8 [R, bytes of a row], as llama.cpp computes them."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    rows, columns = matrix.shape
+    source = np.ascontiguousarray(matrix, np.float32)
+    result = np.empty((rows, columns // block * size), np.uint8)
+    chunk = _quantizer()
+
+    def quantize(first: int) -> None:
+        count = min(_ROWS_AT_ONCE, rows - first)
+        chunk(int(kind), source.ctypes.data, result.ctypes.data, first * columns, count, columns, None)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # ctypes lets go of the interpreter's lock
+        list(pool.map(quantize, range(0, rows, _ROWS_AT_ONCE)))
+    return result
+
+
+def _quantizer() -> Any:
+    library()
+    from llama_cpp import _ggml
+
+    chunk = _ggml.libggml.ggml_quantize_chunk
+    chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    chunk.restype = ctypes.c_size_t
+    return chunk
