@@ -107,9 +107,11 @@ def export(
     system: Annotated[str, typer.Argument(metavar="SYSTEM", help="A name from `mllm-edge systems`.")],
     target: Annotated[str, typer.Option(metavar="cpu|cuda|trt", help="Where the bundle will run.")] = "cpu",
     weights: Annotated[
-        str, typer.Option(metavar="tiny|random|PATH|HUB_ID", help="The shipped ones, random ones, a folder or hub id.")
-    ] = "tiny",
-    config: Annotated[str | None, typer.Option(metavar="NAME", help="The size of random weights.")] = None,
+        str, typer.Option(metavar="random|PATH|HUB_ID", help="By default the ones that come with the package.")
+    ] = "",
+    config: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of shipped or random weights; a checkpoint brings its own.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="DIR", help="By default SYSTEM-CONFIG.bundle.")
     ] = None,

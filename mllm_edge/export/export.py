@@ -35,7 +35,7 @@ CALIBRATION_PICTURES = {"fp32": 0, "fp16": 8, "int8": 32}  # other pictures than
 
 def export(
     system: str,
-    weights: str = "tiny",
+    weights: str = "",
     config: str | None = None,
     *,
     target: str = "cpu",
@@ -54,8 +54,8 @@ def export(
 
     Args:
         system: a name from the registry.
-        weights: "tiny", "random", a folder or a hub id.
-        config: the size of "random" weights.
+        weights: "random", a folder or a hub id; "" takes the weights of `config` that come with the package.
+        config: of shipped or "random" weights; by default the smallest.
         target: "cpu" or "cuda".
         precision: of the stages, "fp32", "fp16" or "int8"; by default fp32 for cpu and fp16 for cuda. A stage that is
             not made for it takes the last of those that it is made for.

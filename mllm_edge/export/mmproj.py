@@ -20,6 +20,7 @@ import gguf
 import numpy as np
 
 from mllm_edge.errors import BadInput
+from mllm_edge.models.blocks.vit import VitDims
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,8 @@ def write_mmproj(tensors: Mapping[str, torch.Tensor], dims: LlavaDims, path: Pat
         BadInput: a connector or an activation that llama.cpp's graph does not have.
     """
     vision = dims.vision
+    if not isinstance(vision, VitDims):
+        raise BadInput("llama.cpp's projector file holds a CLIP, and this encoder is none; export without --mmproj")
     if dims.connector not in ("linear", "mlp2x_gelu"):
         raise BadInput(f"llama.cpp has no projector like {dims.connector!r}; export without --mmproj")
     if vision.activation not in ("quick_gelu", "gelu"):
@@ -58,8 +61,8 @@ def write_mmproj(tensors: Mapping[str, torch.Tensor], dims: LlavaDims, path: Pat
     partial = path.with_name(path.name + ".partial")
     writer = gguf.GGUFWriter(partial, "clip")
     try:
-        _write_dims(writer, dims, half)
-        for name, array in _tensors(tensors, dims):
+        _write_dims(writer, dims, vision, half)
+        for name, array in _tensors(tensors, dims, vision.depth):
             matrix = half and array.ndim > 1
             writer.add_tensor(name, np.ascontiguousarray(array.astype(np.float16 if matrix else np.float32)))
         writer.write_header_to_file()
@@ -77,8 +80,7 @@ def write_mmproj(tensors: Mapping[str, torch.Tensor], dims: LlavaDims, path: Pat
         partial.unlink(missing_ok=True)
 
 
-def _write_dims(writer: gguf.GGUFWriter, dims: LlavaDims, half: bool) -> None:
-    vision = dims.vision
+def _write_dims(writer: gguf.GGUFWriter, dims: LlavaDims, vision: VitDims, half: bool) -> None:
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32)
     writer.add_string("clip.projector_type", "mlp")
     writer.add_bool("clip.has_vision_encoder", True)
@@ -97,7 +99,7 @@ def _write_dims(writer: gguf.GGUFWriter, dims: LlavaDims, half: bool) -> None:
     writer.add_bool("clip.use_gelu", vision.activation == "gelu")
 
 
-def _tensors(tensors: Mapping[str, torch.Tensor], dims: LlavaDims) -> list[tuple[str, np.ndarray]]:
+def _tensors(tensors: Mapping[str, torch.Tensor], dims: LlavaDims, depth: int) -> list[tuple[str, np.ndarray]]:
     def get(name: str) -> np.ndarray:
         array: np.ndarray = tensors[name].float().numpy()
         return array
@@ -110,7 +112,7 @@ def _tensors(tensors: Mapping[str, torch.Tensor], dims: LlavaDims) -> list[tuple
         ("v.pre_ln.weight", get("vision_encoder.pre_layrnorm.weight")),
         ("v.pre_ln.bias", get("vision_encoder.pre_layrnorm.bias")),
     ]
-    for number in range(dims.vision.depth):
+    for number in range(depth):
         for ours, theirs in BLOCK_NAMES.items():
             for kind in ("weight", "bias"):
                 source = f"vision_encoder.encoder.layers.{number}.{ours}.{kind}"

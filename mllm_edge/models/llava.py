@@ -13,11 +13,15 @@ from torch import Tensor, nn
 
 from mllm_edge.bundle import Generation, ImagePreprocessing, Prompt, TensorSpec
 from mllm_edge.errors import BadInput
-from mllm_edge.models.blocks.vit import VisionEncoder, VitDims, vit_shapes
+from mllm_edge.models.blocks.encoders import EncoderDims, vision_encoder
+from mllm_edge.models.blocks.mobilenet import MobileNetDims
+from mllm_edge.models.blocks.vit import VitDims
 from mllm_edge.models.interface import Checkpoint, ExportPlan, LanguageModelExport, LlamaDims, StageExport
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_INDEX = -200  # stands in the ids where a picture's embeddings go (llava/constants.py)
 
 
@@ -25,7 +29,7 @@ IMAGE_INDEX = -200  # stands in the ids where a picture's embeddings go (llava/c
 class LlavaDims:
     """The whole system's shape. `fit` is how a picture becomes square; `template` names an entry of `PROMPTS`."""
 
-    vision: VitDims
+    vision: EncoderDims
     language: LlamaDims
     connector: str = "mlp2x_gelu"
     fit: str = "pad"
@@ -41,13 +45,26 @@ CONFIGS: dict[str, LlavaDims] = {
         vision=VitDims(image_size=128, patch_size=16, width=192, layers=6, heads=3, mlp_width=768),
         language=LlamaDims(vocabulary=768, width=256, ffn_width=512, layers=4, heads=4, kv_heads=2, context=1024),
     ),
+    "smol": LlavaDims(
+        vision=MobileNetDims(image_size=224),
+        language=LlamaDims(
+            49152, 576, 1536, layers=30, heads=9, kv_heads=3, context=8192, rope_theta=100_000.0, tied=True
+        ),
+        template="chatml_smollm",
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    ),
     "1b": LlavaDims(CLIP_L_336, LlamaDims(32000, 2048, 5632, layers=22, heads=32, kv_heads=4, context=4096)),
     "7b": LlavaDims(CLIP_L_336, LlamaDims(32000, 4096, 11008, layers=32, heads=32, kv_heads=32, context=4096)),
     "13b": LlavaDims(CLIP_L_336, LlamaDims(32000, 5120, 13824, layers=40, heads=40, kv_heads=40, context=4096)),
 }
 
+SHIPPED = ("tiny",)  # configs whose weights come with the package, the default first
+
 _ASSISTANT = "gives helpful, detailed, and polite answers to the {0}'s questions."
 _SYSTEM = "A chat between a curious {0} and an artificial intelligence assistant. The assistant " + _ASSISTANT
+_SMOLLM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+_CHATML = "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 _LLAMA_2 = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
@@ -81,6 +98,14 @@ PROMPTS: dict[str, Prompt] = {
             "[INST] {text} [/INST]",
             " {text} </s>",
             ["</s>"],
+        ),
+        _prompt(
+            "chatml_smollm",
+            _SMOLLM,
+            "<|im_start|>system\n{system}<|im_end|>\n" + _CHATML,
+            "\n" + _CHATML,
+            "{text}<|im_end|>",
+            ["<|im_end|>"],
         ),
         _prompt("plain", "", "{text}", "{text}", "{text}\n", ["\n"]),
     )
@@ -136,7 +161,7 @@ class Llava(nn.Module):
     def __init__(self, dims: LlavaDims):
         super().__init__()
         self.dims = dims
-        self.vision_encoder = VisionEncoder(dims.vision)
+        self.vision_encoder = vision_encoder(dims.vision)
         self.connector = connector(dims.connector, dims.vision.width, dims.language.width)
         self.language_model: Any = llama(dims.language)  # transformers' class, or peft's around it
 
@@ -175,9 +200,10 @@ class Llava(nn.Module):
 
 def tensor_shapes(dims: LlavaDims) -> dict[str, tuple[int, ...]]:
     """Canonical name -> shape of every tensor of the system, without allocating any."""
-    shapes = {f"vision_encoder.{name}": shape for name, shape in vit_shapes(dims.vision).items()}
+    shapes: dict[str, tuple[int, ...]] = {}
     with torch.device("meta"):
         parts = {
+            "vision_encoder": vision_encoder(dims.vision),
             "connector": connector(dims.connector, dims.vision.width, dims.language.width),
             "language_model": llama(dims.language),
         }
@@ -189,7 +215,8 @@ def tensor_shapes(dims: LlavaDims) -> dict[str, tuple[int, ...]]:
 
 
 def resolve(weights: str, config: str | None) -> Checkpoint:
-    """Find the weights: `tiny` (shipped), `random` (needs a config), a folder or a hub id in any known layout.
+    """Find the weights: shipped ones by their name ("": the config's), `random`, a folder or a hub id in any known
+    layout.
 
     Raises:
         BadInput: unknown config, weights that cannot be found, or that are not LLaVA.
@@ -204,10 +231,14 @@ def resolve(weights: str, config: str | None) -> Checkpoint:
         dims = CONFIGS[name]
         source = {"kind": "random", "config": name, "seed": "0"}
         return Checkpoint("llava", name, dims, random_weights(tensor_shapes(dims)), shipped() / "tiny", source)
-    if weights in ("tiny", ""):
-        if config not in (None, "tiny"):
-            raise BadInput(f"the shipped weights are config tiny, not {config!r}; add --weights random or a path")
-        return load_llava(shipped() / "tiny")
+    if weights in ("", *SHIPPED):
+        name = weights or config or SHIPPED[0]
+        if name not in SHIPPED or config not in (None, name):
+            raise BadInput(
+                f"weights of {' and '.join(SHIPPED)} come with the package, none of {config or weights!r}; "
+                "add --weights random or a path"
+            )
+        return load_llava(shipped() / name)
     if config is not None:
         raise BadInput("--config goes with --weights random; a checkpoint brings its own config")
     return load_llava(resolve_folder(weights))
@@ -267,7 +298,7 @@ def export_plan(checkpoint: Checkpoint) -> ExportPlan:
     return ExportPlan(
         tasks=["chat"],
         stages=[
-            StageExport("vision_encoder", lambda: _stage(VisionEncoder(dims.vision), vision), [pixels], [features]),
+            StageExport("vision_encoder", lambda: _stage(vision_encoder(dims.vision), vision), [pixels], [features]),
             StageExport(
                 "connector",
                 lambda: _stage(connector(dims.connector, dims.vision.width, dims.language.width), bridge),

@@ -27,6 +27,8 @@ from mllm_edge.export.checkpoint import (
     renamed,
     resolve_folder,
 )
+from mllm_edge.models import llava_packaged
+from mllm_edge.models.blocks.encoders import encoder_dims, encoder_settings
 from mllm_edge.models.blocks.vit import VitDims
 from mllm_edge.models.interface import Checkpoint, LlamaDims
 from mllm_edge.models.llava import IMAGE_MEAN, IMAGE_STD, LlavaDims, tensor_shapes
@@ -75,6 +77,8 @@ def load_llava(folder: Path) -> Checkpoint:
     folders = [folder]  # all that the weights come from
     if OURS in config:
         dims, tensors = _ours(folder, config)
+        if "packages" in config:
+            return _packaged(folder, config, dims, tensors)
     elif "text_config" in config and kind == "llava":
         dims, tensors = _port(folder)
     elif kind in ("llava", "llava_llama"):
@@ -94,16 +98,46 @@ def save_llava(
     folder: Path, name: str, dims: LlavaDims, state: Mapping[str, torch.Tensor], tokenizer: Path, dtype: torch.dtype
 ) -> None:
     """Write our own layout: `config.json`, `model.safetensors` with canonical names, and the tokenizer's files."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = {key: state[key].detach().cpu().to(dtype).contiguous() for key in tensor_shapes(dims)}
-    save_file(kept, folder / "model.safetensors", {"format": "pt"})
-    config = {OURS: "llava", "name": name, "licence": "Apache-2.0", "dims": dataclasses.asdict(dims)}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _save(folder, dims, {key: state[key] for key in tensor_shapes(dims)}, dtype, name=name, licence="Apache-2.0")
     for file in TOKENIZER_FILES:
         if (tokenizer / file).is_file():
             shutil.copy(tokenizer / file, folder / file)
+
+
+def save_on_packages(
+    folder: Path, name: str, dims: LlavaDims, connector: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Write our own layout without the parts that packages bring (see `llava_packaged`); a LoRA goes to `adapter/`."""
+    _save(folder, dims, connector, dtype, name=name, licence="Apache-2.0", packages=llava_packaged.PACKAGES)
+
+
+def _save(folder: Path, dims: LlavaDims, state: Mapping[str, torch.Tensor], dtype: torch.dtype, **config: str) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {key: tensor.detach().cpu().to(dtype).contiguous() for key, tensor in state.items()}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    shape = {**dataclasses.asdict(dims), "vision": encoder_settings(dims.vision)}
+    text = json.dumps({OURS: "llava", **config, "dims": shape}, indent=2)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _packaged(folder: Path, config: dict[str, Any], dims: LlavaDims, trained: Tensors) -> Checkpoint:
+    """Our own layout on top of packages' parts."""
+    if config["packages"] != llava_packaged.PACKAGES:
+        raise BadInput(
+            f"{folder} was made for {config['packages']}, known are {llava_packaged.PACKAGES}; train it anew"
+        )
+    tensors = llava_packaged.complete(trained, folder)
+    check_shapes(tensors, tensor_shapes(dims), str(folder))
+    source = {
+        "kind": "checkpoint",
+        "path": str(folder),
+        "packages": llava_packaged.PACKAGES,
+        "sha256": fingerprint(folder, folder / llava_packaged.ADAPTER),
+        "licence": f"{config.get('licence', '')}; SmolLM2 Apache-2.0; MobileNetV2 MIT",
+    }
+    return Checkpoint("llava", str(config["name"]), dims, tensors, llava_packaged.tokenizer(), source)
 
 
 def _ours(folder: Path, config: dict[str, Any]) -> tuple[LlavaDims, Tensors]:
@@ -111,7 +145,7 @@ def _ours(folder: Path, config: dict[str, Any]) -> tuple[LlavaDims, Tensors]:
         raise BadInput(f"{folder} holds weights of {config[OURS]}, not of llava; export that system")
     try:
         data = dict(config["dims"])
-        vision, language = VitDims(**data.pop("vision")), LlamaDims(**data.pop("language"))
+        vision, language = encoder_dims(data.pop("vision")), LlamaDims(**data.pop("language"))
         data |= {key: tuple(data[key]) for key in ("mean", "std")}
         return LlavaDims(vision, language, **data), open_folder(folder)
     except (KeyError, TypeError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,17 +168,35 @@ def visibility(mask: Tensor, branches: Tensor | None) -> Tensor:
     return torch.zeros(seen.shape, device=mask.device).masked_fill(~seen, nothing).unsqueeze(1)
 
 
-def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of predicting token t+1 from position t over labels that are not -100.
+def answer_loss(
+    decoder: Any, embeds: Tensor, mask: Tensor, positions: Tensor | None, labels: Tensor
+) -> dict[str, Tensor]:
+    """Next-token cross-entropy over the labels that are not -100, and how many of them are the most likely token.
+
+    The head is computed at their places alone: few tokens have a label, and a vocabulary is wide.
 
     Args:
-        logits: [B,T,V].
+        decoder: transformers' `LlamaForCausalLM`, or peft's around it.
+        embeds: [B,T,D].
+        mask: see `visibility`.
+        positions: int64 [B,T], or None for 0, 1, 2, ...
         labels: int64 [B,T].
+
+    Returns:
+        `loss` and `token_accuracy`, scalars.
     """
-    return torch.nn.functional.cross_entropy(*predictions(logits, labels))
+    plain = decoder.get_base_model() if hasattr(decoder, "get_base_model") else decoder
+    hidden = plain.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).last_hidden_state
+    places, truths = labelled(hidden, labels)
+    logits = plain.lm_head(places).float()
+    right = (logits.detach().argmax(-1) == truths).float().mean()
+    return {"loss": torch.nn.functional.cross_entropy(logits, truths), "token_accuracy": right}
 
 
-def predictions(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 [n,V] logits and int64 [n] truths of the n tokens that have a label."""
+def labelled(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of values [B,T,X] the n that must foretell a labelled token, [n,X], and these tokens, int64 [n].
+
+    The value at place t is for the token at t+1.
+    """
     seen = labels[:, 1:] != IGNORE
-    return logits[:, :-1][seen].float(), labels[:, 1:][seen]
+    return values[:, :-1][seen], labels[:, 1:][seen]

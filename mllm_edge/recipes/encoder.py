@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mllm_edge.models.blocks.vit import VisionEncoder
+from mllm_edge.errors import BadInput
+from mllm_edge.models.blocks.vit import VisionEncoder, VitDims
 from mllm_edge.models.llava import CONFIGS, LlavaDims, preprocessing
 from mllm_edge.recipes.conversation import IGNORE
 from mllm_edge.recipes.recipe import Recipe
@@ -114,10 +115,13 @@ class DenseModel(nn.Module):
 
     def __init__(self, dims: LlavaDims):
         super().__init__()
+        if not isinstance(dims.vision, VitDims):
+            raise BadInput("this recipe trains a vision transformer; use config=tiny")
+        self.grid = dims.vision.image_size // dims.vision.patch_size
         self.vision_encoder = VisionEncoder(dims.vision)
         positions = self.vision_encoder.embeddings.position_embedding.weight
         with torch.no_grad():
-            positions.copy_(sine_positions(dims.vision.image_size // dims.vision.patch_size, dims.vision.width))
+            positions.copy_(sine_positions(self.grid, dims.vision.width))
         self.classes = {"color": len(COLORS), "shape": len(SHAPES), "size": len(SIZES), "cell": 9}
         self.split = {**self.classes, "flags": 2, "place": 2}
         self.norm = nn.LayerNorm(dims.vision.width)
@@ -165,8 +169,7 @@ class EncoderTask:
 
     def sample(self, index: int, split: str = "train") -> dict[str, np.ndarray[Any, Any]]:
         scene = sample_scene(split, index, self.recipe.seed)
-        vision = self.dims.vision
-        labels = dense_labels(scene, vision.image_size // vision.patch_size, vision.image_size)
+        labels = dense_labels(scene, self.model.grid, self.dims.vision.image_size)
         rng = np.random.default_rng([self.recipe.seed, 13, index])
         if split == "train" and rng.random() < REPAINTED:
             scene = repaint(scene, rng)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import string
 from collections.abc import Iterator, Sequence
@@ -18,11 +19,10 @@ from mllm_edge.models.llava import CONFIGS, IMAGE_INDEX, PROMPTS, llama
 from mllm_edge.recipes.conversation import (
     Sample,
     Vocabulary,
+    answer_loss,
     encode_brief,
     encode_dialogue,
-    next_token_loss,
     pad,
-    predictions,
     share_prefix,
     visibility,
 )
@@ -85,6 +85,24 @@ def sentencepiece_vocabulary(path: Path) -> Vocabulary:
     return Vocabulary(model.encode, {model.id_to_piece(eos): eos}, model.bos_id(), pad=0)
 
 
+def read_vocabulary(folder: Path) -> Vocabulary:
+    """The tokenizer in a folder, `tokenizer.json` or `tokenizer.model`, as the trainers use it.
+
+    Raises:
+        BadInput: there is none.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return sentencepiece_vocabulary(folder / TOKENIZER)
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    bos = tokenizer.token_to_id(config["bos_token"]) if config.get("add_bos_token") else None
+    # It finds control strings by itself, and a decoder never sees what stands on padding.
+    return Vocabulary(lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids), {}, bos, pad=0)
+
+
 class LanguageModel(nn.Module):
     """The decoder with its loss."""
 
@@ -101,13 +119,7 @@ class LanguageModel(nn.Module):
         positions: Tensor | None = None,
         bags: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        seen = visibility(mask, branches)
-        embeds = self.embed(ids, bags)
-        logits = self.language_model(inputs_embeds=embeds, attention_mask=seen, position_ids=positions).logits
-        with torch.no_grad():
-            guesses, truths = predictions(logits, labels)
-            right = (guesses.argmax(-1) == truths).float().mean()
-        return {"loss": next_token_loss(logits, labels), "token_accuracy": right}
+        return answer_loss(self.language_model, self.embed(ids, bags), visibility(mask, branches), positions, labels)
 
     def embed(self, ids: Tensor, bags: Tensor | None) -> Tensor:
         """Embeddings [B,T,D] of `ids`; where those are IMAGE_INDEX, the sum of a bag's (see `conversation.pad`)."""

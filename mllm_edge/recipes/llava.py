@@ -5,6 +5,7 @@ The two stages of the paper. The vision encoder stays frozen in both, as in the 
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from mllm_edge.errors import BadInput
+from mllm_edge.models import llava_packaged
 from mllm_edge.models.llava import CONFIGS, IMAGE_INDEX, PROMPTS, Llava, LlavaDims, preprocessing
 from mllm_edge.recipes.conversation import (
     Sample,
+    answer_loss,
     encode_brief,
     encode_dialogue,
-    next_token_loss,
     pad,
-    predictions,
     share_prefix,
     visibility,
 )
@@ -33,7 +34,7 @@ from mllm_edge.recipes.language import (
     TELEGRAMS,
     TOKENIZER,
     plain_attention,
-    sentencepiece_vocabulary,
+    read_vocabulary,
 )
 from mllm_edge.recipes.readers import Conversation, read_llava
 from mllm_edge.recipes.recipe import LoraSettings, Recipe
@@ -45,17 +46,19 @@ from mllm_edge.recipes.scenes import (
     pick,
     placed_questions,
     questions,
+    recolor,
     sample_scene,
     telegram,
     terse,
     without_colors,
 )
-from mllm_edge.recipes.weights import read_part, save_part
+from mllm_edge.recipes.weights import PACKAGES, read_part, save_part
 from mllm_edge.runtime.images import load_image
 from mllm_edge.runtime.preprocess import preprocess
 
 DIALOGUES = 0.15  # share of pictures that get a conversation of several turns
-REPAINTED = 0.25  # share of the others that are shown in colors without a name
+REPAINTED = 0.15  # share of the others that are shown in colors without a name
+RECOLORED = 0.4  # share of those with some objects in colors that scenes do not have, but a name has
 LONE = 0.4  # share of the scenes of one object, soon mastered, that are not passed over
 # Shares of the pictures without a conversation that get telegrams, and terse questions, instead of questions.
 BRIEF = {"pretrain": (0.6, 0.3), "finetune": (0.15, 0.25)}
@@ -80,11 +83,8 @@ class LlavaModel(nn.Module):
         branches: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        logits = self.llava(ids, visibility(mask, branches), pixel_values, positions)
-        with torch.no_grad():
-            guesses, truths = predictions(logits, labels)
-            right = (guesses.argmax(-1) == truths).float().mean()
-        return {"loss": next_token_loss(logits, labels), "token_accuracy": right}
+        embeds = self.llava.splice(ids, self.llava.encode(pixel_values))
+        return answer_loss(self.llava.language_model, embeds, visibility(mask, branches), positions, labels)
 
 
 def dialogue(scene: Scene, rng: np.random.Generator, turns: int) -> list[tuple[str, str]]:
@@ -146,6 +146,12 @@ def start_connector(llava: Llava, pixel_values: Tensor) -> None:
         features = layer(features)
 
 
+@functools.lru_cache(maxsize=1)
+def _order(seed: int, epoch: int, number: int) -> list[int]:
+    order: list[int] = np.random.default_rng([seed, 23, epoch]).permutation(number).tolist()
+    return order
+
+
 class LlavaTask:
     """Both stages of the paper; `stage` is "pretrain" or "finetune"."""
 
@@ -157,8 +163,9 @@ class LlavaTask:
         self.prompt = PROMPTS["plain" if plain else self.dims.template]
         self.turns = int(recipe.data.get("turns", 5))
         self.questions = int(recipe.data.get("questions", 8))
-        self.tokenizer = Path(self._init("language_model")) / TOKENIZER
-        self.vocabulary = sentencepiece_vocabulary(self.tokenizer)
+        self.on_packages = self._init("language_model") == PACKAGES
+        self.tokenizer = llava_packaged.tokenizer() if self.on_packages else Path(self._init("language_model"))
+        self.vocabulary = read_vocabulary(self.tokenizer)
         self.conversations = self._read_conversations()
         self.model = LlavaModel(self._assemble())
 
@@ -171,7 +178,10 @@ class LlavaTask:
         llava = Llava(self.dims)
         plain_attention(llava.language_model)
         llava.vision_encoder.load_state_dict(read_part(self._init("vision_encoder"), "vision_encoder"))
-        llava.language_model.load_state_dict(read_part(self._init("language_model"), "language_model"))
+        words = read_part(self._init("language_model"), "language_model")
+        if self.dims.language.tied:
+            words["lm_head.weight"] = words["model.embed_tokens.weight"]
+        llava.language_model.load_state_dict(words)
         if "connector" in self.recipe.init:
             llava.connector.load_state_dict(read_part(self.recipe.init["connector"], "connector"))
         else:
@@ -192,7 +202,7 @@ class LlavaTask:
 
     def _first_picture(self, index: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         if self.conversations:
-            return self._from_file(self.conversations[index % len(self.conversations)])[1]
+            return self._from_file(self._conversation(index))[1]
         return pixels(sample_scene("train", index, self.recipe.seed), self.dims)
 
     def parameters(self) -> list[dict[str, Any]]:
@@ -207,13 +217,18 @@ class LlavaTask:
     def sample(self, index: int) -> tuple[Sample, np.ndarray[Any, np.dtype[np.float32]]]:
         rng = np.random.default_rng([self.recipe.seed, 17, index])
         if self.conversations:
-            turns, pixel_values = self._from_file(self.conversations[index % len(self.conversations)])
+            turns, pixel_values = self._from_file(self._conversation(index))
         else:
             scene = self._scene(index, rng)
             if self.stage == "pretrain" or rng.random() > DIALOGUES:
                 return self._asked(scene, rng)
             pixel_values, turns = pixels(scene, self.dims), dialogue(scene, rng, self.turns)
         return self._encode(turns), pixel_values
+
+    def _conversation(self, index: int) -> Conversation:
+        """All of them in an order of its own, then all again in another."""
+        epoch, place = divmod(index, len(self.conversations))
+        return self.conversations[_order(self.recipe.seed, epoch, len(self.conversations))[place]]
 
     def _encode(self, turns: list[tuple[str, str]]) -> Sample:
         limit = self.dims.language.context
@@ -228,9 +243,12 @@ class LlavaTask:
         return scene
 
     def _asked(self, scene: Scene, rng: np.random.Generator) -> tuple[Sample, np.ndarray[Any, np.dtype[np.float32]]]:
-        """Many questions about one picture, each as the only one; some about a picture whose colors have no name, so
+        """Many questions about one picture, each as the only one; some in colors without a name, so
         that shapes are read from what is seen and not guessed from the color."""
-        repainted = rng.random() < REPAINTED
+        look = rng.random()
+        repainted = look < REPAINTED
+        if REPAINTED <= look < REPAINTED + RECOLORED:
+            scene = recolor(scene, rng)
         picture = pixels(repaint(scene, rng) if repainted else scene, self.dims)
         telegrams, terse_questions = BRIEF[self.stage]
         form = rng.random()
@@ -283,18 +301,25 @@ class LlavaTask:
             self._save_whole(folder, state)
 
     def _save_whole(self, folder: Path, state: dict[str, Tensor]) -> None:
-        from mllm_edge.models.llava_layouts import save_llava
+        from mllm_edge.models.llava_layouts import save_llava, save_on_packages
 
+        dtype = getattr(torch, self.recipe.dtype)
+        checkpoint = folder / "checkpoint"
         if self.recipe.lora is not None:
-            self.model.llava.language_model = self.model.llava.language_model.merge_and_unload()
-            state = self.model.state_dict()
+            decoder = self.model.llava.language_model
+            decoder.save_pretrained(checkpoint / llava_packaged.ADAPTER)  # small; `checkpoint` has it merged or beside
+            if not self.on_packages:
+                self.model.llava.language_model = decoder.merge_and_unload()
+                state = self.model.state_dict()
         names = {name.removeprefix("llava."): tensor.detach().cpu() for name, tensor in state.items()}
+        if self.on_packages:
+            connector = {name: tensor for name, tensor in names.items() if name.startswith("connector.")}
+            save_on_packages(checkpoint, self.recipe.config, self.dims, connector, dtype)
+            return
         tokenizer = folder / "tokenizer"
         tokenizer.mkdir(exist_ok=True)
-        shutil.copy(self.tokenizer, tokenizer / TOKENIZER)
-        save_llava(
-            folder / "checkpoint", self.recipe.config, self.dims, names, tokenizer, getattr(torch, self.recipe.dtype)
-        )
+        shutil.copy(self.tokenizer / TOKENIZER, tokenizer / TOKENIZER)
+        save_llava(checkpoint, self.recipe.config, self.dims, names, tokenizer, dtype)
 
 
 def add_lora(decoder: nn.Module, settings: LoraSettings) -> nn.Module:

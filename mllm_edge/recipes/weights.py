@@ -1,4 +1,7 @@
-"""Parts of a model on disk between recipes: `<part>.safetensors` in the folder of the run that trained it."""
+"""Parts of a model on disk between recipes: `<part>.safetensors` in the folder of the run that trained it.
+
+Instead of a folder a recipe may say `packages`: the part then comes out of an ordinary package (see `llava_packaged`).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import torch
 from torch import Tensor
 
 from mllm_edge.errors import BadInput
+
+PACKAGES = "packages"
 
 
 def save_part(folder: Path, part: str, dims: dict[str, Any], state: dict[str, Tensor], prefix: str, dtype: str) -> None:
@@ -25,14 +30,20 @@ def save_part(folder: Path, part: str, dims: dict[str, Any], state: dict[str, Te
 
 
 def read_part(folder: str, part: str) -> dict[str, Tensor]:
-    """Read what `save_part` wrote, in fp32.
+    """Read what `save_part` wrote, or a package's part, in fp32.
 
     Raises:
         BadInput: the run has not been trained, or its file is damaged.
+        MllmEdgeError: a package is not installed.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if folder == PACKAGES:
+        from mllm_edge.models.llava_packaged import base_tensors
+
+        tensors, prefix = base_tensors(), f"{part}."
+        return {name.removeprefix(prefix): tensors[name].float() for name in tensors if name.startswith(prefix)}
     path = Path(folder) / f"{part}.safetensors"
     if not path.is_file():
         raise BadInput(f"{path} is missing; train that part first (see: mllm-edge recipes)")

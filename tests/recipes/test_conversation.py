@@ -5,20 +5,23 @@ from typing import Any
 import pytest
 import torch
 
+from mllm_edge.models.interface import LlamaDims
 from mllm_edge.models.llava import CONFIGS, IMAGE_INDEX, PROMPTS, llama
 from mllm_edge.recipes.conversation import (
     IGNORE,
     Sample,
     Vocabulary,
+    answer_loss,
     encode_brief,
     encode_dialogue,
-    next_token_loss,
+    labelled,
     pad,
-    predictions,
     share_prefix,
     visibility,
 )
 from mllm_edge.recipes.language import LanguageModel
+from mllm_edge.recipes.llava import add_lora
+from mllm_edge.recipes.recipe import LoraSettings
 
 WORDS: dict[str, int] = {}
 
@@ -94,7 +97,7 @@ def test_a_shared_prefix_teaches_what_its_samples_teach(attention: str) -> None:
         batch = pad(samples, pad_id=0)
         seen = visibility(batch["mask"], batch.get("branches"))
         output = decoder(input_ids=batch["ids"], attention_mask=seen, position_ids=batch.get("positions"))
-        return predictions(output.logits, batch["labels"])
+        return labelled(output.logits, batch["labels"])
 
     logits, truths = predicted([share_prefix(SINGLES), SINGLES[1]])
     alone = [predicted([sample]) for sample in [*SINGLES, SINGLES[1]]]
@@ -128,9 +131,18 @@ def test_a_bag_stands_for_the_sum_of_its_words() -> None:
     torch.testing.assert_close(embeds[0, 3], table[5])
 
 
-def test_loss_predicts_the_next_token() -> None:
-    logits = torch.zeros(1, 3, 4)
-    logits[0, 0, 2] = 50.0  # position 0 is sure of token 2, which stands at position 1
-    labels = torch.tensor([[IGNORE, 2, IGNORE]])
-    assert next_token_loss(logits, labels).item() < 1e-6
-    assert next_token_loss(logits, torch.tensor([[IGNORE, 3, IGNORE]])).item() > 40
+def test_the_loss_is_transformers_own() -> None:
+    torch.manual_seed(0)
+    decoder: Any = llama(LlamaDims(vocabulary=50, width=32, ffn_width=48, layers=2, heads=4, kv_heads=2, context=64))
+    ids = torch.randint(0, 50, (2, 9))
+    labels = torch.where(torch.rand(2, 9) < 0.5, ids, IGNORE)
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    expected = decoder(input_ids=ids, attention_mask=mask, labels=labels)
+    found = answer_loss(decoder, decoder.get_input_embeddings()(ids), mask, None, labels)
+    torch.testing.assert_close(found["loss"], expected.loss)
+    guessed = expected.logits[:, :-1].argmax(-1)
+    seen = labels[:, 1:] != IGNORE
+    assert found["token_accuracy"] == (guessed == labels[:, 1:])[seen].float().mean()
+    adapted = add_lora(decoder, LoraSettings(r=2, alpha=4, dropout=0.0))
+    again = answer_loss(adapted, decoder.get_input_embeddings()(ids), mask, None, labels)
+    torch.testing.assert_close(again["loss"], expected.loss)  # an adapter begins as nothing

@@ -356,4 +356,4 @@ def test_other_names_change_nothing_else():
         said = " ".join([other, *(f"{q.question} {q.sentence}" for q in renamed_questions)])
         assert not [name for name in HELD_OUT_NAMES if name in said]
         assert not re.search(r"\b[Aa] [aeiou]|\b[Aa]n [^aeiou]", said)
-    assert 80 < renamed < 125
+    assert renamed > 145  # a draw may leave the names that occur as they are

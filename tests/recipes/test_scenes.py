@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllm_edge.recipes.scenes import (
+    ALL_COLORS,
     COLOR_RGB,
     COLORS,
     EDIT_KINDS,
@@ -24,9 +25,12 @@ from mllm_edge.recipes.scenes import (
     boxes,
     edit,
     masks,
+    questions,
+    recolor,
     render,
     sample_scene,
     split_of,
+    without_colors,
 )
 
 PLAIN = Background("plain", (60, 60, 60), (60, 60, 60), 0.0, 0)
@@ -98,6 +102,30 @@ def test_every_word_is_seen_often_in_train():
 def test_impossible_scenes_are_refused(split, index, seed):
     with pytest.raises(ValueError, match=r"use one of: train, validation, test, held_out|0 or more"):
         sample_scene(split, index, seed)
+
+
+def test_other_colors_come_into_training_without_a_held_out_pair():
+    recolored = Counter()
+    for index in range(300):
+        scene = sample_scene("train", index)
+        other = recolor(scene, np.random.default_rng(index))
+        assert not other.shows_held_out_pair
+        assert split_of(other) == "train"
+        for before, after in zip(scene.objects, other.objects, strict=True):
+            assert after == before or after.color in set(ALL_COLORS) - set(COLORS)
+            assert replace(after, color=before.color, rgb=before.rgb) == before
+            recolored[after.color] += 1
+        asked = questions(other, np.random.default_rng(index))
+        named = {color for color in ALL_COLORS if any(color in q.question for q in asked)}
+        if all(item.color in COLORS for item in other.objects):
+            assert named <= set(COLORS)
+        shown = {item.color for item in other.objects}
+        assert without_colors(asked) == [
+            q for q in asked if not any(c in f"{q.question} {q.sentence}" for c in shown | named)
+        ]
+    assert set(recolored) == set(ALL_COLORS)
+    others = sum(recolored[color] for color in set(ALL_COLORS) - set(COLORS))
+    assert 0.5 < others / recolored.total() < 0.65
 
 
 def test_unknown_words_are_refused():

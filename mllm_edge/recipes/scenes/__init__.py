@@ -5,6 +5,7 @@ from mllm_edge.recipes.scenes.captions import GroundedCaption, caption, grounded
 from mllm_edge.recipes.scenes.drawing import boxes, masks, render
 from mllm_edge.recipes.scenes.edits import EDIT_KINDS, Edit, edit
 from mllm_edge.recipes.scenes.model import (
+    ALL_COLORS,
     COLOR_RGB,
     COLORS,
     HELD_OUT_PAIRS,
@@ -26,10 +27,11 @@ from mllm_edge.recipes.scenes.questions import (
     questions,
     without_colors,
 )
-from mllm_edge.recipes.scenes.sampling import SPLITS, sample_scene, split_of
+from mllm_edge.recipes.scenes.sampling import SPLITS, recolor, sample_scene, split_of
 from mllm_edge.recipes.scenes.story import ToldScene, scene_text, told_scene
 
 __all__ = [
+    "ALL_COLORS",
     "COLORS",
     "COLOR_RGB",
     "EDIT_KINDS",
@@ -58,6 +60,7 @@ __all__ = [
     "pick",
     "placed_questions",
     "questions",
+    "recolor",
     "referring_expressions",
     "render",
     "sample_scene",

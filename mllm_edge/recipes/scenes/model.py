@@ -23,6 +23,19 @@ COLOR_RGB: dict[str, Rgb] = {
     "white": (244, 244, 244),
 }
 COLORS: tuple[str, ...] = tuple(COLOR_RGB)
+# Drawn scenes have none of these; `recolor` brings them into training. More colors than 8 leave a learner of pairs of
+# color and shape no choice but to learn the two apart.
+MORE_COLOR_RGB: dict[str, Rgb] = {
+    "pink": (255, 150, 200),
+    "teal": (0, 125, 125),
+    "lime": (165, 245, 40),
+    "navy": (15, 15, 120),
+    "tan": (205, 165, 115),
+    "brown": (120, 65, 20),
+    "silver": (185, 190, 200),
+    "violet": (190, 140, 255),
+}
+ALL_COLORS: tuple[str, ...] = (*COLORS, *MORE_COLOR_RGB)
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "ring")
 RADIUS_RANGES: dict[str, tuple[float, float]] = {"small": (0.075, 0.092), "large": (0.145, 0.18)}
 SIZES: tuple[str, ...] = tuple(RADIUS_RANGES)
@@ -44,7 +57,7 @@ class SceneObject:
     """One flat shape.
 
     Attributes:
-        color: One of `COLORS`.
+        color: One of `ALL_COLORS`.
         shape: One of `SHAPES`.
         size: One of `SIZES`.
         x: Center, in picture widths from the left edge (0..1).
@@ -67,7 +80,7 @@ class SceneObject:
     rgb: Rgb
 
     def __post_init__(self) -> None:
-        for word, known in ((self.color, COLORS), (self.shape, SHAPES), (self.size, SIZES)):
+        for word, known in ((self.color, ALL_COLORS), (self.shape, SHAPES), (self.size, SIZES)):
             if word not in known:
                 raise ValueError(f"a scene object cannot be {word!r}; use one of: {', '.join(known)}")
 

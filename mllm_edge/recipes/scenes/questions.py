@@ -6,7 +6,7 @@ from itertools import combinations, product
 
 import numpy as np
 
-from mllm_edge.recipes.scenes.model import COLORS, HELD_OUT_PAIRS, SHAPES, SIZES, Scene, pick, shuffled
+from mllm_edge.recipes.scenes.model import ALL_COLORS, COLORS, HELD_OUT_PAIRS, SHAPES, SIZES, Scene, pick, shuffled
 from mllm_edge.recipes.scenes.phrases import (
     RELATION_MARGIN,
     Description,
@@ -115,7 +115,7 @@ def draw_questions(asked: Sequence[Question], rng: np.random.Generator, number: 
 
 def without_colors(asked: Sequence[Question]) -> list[Question]:
     """Returns the questions that neither name a color nor are answered by one."""
-    return [q for q in asked if not any(color in f"{q.question} {q.sentence}" for color in COLORS)]
+    return [q for q in asked if not any(color in f"{q.question} {q.sentence}" for color in ALL_COLORS)]
 
 
 def held_out_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
@@ -181,7 +181,7 @@ def _counts(scene: Scene, rng: np.random.Generator) -> list[Question]:
         Description(),
         *dict.fromkeys(there),
         Description(size=pick(rng, SIZES)),
-        Description(color=pick(rng, COLORS)),
+        Description(color=pick(rng, _palette(scene))),
         Description(shape=pick(rng, SHAPES)),
     ]
     found = []
@@ -237,9 +237,14 @@ def _hard_negatives(scene: Scene) -> list[Description]:
 
 def _easy_negative(scene: Scene, rng: np.random.Generator) -> Description:
     while True:
-        description = _said_partly(Description(pick(rng, SIZES), pick(rng, COLORS), pick(rng, SHAPES)), rng)
+        description = _said_partly(Description(pick(rng, SIZES), pick(rng, _palette(scene)), pick(rng, SHAPES)), rng)
         if _is_fair_negative(scene, description):
             return description
+
+
+def _palette(scene: Scene) -> tuple[str, ...]:
+    """Colors to ask for: the additional ones in vain too, where there are some."""
+    return COLORS if all(item.color in COLORS for item in scene.objects) else ALL_COLORS
 
 
 def _is_fair_negative(scene: Scene, description: Description) -> bool:

@@ -5,6 +5,7 @@ the background alone, so a scene after an edit stays in the split of the scene b
 """
 
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -14,6 +15,7 @@ from mllm_edge.recipes.scenes.model import (
     COLOR_RGB,
     COLORS,
     HELD_OUT_PAIRS,
+    MORE_COLOR_RGB,
     RADIUS_RANGES,
     SHAPES,
     SIZES,
@@ -85,10 +87,25 @@ def is_legible(scene: Scene) -> bool:
 
 def jittered_rgb(color: str, rng: np.random.Generator) -> Rgb:
     """Returns a shade of a named color that is still clearly that color."""
-    red, green, blue = (
-        min(255, max(0, base + int(rng.integers(-_COLOR_JITTER, _COLOR_JITTER + 1)))) for base in COLOR_RGB[color]
-    )
+    exact = COLOR_RGB[color] if color in COLOR_RGB else MORE_COLOR_RGB[color]
+    red, green, blue = (min(255, max(0, base + int(rng.integers(-_COLOR_JITTER, _COLOR_JITTER + 1)))) for base in exact)
     return red, green, blue
+
+
+def recolor(scene: Scene, rng: np.random.Generator) -> Scene:
+    """Returns the scene with most of its objects in colors of `MORE_COLOR_RGB`; the others stay as they are."""
+
+    def one(item: SceneObject) -> SceneObject:
+        if rng.random() < 0.4:
+            return item
+        color = pick(rng, tuple(MORE_COLOR_RGB))
+        return replace(item, color=color, rgb=jittered_rgb(color, rng))
+
+    while True:
+        changed = replace(scene, objects=tuple(map(one, scene.objects)))
+        looks = [(item.pair, item.size) for item in changed.objects]
+        if all(looks.count(look) <= 2 for look in looks) and is_legible(changed):
+            return changed
 
 
 def _split_of_background(background: Background) -> str:

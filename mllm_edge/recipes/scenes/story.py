@@ -15,7 +15,6 @@ from mllm_edge.recipes.scenes.sampling import is_legible, sample_scene
 
 _STREAM = 77  # sets the choice of words apart from the choice of the scene, which has the same index
 _MOST_QUESTIONS = 4
-_RENAMED = 0.7
 
 
 def scene_text(index: int, seed: int = 0) -> str:
@@ -69,7 +68,7 @@ def told_scene(index: int, seed: int = 0, other_names: bool = False) -> ToldScen
     Args:
         index: Number of the scene, from 0.
         seed: Another seed gives another series.
-        other_names: Whether most scenes get other names for their colors and shapes (see `rename`).
+        other_names: Whether its colors and shapes get other names (see `rename`).
 
     Raises:
         ValueError: The index or seed is negative.
@@ -79,7 +78,7 @@ def told_scene(index: int, seed: int = 0, other_names: bool = False) -> ToldScen
     asked = questions(scene, rng)
     texts = [full_caption(scene, rng), *(", ".join(attributes(item)) for item in scene.objects)]
     drawn = draw_questions(asked, rng, len(asked))
-    if other_names and rng.random() < _RENAMED:
+    if other_names:
         texts, drawn = rename(scene, texts, drawn, rng)
     return ToldScene(texts[0], [text.split(", ") for text in texts[1:]], drawn)
 

@@ -1,0 +1,45 @@
+"""The families of vision encoders: a config names one by the dims it holds, a file by the family's name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from mllm_edge.errors import BadInput
+from mllm_edge.models.blocks.mobilenet import MobileNetDims, MobileNetEncoder
+from mllm_edge.models.blocks.vit import VisionEncoder, VitDims
+
+EncoderDims = VitDims | MobileNetDims
+_FAMILIES: dict[str, tuple[type[Any], Callable[[Any], nn.Module]]] = {
+    "clip": (VitDims, VisionEncoder),
+    "mobilenet_v2": (MobileNetDims, MobileNetEncoder),
+}
+
+
+def vision_encoder(dims: EncoderDims) -> nn.Module:
+    """An encoder of the family that `dims` belongs to: [B,3,S,S] -> [B,N,D]."""
+    return next(build for kind, build in _FAMILIES.values() if type(dims) is kind)(dims)
+
+
+def encoder_dims(values: Mapping[str, Any]) -> EncoderDims:
+    """Dims from a file's settings; `family` says which ("clip" where there is none).
+
+    Raises:
+        BadInput: an unknown family.
+        TypeError: settings that the family has not.
+    """
+    settings = dict(values)
+    family = settings.pop("family", "clip")
+    if family not in _FAMILIES:
+        raise BadInput(f"vision encoder family {family!r} is not known; it must be one of {', '.join(_FAMILIES)}")
+    dims: EncoderDims = _FAMILIES[family][0](**settings)
+    return dims
+
+
+def encoder_settings(dims: EncoderDims) -> dict[str, Any]:
+    """The inverse of `encoder_dims`."""
+    family = next(name for name, (kind, _) in _FAMILIES.items() if type(dims) is kind)
+    return {"family": family, **dataclasses.asdict(dims)}

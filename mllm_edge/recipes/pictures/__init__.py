@@ -1,0 +1,1 @@
+"""Pictures with names out of ordinary packages, for the recipe `llava-smol`."""

