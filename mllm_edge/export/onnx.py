@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 OPSET = 18
 PRECISIONS = ("fp32", "fp16", "int8")
-INLINE_LIMIT = 1_500_000_000  # bytes of weights; a protobuf file cannot pass 2 GB
+INLINE_LIMIT = 200_000_000  # bytes of weights; more go beside the graph, written one by one and mapped when read
 
 Feed = dict[str, np.ndarray]
 
@@ -36,7 +36,7 @@ Feed = dict[str, np.ndarray]
 def export_stage(stage: StageExport, path: Path, precision: str, calibration: Iterable[Feed] = ()) -> list[Path]:
     """Write a stage as an ONNX file that is checked and has exactly the stage's inputs and outputs.
 
-    Inputs and outputs stay float32 at every precision. Weights above 1.5 GB go into `<path>.data` beside the file.
+    Inputs and outputs stay float32 at every precision. Weights above 200 MB go into `<path>.data` beside the file.
 
     Args:
         stage: what to lower; its module is built, traced and released here.

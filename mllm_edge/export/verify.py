@@ -6,6 +6,7 @@ forcing), so that a row speaks of its own stage alone. `end_to_end` lets the bun
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import warnings
@@ -17,15 +18,16 @@ import numpy as np
 import torch
 
 from mllm_edge import bundle, models
-from mllm_edge.bundle import Manifest, Parity
+from mllm_edge.bundle import Manifest, Parity, StageEntry
 from mllm_edge.errors import BadInput, MllmEdgeError, OutOfTolerance
 from mllm_edge.export.cost import weight_count
 from mllm_edge.export.same_tokens import assert_same_tokens
 from mllm_edge.export.samples import Samples, pictures
-from mllm_edge.models.interface import Checkpoint, ExportPlan, LlamaDims
+from mllm_edge.models.interface import Checkpoint, ExportPlan, LlamaDims, StageExport
 from mllm_edge.runtime import Model, load
 from mllm_edge.runtime.prompt import piece_ids, render
-from mllm_edge.runtime.stage import Floats, LanguageModel
+from mllm_edge.runtime.stage import STAGE_ENGINES, Floats, LanguageModel, Options
+from mllm_edge.runtime.threads import usable_cores
 
 # cosine, top1 and agreement are at least this, the others at most. relative_max is the largest difference over the
 # largest value of the reference. Agreement is asked for only where rounding cannot turn a close decision.
@@ -70,9 +72,10 @@ def verify(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, pictures: Seq
     assert_same_tokens(folder / manifest.language_model.file, checkpoint.tokenizer)
     samples = Samples(plan, pictures)
     # The KV cache's type is chosen at run time and not what is measured here; read() has checked the hashes.
-    with load(folder, kv_type="f32", context=_context(plan), verify_hash=False) as model:
-        rows = _stage_rows(model, manifest, plan, samples)
-        if _fits(plan.language_model.dims):
+    options = Options(manifest.target, False, usable_cores(), "f32", _context(plan))
+    rows = [_stage_row(folder, manifest.stage(stage.name), stage, samples, options) for stage in plan.stages]
+    if _fits(plan.language_model.dims):
+        with load(folder, kv_type="f32", context=_context(plan), verify_hash=False) as model:
             rows += _language_rows(model, manifest, plan, samples, pictures, _reference(checkpoint))
     return rows
 
@@ -139,18 +142,16 @@ def _context(plan: ExportPlan) -> int:
     return min(plan.language_model.dims.context, pictured + 512)
 
 
-def _stage_rows(model: Model, manifest: Manifest, plan: ExportPlan, samples: Samples) -> list[Parity]:
-    rows = []
-    for stage in plan.stages:
-        engine = model.stages[stage.name]
+def _stage_row(folder: Path, entry: StageEntry, stage: StageExport, samples: Samples, options: Options) -> Parity:
+    """One stage at a time is in memory, and PyTorch's first."""
+    expected = samples.outputs(stage)
+    with contextlib.closing(STAGE_ENGINES[entry.engine](bundle.locate(folder, entry.file), entry, options)) as engine:
         pairs = [
-            (engine(**feed)[name], expected[name])
-            for feed, expected in zip(samples.inputs(stage), samples.outputs(stage), strict=True)
-            for name in expected
+            (engine(**feed)[name], outputs[name])
+            for feed, outputs in zip(samples.inputs(stage), expected, strict=True)
+            for name in outputs
         ]
-        measured = _worst([compare(*pair) for pair in pairs])
-        rows.append(parity(stage.name, measured, STAGE_TOLERANCE[manifest.stage(stage.name).precision]))
-    return rows
+    return parity(stage.name, _worst([compare(*pair) for pair in pairs]), STAGE_TOLERANCE[entry.precision])
 
 
 def _language_rows(

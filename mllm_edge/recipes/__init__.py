@@ -16,10 +16,12 @@ def _task(recipe: Recipe) -> Task:
     from mllm_edge.recipes.encoder import EncoderTask
     from mllm_edge.recipes.language import LanguageTask
     from mllm_edge.recipes.llava import LlavaTask
+    from mllm_edge.recipes.naming import NamingTask
 
     tasks: dict[str, Callable[[Recipe], Task]] = {
         "encoder": EncoderTask,
         "language": LanguageTask,
+        "naming": NamingTask,
         "llava-pretrain": lambda r: LlavaTask(r, "pretrain"),
         "llava-finetune": lambda r: LlavaTask(r, "finetune"),
     }

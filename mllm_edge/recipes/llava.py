@@ -52,7 +52,7 @@ from mllm_edge.recipes.scenes import (
     terse,
     without_colors,
 )
-from mllm_edge.recipes.weights import PACKAGES, read_part, save_part
+from mllm_edge.recipes.weights import PACKAGES, read_part, save_part, tokenizer_folder
 from mllm_edge.runtime.images import load_image
 from mllm_edge.runtime.preprocess import preprocess
 
@@ -164,7 +164,7 @@ class LlavaTask:
         self.turns = int(recipe.data.get("turns", 5))
         self.questions = int(recipe.data.get("questions", 8))
         self.on_packages = self._init("language_model") == PACKAGES
-        self.tokenizer = llava_packaged.tokenizer() if self.on_packages else Path(self._init("language_model"))
+        self.tokenizer = tokenizer_folder(self._init("language_model"))
         self.vocabulary = read_vocabulary(self.tokenizer)
         self.conversations = self._read_conversations()
         self.model = LlavaModel(self._assemble())

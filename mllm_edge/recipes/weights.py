@@ -29,6 +29,15 @@ def save_part(folder: Path, part: str, dims: dict[str, Any], state: dict[str, Te
     save_file(kept, folder / f"{part}.safetensors", {"dims": json.dumps(dims)})
 
 
+def tokenizer_folder(folder: str) -> Path:
+    """Where the tokenizer of the decoder in `folder` lies. Raises MllmEdgeError when a package is not installed."""
+    if folder != PACKAGES:
+        return Path(folder)
+    from mllm_edge.models.llava_packaged import tokenizer
+
+    return tokenizer()
+
+
 def read_part(folder: str, part: str) -> dict[str, Tensor]:
     """Read what `save_part` wrote, or a package's part, in fp32.
 

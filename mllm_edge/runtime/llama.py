@@ -23,6 +23,7 @@ from mllm_edge.runtime.llama_library import library, recent_errors
 from mllm_edge.runtime.stage import Floats, Options, Step
 
 MICRO_BATCH = 512  # positions computed at once; more would only make the scratch buffers larger
+PLAIN = ("f32", "f16", "bf16")  # precisions that llama.cpp never repacks
 # KV cache types, and whether attention is flash attention: on a CPU it computes in f16 whatever the cache holds, so f32
 # does without (measured: logits of size 10 within 3e-6 of PyTorch's, against 7e-3); a q8_0 cache exists only with it.
 KV_TYPES = {"f32": "DISABLED", "f16": "AUTO", "q8_0": "ENABLED"}
@@ -212,6 +213,9 @@ def _load(llama: ModuleType, path: Path, spec: LanguageModelEntry, on_gpu: bool)
     settings = llama.llama_model_default_params()
     settings.n_gpu_layers = spec.layers + 1 if on_gpu else 0
     settings.use_extra_bufts = probe.use_extra_buffers(path, spec.precision)
+    # Repacked weights would stand in memory beside the mapped file, twice in all.
+    repacked = settings.use_extra_bufts and spec.precision not in PLAIN
+    settings.load_mode = llama.LLAMA_LOAD_MODE_NONE if repacked else llama.LLAMA_LOAD_MODE_MMAP
     recent_errors.clear()
     model: int | None = llama.llama_model_load_from_file(os.fsencode(path), settings)
     if not model:

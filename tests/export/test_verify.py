@@ -43,23 +43,29 @@ class Decoder:
         return types.SimpleNamespace(logits=logits + self.noise * np.sin(np.arange(len(logits)), dtype=np.float32))
 
 
+class Engine:
+    """A stage's module in the place of its engine."""
+
+    def __init__(self, stage, spoil):
+        self.stage, self.module, self.spoil, self.closed = stage, stage.module(), spoil, False
+
+    def __call__(self, **feed):
+        assert not self.closed
+        with torch.no_grad():
+            (value,) = (torch.from_numpy(feed[spec.name]) for spec in self.stage.inputs)
+            return {self.stage.outputs[0].name: self.spoil(self.module(value).numpy())}
+
+    def close(self):
+        self.closed = True
+
+
 class Runtime:
     """A loaded bundle whose stages are the plan's modules. `spoil` changes a stage's output."""
 
     def __init__(self, plan, spoil, noise):
         self.plan = plan
-        self.stages = {stage.name: self._stage(stage, spoil.get(stage.name, lambda x: x)) for stage in plan.stages}
+        self.stages = {stage.name: Engine(stage, spoil.get(stage.name, lambda x: x)) for stage in plan.stages}
         self.language_model = Decoder(noise)
-
-    def _stage(self, stage, spoil):
-        module = stage.module()
-
-        def call(**feed):
-            with torch.no_grad():
-                (value,) = (torch.from_numpy(feed[spec.name]) for spec in stage.inputs)
-                return {stage.outputs[0].name: spoil(module(value).numpy())}
-
-        return call
 
     def prompt_embeds(self, prompt, image):
         (step,) = self.plan.preprocessing
@@ -104,6 +110,15 @@ def toy(tmp_path, monkeypatch):
     toy = Toy(system, folder, {})
     write_bundle(toy, "fp32", "f32")
     monkeypatch.setattr(verify_module, "load", lambda folder, **_: Runtime(toy.plan(), toy.spoil, toy.noise))
+    opened = []
+
+    def engine(path, entry, options):
+        assert path.name == entry.file and options.target == "cpu"
+        assert all(earlier.closed for earlier in opened)  # one at a time is in memory
+        opened.append(Runtime(toy.plan(), toy.spoil, 0.0).stages[entry.name])
+        return opened[-1]
+
+    monkeypatch.setattr(verify_module, "STAGE_ENGINES", {"onnx": engine})
     monkeypatch.setattr(verify_module, "assert_same_tokens", lambda gguf, tokenizer: None)
     return toy
 
@@ -252,6 +267,7 @@ def test_noisy_logits_fail_where_the_quantization_does_not_explain_them(toy):
 
 def test_language_model_is_left_out_when_memory_is_short(toy, monkeypatch):
     monkeypatch.setattr(verify_module, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(verify_module, "load", None)  # which would take the memory that is short
     with pytest.warns(UserWarning, match="language model is not verified"):
         assert list(toy.verify()) == ["vision_encoder", "connector"]
 
@@ -277,6 +293,15 @@ def test_other_tokens_stop_the_verification(toy, monkeypatch):
         assert (gguf, tokenizer) == (toy.folder / "lm.gguf", toy.system.tokenizer)
         raise OutOfTolerance("tokens differ")
 
+    opened = []
+
+    def engine(path, entry, options):
+        assert path.name == entry.file and options.target == "cpu"
+        assert all(earlier.closed for earlier in opened)  # one at a time is in memory
+        opened.append(Runtime(toy.plan(), toy.spoil, 0.0).stages[entry.name])
+        return opened[-1]
+
+    monkeypatch.setattr(verify_module, "STAGE_ENGINES", {"onnx": engine})
     monkeypatch.setattr(verify_module, "assert_same_tokens", differ)
     with pytest.raises(OutOfTolerance, match="tokens differ"):
         toy.verify()

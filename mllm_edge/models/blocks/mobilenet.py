@@ -43,6 +43,10 @@ class MobileNetEncoder(nn.Module):
         config = MobileNetV2Config(image_size=dims.image_size, tf_padding=False, layer_norm_eps=dims.eps)
         self.network = MobileNetV2Model(config, add_pooling_layer=False)
 
+    def train(self, mode: bool = True) -> MobileNetEncoder:
+        """Always in evaluation mode: normalization uses the statistics that the weights came with."""
+        return super().train(False)
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         features: Tensor = self.network(pixel_values).last_hidden_state
         return features.flatten(2).transpose(1, 2)
