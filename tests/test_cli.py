@@ -275,8 +275,9 @@ def test_export_passes_its_options_and_reports_steps(
     def export(system: str, weights: str, config: str | None, *, report: Any, **options: Any) -> Path:
         given.update(options, system=system, weights=weights, config=config)
         print("a library's chatter")
-        report("connector", 1, 2, None)
-        report("connector", 1, 2, 0.25)
+        report("language_model", 1, 2, None)
+        report("language_model", 1, 2, None, 0.25)  # a second has not passed: not worth a line
+        report("language_model", 1, 2, 0.25)
         return folder
 
     stub_export(export)
@@ -294,7 +295,11 @@ def test_export_passes_its_options_and_reports_steps(
         "force": True,
     }
     assert said.out == f"{folder}\n"
-    assert said.err.splitlines()[:3] == ["a library's chatter", "[1/2] connector ...", "[1/2] connector 0.2 s"]
+    assert said.err.splitlines()[:3] == [
+        "a library's chatter",
+        "[1/2] language_model ...",
+        "[1/2] language_model 0.2 s",
+    ]
     size = sum(entry.bytes for entry in bundle.read(folder).files())
     document = call(*words, "--json").document
     assert (document["bundle"], document["bytes"], document["parity"]) == (str(folder), size, [])
