@@ -80,10 +80,17 @@ def test_readme_script_runs(script: str, folder: Path) -> None:
 
 
 def test_pages_call_only_programs_that_are_checked_here() -> None:
-    checked = {"mllm-edge", "make", "pip", "accelerate", ".venv/bin/pre-commit"}
+    checked = {"mllm-edge", "make", "pip", "python", "accelerate", ".venv/bin/pre-commit"}
     programs = {line.split()[0] for line in ALL_LINES}
     assert programs <= checked
     assert {"mllm-edge", "make", "pip"} <= programs
+
+
+@pytest.mark.parametrize("line", of_program("python"))
+def test_module_that_pages_run_exists_and_explains_itself(line: str) -> None:
+    flag, module, *_ = shlex.split(line)[1:]
+    assert flag == "-m"
+    assert "usage:" in run([sys.executable, "-m", module, "--help"], ROOT)
 
 
 @functools.cache
