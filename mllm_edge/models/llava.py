@@ -277,8 +277,11 @@ class _Part(Mapping[str, Tensor]):
         return len(self.names)
 
 
+@torch.no_grad()
 def _stage(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    module.load_state_dict({name: tensors[name].float() for name in tensors})
+    """The module with its weights, which are read one by one: a second copy of them all is never held."""
+    for name, weight in module.state_dict().items():
+        weight.copy_(tensors[name])
     return module.eval()
 
 
