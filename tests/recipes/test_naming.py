@@ -41,6 +41,7 @@ def recipe(tmp_path: Path) -> Recipe:
         batch=4,
         lr=3e-3,
         evaluate=10,
+        precision="fp32",
         init=dict.fromkeys(("vision_encoder", "language_model"), str(tmp_path)),
         data={
             "conversations": str(tmp_path / "data.json"),
