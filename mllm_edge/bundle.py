@@ -327,7 +327,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise BadInput(f"{where} must be an object; export the bundle again")
-        return {key: _build(args[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {key: _build(args[1], item, f"{where}[{key!r}]") for key, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     allowed: Iterable[type] = args if origin is types.UnionType else (kind,)
