@@ -47,13 +47,13 @@ def prepare(folder: Path) -> None:
     import transformers
 
     import mllm_edge
-    from mllm_edge.export import export
     from mllm_edge.models.llava import CONFIGS, shipped
 
     dims = CONFIGS["1b"]
     checkpoint = folder / "checkpoint"
-    if not checkpoint.is_dir():
-        vision, language = dims.vision, dims.language
+    vision, language = dims.vision, dims.language
+    if not (checkpoint / "config.json").is_file():
+        image_id = _tokenizer(shipped() / "tiny" / "tokenizer.model", checkpoint, vision.image_size)
         config = transformers.LlavaConfig(
             vision_config=transformers.CLIPVisionConfig(
                 hidden_size=vision.width,
@@ -73,28 +73,29 @@ def prepare(folder: Path) -> None:
                 max_position_embeddings=language.context,
                 rms_norm_eps=language.norm_eps,
             ).to_dict(),
-            image_token_index=language.vocabulary - 1,
+            image_token_index=image_id,
             image_seq_length=vision.patches,
         )
         torch.manual_seed(0)
         torch.set_default_dtype(torch.bfloat16)
         transformers.LlavaForConditionalGeneration(config).save_pretrained(checkpoint)
         torch.set_default_dtype(torch.float32)
-        _tokenizer(shipped() / "tiny" / "tokenizer.model", checkpoint, vision.image_size)
     for name, precision, quant in (("q8_0", "fp32", "q8_0"), ("q4_k_m", "fp32", "q4_k_m"), ("int8", "int8", "q4_k_m")):
         bundle = folder / f"{name}.bundle"
         if not bundle.is_dir():
             print(f"{bundle} ...", file=sys.stderr)
-            export("llava", str(checkpoint), quant=quant, precision=precision, out=bundle, mmproj=name != "int8")
+            mllm_edge.export("llava", str(checkpoint), quant=quant, precision=precision, out=bundle, mmproj=name != "int8", check=False)
     with mllm_edge.load(folder / "q8_0.bundle") as model:
-        (folder / "prompt.json").write_text(json.dumps(_prompt(model, dims.language.vocabulary - 1)))
+        (folder / "prompt.json").write_text(json.dumps(_prompt(model, json.loads((checkpoint / "config.json").read_text())["image_token_index"])))
 
 
-def _tokenizer(model: Path, folder: Path, image_size: int) -> None:
+def _tokenizer(model: Path, folder: Path, image_size: int) -> int:
+    """Write the processor; the id of its placeholder."""
     import shutil
 
     from transformers import AddedToken, CLIPImageProcessor, LlamaTokenizerFast, LlavaProcessor
 
+    folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(model, folder / "tokenizer.model")
     tokenizer = LlamaTokenizerFast.from_pretrained(str(folder))
     tokenizer.add_tokens(AddedToken("<image>", special=True, normalized=False))
@@ -102,6 +103,8 @@ def _tokenizer(model: Path, folder: Path, image_size: int) -> None:
     pictures = CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size=size)
     processor = LlavaProcessor(pictures, tokenizer, patch_size=14, vision_feature_select_strategy="default")
     processor.save_pretrained(folder)
+    image_id: int = tokenizer.convert_tokens_to_ids("<image>")
+    return image_id
 
 
 def _prompt(model: Any, image_id: int) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def llama_cpp(folder: Path, threads: int, bundle: str) -> Turn:
 
     llama: Any = library()
     home = folder / f"{bundle}.bundle"
-    manifest = json.loads((home / "manifest.json").read_text())
+    manifest = json.loads((home / "bundle.json").read_text())
     gguf = home / manifest["language_model"]["file"]
     model = llama.llama_model_load_from_file(os.fsencode(gguf), llama.llama_model_default_params())
     settings = llama.llama_context_default_params()

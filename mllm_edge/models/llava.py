@@ -46,7 +46,7 @@ CONFIGS: dict[str, LlavaDims] = {
         language=LlamaDims(vocabulary=768, width=256, ffn_width=512, layers=4, heads=4, kv_heads=2, context=1024),
     ),
     "smol": LlavaDims(
-        vision=MobileNetDims(image_size=224),
+        vision=MobileNetDims(image_size=288),
         language=LlamaDims(
             49152, 576, 1536, layers=30, heads=9, kv_heads=3, context=8192, rope_theta=100_000.0, tied=True
         ),

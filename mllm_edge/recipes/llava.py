@@ -36,6 +36,7 @@ from mllm_edge.recipes.language import (
     plain_attention,
     read_vocabulary,
 )
+from mllm_edge.recipes.pictures.compose import TrainingPictures
 from mllm_edge.recipes.readers import Conversation, read_llava
 from mllm_edge.recipes.recipe import LoraSettings, Recipe
 from mllm_edge.recipes.scenes import (
@@ -53,7 +54,6 @@ from mllm_edge.recipes.scenes import (
     without_colors,
 )
 from mllm_edge.recipes.weights import PACKAGES, read_part, save_part, tokenizer_folder
-from mllm_edge.runtime.images import load_image
 from mllm_edge.runtime.preprocess import preprocess
 
 DIALOGUES = 0.15  # share of pictures that get a conversation of several turns
@@ -127,22 +127,27 @@ def brief_turns(scene: Scene, rng: np.random.Generator, colors: bool, telegrams:
 
 @torch.no_grad()
 def start_connector(llava: Llava, pixel_values: Tensor) -> None:
-    """Scale a fresh connector layer by layer so that pictures speak as loud as words.
+    """Scale a fresh connector so that pictures speak as loud as words: `WORD_SCALE` times their deviation.
 
-    Each unit gets mean 0 and deviation 1 over real pictures (layer-sequential unit variance, Mishkin & Matas 2016), the
-    last layer's the deviation of the word embeddings times `WORD_SCALE`. Left to chance a picture's embeddings are many
-    times as long as a word's, and no layer of the decoder then moves them.
+    Left to chance a picture's embeddings are many times as long as a word's, and no layer of the decoder then moves
+    them.
     """
     words = llava.language_model.get_input_embeddings().weight.std()
-    layers = [layer for layer in llava.connector if isinstance(layer, nn.Linear)]
-    features = llava.vision_encoder(pixel_values).flatten(0, 1)
-    for layer in llava.connector:
+    unit_variance(llava.connector, llava.vision_encoder(pixel_values), float(words) * WORD_SCALE)
+
+
+@torch.no_grad()
+def unit_variance(connector: nn.Module, features: Tensor, last: float = 1.0) -> None:
+    """Scale a connector layer by layer until each unit has mean 0 and deviation 1 over real features [B,N,D], the last
+    layer's the deviation `last` (layer-sequential unit variance, Mishkin & Matas 2016)."""
+    *layers, final = connector.children()
+    for layer in [*layers, final]:
         if isinstance(layer, nn.Linear):
             layer.bias.zero_()
             out = layer(features)
-            gain = (words * WORD_SCALE if layer is layers[-1] else 1.0) / out.std(dim=0)
+            gain = (last if layer is final else 1.0) / out.std(dim=(0, 1)).clamp(min=1e-6)
             layer.weight.mul_(gain.unsqueeze(1))
-            layer.bias.copy_(-out.mean(dim=0) * gain)
+            layer.bias.copy_(-out.mean(dim=(0, 1)) * gain)
         features = layer(features)
 
 
@@ -167,6 +172,7 @@ class LlavaTask:
         self.tokenizer = tokenizer_folder(self._init("language_model"))
         self.vocabulary = read_vocabulary(self.tokenizer)
         self.conversations = self._read_conversations()
+        self.pictures = TrainingPictures(recipe.data.get("grounds", ""))
         self.model = LlavaModel(self._assemble())
 
     def _init(self, part: str) -> str:
@@ -202,7 +208,7 @@ class LlavaTask:
 
     def _first_picture(self, index: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         if self.conversations:
-            return self._from_file(self._conversation(index))[1]
+            return self._from_file(self._conversation(index), np.random.default_rng([self.recipe.seed, 31, index]))[1]
         return pixels(sample_scene("train", index, self.recipe.seed), self.dims)
 
     def parameters(self) -> list[dict[str, Any]]:
@@ -217,7 +223,7 @@ class LlavaTask:
     def sample(self, index: int) -> tuple[Sample, np.ndarray[Any, np.dtype[np.float32]]]:
         rng = np.random.default_rng([self.recipe.seed, 17, index])
         if self.conversations:
-            turns, pixel_values = self._from_file(self._conversation(index))
+            turns, pixel_values = self._from_file(self._conversation(index), rng)
         else:
             scene = self._scene(index, rng)
             if self.stage == "pretrain" or rng.random() > DIALOGUES:
@@ -259,7 +265,9 @@ class LlavaTask:
         turns = single_turns(scene, rng, self.questions, colors=not repainted)
         return share_prefix([self._encode([turn]) for turn in turns]), picture
 
-    def _from_file(self, entry: Conversation) -> tuple[list[tuple[str, str]], np.ndarray[Any, np.dtype[np.float32]]]:
+    def _from_file(
+        self, entry: Conversation, rng: np.random.Generator
+    ) -> tuple[list[tuple[str, str]], np.ndarray[Any, np.dtype[np.float32]]]:
         """A user's own conversation. Text-only ones get a blank picture, whose embeddings no id points to."""
         if entry.image is None:
             size = self.dims.vision.image_size
@@ -267,7 +275,7 @@ class LlavaTask:
         turns = list(entry.turns)
         if self.stage == "pretrain":
             turns = [("<image>", turns[0][1])]
-        return turns, preprocess(load_image(entry.image), preprocessing(self.dims))[0]
+        return turns, preprocess(self.pictures.open(entry.image, rng), preprocessing(self.dims))[0]
 
     def collate(self, samples: Sequence[tuple[Sample, np.ndarray[Any, np.dtype[np.float32]]]]) -> dict[str, Tensor]:
         pictures = np.stack([picture for sample, picture in samples if min(sample.ids) < 0] or [samples[0][1]])

@@ -7,12 +7,17 @@ finds known words in the picture instead of learning a language of pictures, whi
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -20,38 +25,61 @@ from mllm_edge.errors import BadInput
 from mllm_edge.models.blocks.encoders import vision_encoder
 from mllm_edge.models.llava import CONFIGS, LlavaDims, connector, preprocessing
 from mllm_edge.recipes.language import read_vocabulary
+from mllm_edge.recipes.llava import unit_variance
+from mllm_edge.recipes.pictures.compose import TrainingPictures
 from mllm_edge.recipes.readers import Conversation, read_llava
 from mllm_edge.recipes.recipe import Recipe
+from mllm_edge.recipes.trainer import native_bf16
 from mllm_edge.recipes.weights import read_part, save_part, tokenizer_folder
 from mllm_edge.runtime.images import load_image
 from mllm_edge.runtime.preprocess import preprocess
 
 Features = np.ndarray[Any, np.dtype[np.float16]]
+ENCODED = 64  # pictures at a time
+SMOOTHING = 0.1  # of the labels: names are many and some mean nearly the same
+WHITENED = 0.1  # of the mean variance of the names' embeddings, added to each before it is made 1
 WORD_SCALE = 2.0  # how long a picture's embeddings end up, in deviations of the words'
-TEMPERATURE = 0.07  # CLIP's first
+TEMPERATURE = 1 / 30
 
 
 class NamingModel(nn.Module):
     """A connector, and a fixed direction for each name."""
 
     names: Tensor
+    white: Tensor
 
     def __init__(self, dims: LlavaDims, names: Tensor):
         super().__init__()
         self.connector = connector(dims.connector, dims.vision.width, dims.language.width)
         self.scale = nn.Parameter(torch.tensor(1 / TEMPERATURE).log())
-        self.register_buffer("names", functional.normalize(names, dim=-1))
+        self.register_buffer("white", whitening(names))
+        self.register_buffer("names", functional.normalize((names - names.mean(dim=0)) @ self.white, dim=-1))
 
     def forward(self, features: Tensor, name: Tensor) -> dict[str, Tensor]:
         """`loss` and `accuracy` of pictures' features [B,N,Dv] that show the things number `name`, int64 [B]."""
-        mean = functional.normalize(self.connector(features).mean(dim=1).float(), dim=-1)
-        logits = mean @ self.names.T * self.scale.exp()
+        mean = self.connector(features).float().mean(dim=1)
+        with torch.autocast(mean.device.type, enabled=False):
+            logits = functional.normalize(mean @ self.white, dim=-1) @ self.names.T * self.scale.exp()
         right = (logits.argmax(-1) == name).float().mean()
-        return {"loss": functional.cross_entropy(logits, name), "accuracy": right}
+        return {"loss": functional.cross_entropy(logits, name, label_smoothing=SMOOTHING), "accuracy": right}
+
+
+def whitening(names: Tensor) -> Tensor:
+    """A symmetric matrix [D,D] after which the names' embeddings [n,D] vary alike in every direction.
+
+    Words share a few strong directions, in which all names look the same to a cosine.
+    """
+    centered = names - names.mean(dim=0)
+    values, vectors = torch.linalg.eigh(centered.T @ centered / len(names))
+    return vectors @ torch.diag((values + WHITENED * values.mean()) ** -0.5) @ vectors.T
 
 
 class NamingTask:
-    """Trains the connector of `recipe.config` on conversations whose first answer is a name."""
+    """Trains the connector of `recipe.config` on conversations whose first answer is a name.
+
+    The encoder is frozen, so what it sees is computed once and kept in `features.npy` of the run: every picture in
+    `data.variations` ways (drawings stand on other grounds each time, see `TrainingPictures`).
+    """
 
     def __init__(self, recipe: Recipe):
         torch.manual_seed(recipe.seed)
@@ -60,6 +88,8 @@ class NamingTask:
         if "conversations" not in recipe.data:
             raise BadInput("this recipe needs data.conversations=FILE.json, whose answers are names")
         self.conversations = self._read(recipe.data["conversations"])
+        self.variations = int(recipe.data.get("variations", 1))
+        self.pictures = TrainingPictures(recipe.data.get("grounds", ""))
         self.names = sorted({named(entry) for entry in self.conversations})
         self.number = {name: number for number, name in enumerate(self.names)}
         self.words = read_part(recipe.init["language_model"], "language_model")["model.embed_tokens.weight"]
@@ -68,27 +98,60 @@ class NamingTask:
         self.model = NamingModel(self.dims, means - self.words.mean(dim=0))
         self.vision_encoder = vision_encoder(self.dims.vision).requires_grad_(False).eval()
         self.vision_encoder.load_state_dict(read_part(recipe.init["vision_encoder"], "vision_encoder"))
-        self._features: dict[Path, Features] = {}  # of a frozen encoder: computed in the first epoch, then known
+        self.vision_encoder = self.vision_encoder.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+        self.features = self._known_features(Path(recipe.out))
+        sample = self.features[:: max(1, len(self.features) // ENCODED)][:ENCODED]
+        unit_variance(self.model.connector, torch.from_numpy(np.array(sample)).float())
 
     def _read(self, file: str) -> list[Conversation]:
         return list(read_llava(Path(file), Path(self.recipe.data.get("images", "."))))
+
+    @torch.no_grad()
+    def _known_features(self, out: Path) -> Features:
+        """Of every conversation's picture in all variations, by variation; a finished file of the same data is kept."""
+        file, sketch = out / "features.npy", out / "features.json"
+        made_from = json.dumps([self.recipe.seed, self.variations, self.dims.vision.patches, self._identity()])
+        if file.is_file() and sketch.is_file() and sketch.read_text(encoding="utf-8") == made_from:
+            return np.load(file, mmap_mode="r")
+        out.mkdir(parents=True, exist_ok=True)
+        sketch.unlink(missing_ok=True)
+        number = self.variations * len(self.conversations)
+        shape = (number, self.dims.vision.patches, self.dims.vision.width)
+        features = np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
+        for start in track(range(0, number, ENCODED), "pictures seen by the encoder", console=Console(stderr=True)):
+            stop = min(start + ENCODED, number)
+            features[start:stop] = self._encode([self._picture(index) for index in range(start, stop)])
+        features.flush()
+        sketch.write_text(made_from, encoding="utf-8")
+        return features
+
+    def _identity(self) -> str:
+        text = repr([(str(entry.image), named(entry)) for entry in self.conversations])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _picture(self, index: int) -> Image.Image:
+        entry = self.conversations[index % len(self.conversations)]
+        if entry.image is None:
+            raise BadInput("a conversation without a picture teaches no name; take it out of the data")
+        return self.pictures.open(entry.image, np.random.default_rng([self.recipe.seed, 37, index]))
+
+    @torch.no_grad()
+    def _encode(self, pictures: list[Image.Image]) -> Features:
+        pixels = np.concatenate([preprocess(picture, preprocessing(self.dims)) for picture in pictures])
+        values = torch.from_numpy(pixels).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=native_bf16() and self.recipe.precision != "fp32"):
+            return self.vision_encoder(values).float().half().numpy()
 
     def parameters(self) -> list[dict[str, Any]]:
         return [{"params": [*self.model.connector.parameters(), self.model.scale]}]
 
     def sample(self, index: int) -> tuple[Features, int]:
         epoch, place = divmod(index, len(self.conversations))
-        order = np.random.default_rng([self.recipe.seed, 29, epoch]).permutation(len(self.conversations))
-        return self._one(self.conversations[order[place]])
-
-    @torch.no_grad()
-    def _one(self, entry: Conversation) -> tuple[Features, int]:
-        if entry.image is None:
-            raise BadInput("a conversation without a picture teaches no name; take it out of the data")
-        if entry.image not in self._features:
-            pixel_values = torch.from_numpy(preprocess(load_image(entry.image), preprocessing(self.dims)))
-            self._features[entry.image] = self.vision_encoder(pixel_values)[0].half().numpy()
-        return self._features[entry.image], self.number[named(entry)]
+        rng = np.random.default_rng([self.recipe.seed, 29, epoch])
+        number = int(rng.permutation(len(self.conversations))[place])
+        variation = int(np.random.default_rng([self.recipe.seed, 41, index]).integers(self.variations))
+        features = self.features[variation * len(self.conversations) + number]
+        return features, self.number[named(self.conversations[number])]
 
     def collate(self, samples: Sequence[tuple[Features, int]]) -> dict[str, Tensor]:
         features, numbers = zip(*samples, strict=True)
@@ -100,8 +163,12 @@ class NamingTask:
         metrics = {}
         for file in self.recipe.data.get("tests", []):
             entries = [entry for entry in self._read(file) if named(entry) in self.number][:samples]
-            right = [float(self.model(**self.collate([self._one(entry)]))["accuracy"]) for entry in entries]
-            metrics[Path(file).stem] = round(sum(right) / max(1, len(right)), 4)
+            right = 0.0
+            for entry in entries:
+                assert entry.image  # named pictures, as the task's own
+                features = self._encode([load_image(entry.image)])[0]
+                right += float(self.model(**self.collate([(features, self.number[named(entry)])]))["accuracy"])
+            metrics[Path(file).stem] = round(right / max(1, len(entries)), 4)
         return metrics
 
     @torch.no_grad()

@@ -43,8 +43,8 @@ def test_the_packages_parts_and_ours_make_one_model(folder: Path) -> None:
     for name, tensor in expected.items():
         torch.testing.assert_close(checkpoint.tensors[f"connector.{name}"], tensor)
     with torch.no_grad():
-        embeds = build(checkpoint).encode(torch.rand(1, 3, 224, 224))
-    assert embeds.shape == (1, 49, 576)
+        embeds = build(checkpoint).encode(torch.rand(1, 3, 288, 288))
+    assert embeds.shape == (1, 81, 576)
 
 
 @packages

@@ -1,17 +1,19 @@
 """A connector learns to say what pictures show in the decoder's word embeddings."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from mllm_edge.errors import BadInput
 from mllm_edge.models.llava import CONFIGS, Llava, shipped
-from mllm_edge.recipes.naming import WORD_SCALE, NamingTask, named
+from mllm_edge.recipes.naming import WORD_SCALE, NamingTask, named, whitening
 from mllm_edge.recipes.readers import Conversation
 from mllm_edge.recipes.recipe import Recipe
 from mllm_edge.recipes.trainer import run
@@ -54,26 +56,43 @@ def recipe(tmp_path: Path) -> Recipe:
 def test_pictures_come_to_point_at_their_names(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     task = NamingTask(recipe)
     assert task.names == sorted(THINGS)
-    seen: list[int] = []
-    encode = task.vision_encoder.forward
-    monkeypatch.setattr(task.vision_encoder, "forward", lambda x: (seen.append(len(x)), encode(x))[1])
     before = task.evaluate(10)["data"]
     report: dict[str, Any] = run(recipe, task, False, lambda *_: None)
     assert report["metrics"] == {"data": 1.0}
     assert before < 1
-    assert seen == [1] * len(THINGS)  # each picture was encoded once
 
     words = read_part(recipe.init["language_model"], "language_model")["model.embed_tokens.weight"]
     connector = CONFIGS["tiny"], read_part(recipe.out, "connector")
     llava = Llava(connector[0])
     llava.connector.load_state_dict(connector[1])
-    features = torch.stack([torch.from_numpy(task.sample(index)[0]).float() for index in range(4)])
+    features = torch.from_numpy(np.array([task.sample(index)[0] for index in range(4)])).float()
     with torch.no_grad():
         embeds = llava.connector(features)
     assert float(embeds.std()) == pytest.approx(WORD_SCALE * float(words.std()), rel=0.05)
-    names = task.model.names
-    mean = torch.nn.functional.normalize(embeds.mean(dim=1), dim=-1)
-    assert (mean @ names.T).argmax(-1).tolist() == [task.sample(index)[1] for index in range(4)]
+    nearest = (embeds.mean(dim=1) @ task.model.white @ task.model.names.T).argmax(-1)
+    assert nearest.tolist() == [task.sample(index)[1] for index in range(4)]
+
+
+def test_what_the_encoder_sees_is_computed_once(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = dataclasses.replace(recipe, data={**recipe.data, "variations": 3})
+    seen: list[int] = []
+    encode = NamingTask._encode
+    monkeypatch.setattr(NamingTask, "_encode", lambda self, x: (seen.append(len(x)), encode(self, x))[1])
+    first = NamingTask(recipe)
+    assert first.features.shape[0] == 3 * len(THINGS) == sum(seen)
+    again = NamingTask(recipe)
+    assert 3 * len(THINGS) == sum(seen)
+    np.testing.assert_array_equal(first.features, again.features)
+    NamingTask(dataclasses.replace(recipe, seed=1))
+    assert 6 * len(THINGS) == sum(seen)
+
+
+def test_whitened_names_vary_alike_in_all_directions() -> None:
+    torch.manual_seed(0)
+    names = torch.randn(4000, 5) * torch.tensor([9.0, 3.0, 1.0, 1.0, 1.0]) + 7
+    white = names @ whitening(names)
+    spread = torch.linalg.eigvalsh(torch.cov(white.T))
+    assert float(spread.max() / spread.min()) < 3  # 81 before
 
 
 def test_an_epoch_shows_every_picture_once(recipe: Recipe) -> None:

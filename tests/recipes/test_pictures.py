@@ -14,7 +14,7 @@ from PIL import Image
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.recipes.pictures import __main__ as command
 from mllm_edge.recipes.pictures.archives import Archive, fetch, unpack
-from mllm_edge.recipes.pictures.compose import SIDE, Pasteboard
+from mllm_edge.recipes.pictures.compose import SIDE, Pasteboard, TrainingPictures
 from mllm_edge.recipes.pictures.sprites import Concept, plain
 from mllm_edge.recipes.readers import read_llava
 
@@ -110,11 +110,34 @@ def test_alone_it_stands_on_one_color(board: Pasteboard) -> None:
     assert len(grounds) > 5
 
 
+def test_training_never_shows_the_same_picture_twice(tmp_path: Path, board: Pasteboard) -> None:
+    red_square().save(tmp_path / "red.png")
+    Image.new("RGB", (10, 10), (1, 2, 3)).save(tmp_path / "flat.png")
+    (tmp_path / "grounds").mkdir()
+    (tmp_path / "blue.png").rename(tmp_path / "grounds" / "blue.png")
+    pictures = TrainingPictures(str(tmp_path / "grounds"))
+    rng = np.random.default_rng(0)
+    shown = [np.asarray(pictures.open(tmp_path / "red.png", rng)) for _ in range(12)]
+    assert len({picture.tobytes() for picture in shown}) == 12
+    assert all(picture.shape == (SIDE, SIDE, 3) for picture in shown)
+    # a drawing in every one, whatever its tint: the ground is plain, or blue and smooth
+    assert all(len(np.unique(picture.reshape(-1, 3), axis=0)) > 1 for picture in shown)
+    again = np.asarray(pictures.open(tmp_path / "red.png", np.random.default_rng(0)))
+    np.testing.assert_array_equal(again, shown[0])
+    assert pictures.open(tmp_path / "flat.png", rng).size == (10, 10)  # nothing to put on a ground
+    assert TrainingPictures("").open(tmp_path / "red.png", rng).size == (40, 20)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match=r"data\.grounds: .* holds no pictures"):
+        TrainingPictures(str(tmp_path / "empty"))
+
+
 def test_the_files_are_llavas_and_the_test_style_is_not_in_training(
     tmp_path: Path, board: Pasteboard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     styles = ("fluent", "google", "twitter")
-    things = [
+    rare = Concept("rarity", frozenset(["rarity"]), {"google": red_square, "twitter": red_square})
+    kind = Concept("red apple", frozenset(["red apple"]), dict.fromkeys(styles, red_square))
+    things = [rare, kind] + [
         Concept(name, frozenset([name]), dict.fromkeys(styles, red_square), symbol)
         for name, symbol in (("apple", "A"), ("owl", "O"), ("skis", "S"))
     ]
@@ -123,9 +146,11 @@ def test_the_files_are_llavas_and_the_test_style_is_not_in_training(
     monkeypatch.setattr(command, "test_photos", lambda: [tmp_path / "blue.png"])
     command.write(tmp_path / "out")
     train = list(read_llava(tmp_path / "out" / "train.json", tmp_path / "out"))
-    assert len(train) == 3 * 2 * (command.ALONE + command.PASTED)
+    assert len(train) == 3 * 2  # a drawing in each style of training
     assert {entry.turns[0][1] for entry in train} == {"An apple.", "An owl.", "Skis."}
     assert not any("twitter" in str(entry.image) for entry in train)
+    assert all(Image.open(str(entry.image)).mode == "RGBA" for entry in train)
+    assert [path.name for path in (tmp_path / "out" / "grounds").iterdir()] == ["blue.jpg"]
     for name in ("style", "photos"):
         entries = json.loads((tmp_path / "out" / f"{name}.json").read_text())
         assert sorted((entry["symbol"], *entry["names"]) for entry in entries) == [

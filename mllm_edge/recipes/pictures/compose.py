@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance
 
+from mllm_edge.errors import BadInput
 from mllm_edge.models.packages import PackagedFile, locate
 from mllm_edge.recipes.pictures import archives
+from mllm_edge.runtime.images import load_image
 
-SIDE = 224  # pixels
+SIDE = 288  # pixels
 _ALONE = (0.6, 0.95)  # how much of the picture's side a drawing takes
 _PASTED = (0.45, 0.8)
 _WHITE = 0.4  # share of plain grounds that are white
+_TRAINED_ALONE = 0.4  # share of training's pictures without a photograph
 
 _TRAIN = (
     "data/aloeL.jpg",
@@ -84,23 +88,92 @@ class Pasteboard:
     """Puts drawings (RGBA) on grounds; pictures are RGB of `SIDE` pixels."""
 
     def __init__(self, photos: Sequence[Path]):
-        self.photos: list[Image.Image] = []
-        for path in photos:
-            with Image.open(path) as photo:
-                self.photos.append(photo.convert("RGB"))
+        self.photos = [load_image(path) for path in photos]
 
     def alone(self, drawing: Image.Image, rng: np.random.Generator) -> Image.Image:
         """The drawing on white or on one light or dark color."""
-        color = (255, 255, 255) if rng.random() < _WHITE else tuple(int(c) for c in rng.integers(0, 256, 3))
-        return _put(drawing, Image.new("RGB", (SIDE, SIDE), color), rng.uniform(*_ALONE), rng)
+        return _put(drawing, _plain(rng), rng.uniform(*_ALONE), rng)
 
     def pasted(self, drawing: Image.Image, rng: np.random.Generator) -> Image.Image:
         """The drawing anywhere on a random square of a photograph."""
+        return _put(drawing, self._square(rng, smallest=0.5), rng.uniform(*_PASTED), rng)
+
+    def varied(self, drawing: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """The drawing as training shows it: mirrored, turned, stretched and tinted, on a ground that is varied too."""
+        drawing = _tinted(_turned(drawing, rng), rng)
+        if rng.random() < _TRAINED_ALONE:
+            return _put(drawing, _plain(rng), rng.uniform(0.5, 1.0), rng)
+        ground = self._square(rng, smallest=0.35)
+        if rng.random() < 0.3:  # two at once: few photographs make many grounds
+            ground = Image.blend(ground, self._square(rng, smallest=0.35), float(rng.uniform(0.2, 0.8)))
+        if rng.random() < 0.5:
+            ground = ground.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        ground = ImageEnhance.Brightness(ground).enhance(rng.uniform(0.6, 1.3))
+        ground = ImageEnhance.Color(ground).enhance(rng.uniform(0.0, 1.5))
+        return _put(drawing, ground, rng.uniform(0.4, 0.9), rng)
+
+    def _square(self, rng: np.random.Generator, smallest: float) -> Image.Image:
         photo = self.photos[int(rng.integers(len(self.photos)))]
-        side = int(min(photo.size) * rng.uniform(0.5, 1.0))
+        side = int(min(photo.size) * rng.uniform(smallest, 1.0))
         left, top = (int(rng.integers(0, length - side + 1)) for length in photo.size)
-        ground = photo.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-        return _put(drawing, ground, rng.uniform(*_PASTED), rng)
+        box = (left, top, left + side, top + side)
+        return photo.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box)
+
+
+class TrainingPictures:
+    """Opens the pictures of training data. Drawings with transparency stand on other grounds each time, where there
+    are photographs to be their grounds.
+
+    Args:
+        grounds: a folder of photographs, or "" for none.
+
+    Raises:
+        BadInput: a folder without a picture, or with one that cannot be read.
+    """
+
+    def __init__(self, grounds: str):
+        photos = sorted(path for path in Path(grounds).glob("*") if path.is_file()) if grounds else []
+        if grounds and not photos:
+            raise BadInput(f"data.grounds: {grounds} holds no pictures; make them first or leave the setting out")
+        self._board = Pasteboard(photos) if photos else None
+
+    def open(self, path: Path, rng: np.random.Generator) -> Image.Image:
+        """An RGB picture. Raises BadInput for a file that is no picture."""
+        if self._board is None:
+            return load_image(path)
+        load_image(path)  # refuses what is missing, damaged or too large
+        with Image.open(path) as drawing:
+            return self._board.varied(drawing.convert("RGBA"), rng) if drawing.mode == "RGBA" else load_image(path)
+
+
+def _plain(rng: np.random.Generator) -> Image.Image:
+    color = (255, 255, 255) if rng.random() < _WHITE else tuple(int(c) for c in rng.integers(0, 256, 3))
+    return Image.new("RGB", (SIDE, SIDE), color)
+
+
+def _turned(drawing: Image.Image, rng: np.random.Generator) -> Image.Image:
+    if rng.random() < 0.5:
+        drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if rng.random() < 0.4:
+        drawing = drawing.rotate(float(rng.uniform(-20, 20)), Image.Resampling.BILINEAR, expand=True)
+    stretch = math.exp(rng.uniform(-0.15, 0.15))
+    width, height = (max(1, round(length * by)) for length, by in zip(drawing.size, (stretch, 1 / stretch)))
+    return drawing.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _tinted(drawing: Image.Image, rng: np.random.Generator) -> Image.Image:
+    colors, alpha = drawing.convert("RGB"), drawing.getchannel("A")
+    if rng.random() < 0.6:
+        colors = ImageEnhance.Color(colors).enhance(rng.uniform(0.3, 1.7))
+        colors = ImageEnhance.Brightness(colors).enhance(rng.uniform(0.7, 1.3))
+        colors = ImageEnhance.Contrast(colors).enhance(rng.uniform(0.6, 1.5))
+    if rng.random() < 0.25:
+        hue, *rest = colors.convert("HSV").split()
+        shift = int(rng.integers(-20, 21))
+        turned = hue.point([(value + shift) % 256 for value in range(256)])
+        colors = Image.merge("HSV", (turned, *rest)).convert("RGB")
+    colors.putalpha(alpha)
+    return colors
 
 
 def _put(drawing: Image.Image, ground: Image.Image, share: float, rng: np.random.Generator) -> Image.Image:

@@ -17,7 +17,7 @@ from mllm_edge.recipes.pictures import archives
 
 GROUPS = ("animals-nature", "food-drink", "travel-places", "activities", "objects")
 _UNNAMEABLE = ("time", "place-map", "arrow", "lock")  # subgroups that hold clock faces and the like
-_SIDE = 256  # pixels that vector drawings are rendered to
+_SIDE = 288  # pixels that vector drawings are rendered to
 
 
 @dataclass(frozen=True)
