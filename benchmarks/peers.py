@@ -84,9 +84,19 @@ def prepare(folder: Path) -> None:
         bundle = folder / f"{name}.bundle"
         if not bundle.is_dir():
             print(f"{bundle} ...", file=sys.stderr)
-            mllm_edge.export("llava", str(checkpoint), quant=quant, precision=precision, out=bundle, mmproj=name != "int8", check=False)
+            mllm_edge.export(
+                "llava",
+                str(checkpoint),
+                quant=quant,
+                precision=precision,
+                out=bundle,
+                mmproj=name != "int8",
+                check=False,
+            )
     with mllm_edge.load(folder / "q8_0.bundle") as model:
-        (folder / "prompt.json").write_text(json.dumps(_prompt(model, json.loads((checkpoint / "config.json").read_text())["image_token_index"])))
+        (folder / "prompt.json").write_text(
+            json.dumps(_prompt(model, json.loads((checkpoint / "config.json").read_text())["image_token_index"]))
+        )
 
 
 def _tokenizer(model: Path, folder: Path, image_size: int) -> int:

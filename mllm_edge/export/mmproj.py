@@ -54,8 +54,9 @@ def write_mmproj(tensors: Mapping[str, torch.Tensor], dims: LlavaDims, path: Pat
     vision = dims.vision
     if not isinstance(vision, VitDims):
         raise BadInput("llama.cpp's projector file holds a CLIP, and this encoder is none; export without --mmproj")
-    if dims.connector not in ("linear", "mlp2x_gelu"):
-        raise BadInput(f"llama.cpp has no projector like {dims.connector!r}; export without --mmproj")
+    if dims.connector not in ("linear", "mlp2x_gelu") or dims.merge > 1:
+        merged = f" that merges {dims.merge} x {dims.merge} cells" if dims.merge > 1 else ""
+        raise BadInput(f"llama.cpp has no projector like {dims.connector!r}{merged}; export without --mmproj")
     if vision.activation not in ("quick_gelu", "gelu"):
         raise BadInput(f"llama.cpp's CLIP has no activation {vision.activation!r}; export without --mmproj")
     partial = path.with_name(path.name + ".partial")

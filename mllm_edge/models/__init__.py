@@ -59,6 +59,7 @@ SYSTEMS: dict[str, SystemInfo] = {
         stages=["vision_encoder", "connector", "language_model"],
         configs={
             "tiny": "5 M parameters, 128 px; trained by our recipes, ships with the package",
+            "smol": "MobileNetV2 at 288 px + SmolLM2-135M out of two packages; names things, what joins them ships",
             "1b": "CLIP-L/14-336 + a 1.1 B LLaMA (22 layers, width 2048, 32 heads / 4 KV)",
             "7b": "LLaVA-1.5-7B: CLIP-L/14-336 + Vicuna-7B",
             "13b": "LLaVA-1.5-13B: CLIP-L/14-336 + Vicuna-13B",

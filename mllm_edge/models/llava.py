@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +28,25 @@ IMAGE_INDEX = -200  # stands in the ids where a picture's embeddings go (llava/c
 
 @dataclass(frozen=True)
 class LlavaDims:
-    """The whole system's shape. `fit` is how a picture becomes square; `template` names an entry of `PROMPTS`."""
+    """The whole system's shape.
+
+    `merge` is the side of the square of neighbouring features whose embeddings become one, their mean; `fit` is how a
+    picture becomes square; `template` names an entry of `PROMPTS`.
+    """
 
     vision: EncoderDims
     language: LlamaDims
     connector: str = "mlp2x_gelu"
+    merge: int = 1
     fit: str = "pad"
     template: str = "vicuna_v1"
     mean: tuple[float, ...] = IMAGE_MEAN
     std: tuple[float, ...] = IMAGE_STD
+
+    @property
+    def image_tokens(self) -> int:
+        """Places that a picture takes in the prompt."""
+        return self.vision.patches // self.merge**2
 
 
 CLIP_L_336 = VitDims(image_size=336, patch_size=14, width=1024, layers=24, heads=16, mlp_width=4096)
@@ -50,6 +61,8 @@ CONFIGS: dict[str, LlavaDims] = {
         language=LlamaDims(
             49152, 576, 1536, layers=30, heads=9, kv_heads=3, context=8192, rope_theta=100_000.0, tied=True
         ),
+        connector="mlp3x_gelu",
+        merge=3,
         template="chatml_smollm",
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
@@ -59,7 +72,7 @@ CONFIGS: dict[str, LlavaDims] = {
     "13b": LlavaDims(CLIP_L_336, LlamaDims(32000, 5120, 13824, layers=40, heads=40, kv_heads=40, context=4096)),
 }
 
-SHIPPED = ("tiny",)  # configs whose weights come with the package, the default first
+SHIPPED = ("tiny", "smol")  # configs whose weights come with the package, the default first
 
 _ASSISTANT = "gives helpful, detailed, and polite answers to the {0}'s questions."
 _SYSTEM = "A chat between a curious {0} and an artificial intelligence assistant. The assistant " + _ASSISTANT
@@ -112,22 +125,41 @@ PROMPTS: dict[str, Prompt] = {
 }
 
 
-def connector(kind: str, width_in: int, width_out: int) -> nn.Sequential:
-    """The projector between vision encoder and decoder: [B,N,width_in] -> [B,N,width_out].
+class MergeCells(nn.Module):
+    """The mean of each square of `side` x `side` neighbours: [B,N,D] -> [B,N/side**2,D], features by rows."""
 
-    `kind` is "linear" (v1) or "mlp{N}x_gelu" (v1.5: N=2), as in llava/model/multimodal_projector/builder.py.
+    def __init__(self, side: int):
+        super().__init__()
+        self.side = side
+
+    def forward(self, embeds: Tensor) -> Tensor:
+        batch, number, width = embeds.shape
+        cells = math.isqrt(number) // self.side
+        squares = embeds.reshape(batch, cells, self.side, cells, self.side, width)
+        return squares.mean(dim=(2, 4)).reshape(batch, cells * cells, width)
+
+
+def connector(dims: LlavaDims) -> nn.Sequential:
+    """The projector between vision encoder and decoder: [B,N,Dv] -> [B,M,D], with M = N / merge**2.
+
+    `dims.connector` is "linear" (v1) or "mlp{N}x_gelu" (v1.5: N=2), as in
+    llava/model/multimodal_projector/builder.py. What it says of the cells is merged last, so that a cell of
+    background does not blur another before it was looked at.
 
     Raises:
-        BadInput: an unknown kind.
+        BadInput: an unknown kind, or features that do not fall into squares.
     """
-    if kind == "linear":
-        return nn.Sequential(nn.Linear(width_in, width_out))
-    depth = kind.removeprefix("mlp").removesuffix("x_gelu")
+    kind, width = dims.connector, dims.language.width
+    depth = "1" if kind == "linear" else kind.removeprefix("mlp").removesuffix("x_gelu")
     if not depth.isdecimal() or int(depth) < 1:
         raise BadInput(f"connector {kind!r} is not known; use linear or mlp2x_gelu")
-    layers: list[nn.Module] = [nn.Linear(width_in, width_out)]
+    layers: list[nn.Module] = [nn.Linear(dims.vision.width, width)]
     for _ in range(int(depth) - 1):
-        layers += [nn.GELU(), nn.Linear(width_out, width_out)]
+        layers += [nn.GELU(), nn.Linear(width, width)]
+    if dims.merge > 1:
+        if math.isqrt(dims.vision.patches) % dims.merge:
+            raise BadInput(f"{dims.vision.patches} features do not fall into squares of {dims.merge} x {dims.merge}")
+        layers.append(MergeCells(dims.merge))
     return nn.Sequential(*layers)
 
 
@@ -162,7 +194,7 @@ class Llava(nn.Module):
         super().__init__()
         self.dims = dims
         self.vision_encoder = vision_encoder(dims.vision)
-        self.connector = connector(dims.connector, dims.vision.width, dims.language.width)
+        self.connector = connector(dims)
         self.language_model: Any = llama(dims.language)  # transformers' class, or peft's around it
 
     def encode(self, pixel_values: Tensor) -> Tensor:
@@ -204,7 +236,7 @@ def tensor_shapes(dims: LlavaDims) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         parts = {
             "vision_encoder": vision_encoder(dims.vision),
-            "connector": connector(dims.connector, dims.vision.width, dims.language.width),
+            "connector": connector(dims),
             "language_model": llama(dims.language),
         }
     for prefix, module in parts.items():
@@ -296,7 +328,7 @@ def export_plan(checkpoint: Checkpoint) -> ExportPlan:
     size, patches = dims.vision.image_size, dims.vision.patches
     pixels = TensorSpec("pixel_values", "float32", [1, 3, size, size])
     features = TensorSpec("image_features", "float32", [1, patches, dims.vision.width])
-    embeds = TensorSpec("image_embeds", "float32", [1, patches, dims.language.width])
+    embeds = TensorSpec("image_embeds", "float32", [1, dims.image_tokens, dims.language.width])
     prompt = PROMPTS[dims.template]
     return ExportPlan(
         tasks=["chat"],
@@ -304,7 +336,7 @@ def export_plan(checkpoint: Checkpoint) -> ExportPlan:
             StageExport("vision_encoder", lambda: _stage(vision_encoder(dims.vision), vision), [pixels], [features]),
             StageExport(
                 "connector",
-                lambda: _stage(connector(dims.connector, dims.vision.width, dims.language.width), bridge),
+                lambda: _stage(connector(dims), bridge),
                 [features],
                 [embeds],
                 precisions=("fp32", "fp16"),

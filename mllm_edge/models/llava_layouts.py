@@ -179,7 +179,8 @@ def _port(folder: Path) -> tuple[LlavaDims, Tensors]:
     tied = bool(settings.get("tie_word_embeddings") or settings["text_config"].get("tie_word_embeddings"))
     language = _llama(folder, {**settings["text_config"], "tie_word_embeddings": tied}, tensors)
     fit, mean, std = _port_preprocessing(folder)
-    return LlavaDims(vision, language, "mlp2x_gelu", fit, "vicuna_v1_no_system", mean, std), tensors
+    template = "vicuna_v1_no_system"
+    return LlavaDims(vision, language, fit=fit, template=template, mean=mean, std=std), tensors
 
 
 def _port_preprocessing(folder: Path) -> tuple[str, tuple[float, ...], tuple[float, ...]]:

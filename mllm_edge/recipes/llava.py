@@ -140,8 +140,9 @@ def start_connector(llava: Llava, pixel_values: Tensor) -> None:
 def unit_variance(connector: nn.Module, features: Tensor, last: float = 1.0) -> None:
     """Scale a connector layer by layer until each unit has mean 0 and deviation 1 over real features [B,N,D], the last
     layer's the deviation `last` (layer-sequential unit variance, Mishkin & Matas 2016)."""
-    *layers, final = connector.children()
-    for layer in [*layers, final]:
+    layers = list(connector.children())
+    final = [layer for layer in layers if isinstance(layer, nn.Linear)][-1]
+    for layer in layers:
         if isinstance(layer, nn.Linear):
             layer.bias.zero_()
             out = layer(features)
@@ -238,7 +239,7 @@ class LlavaTask:
 
     def _encode(self, turns: list[tuple[str, str]]) -> Sample:
         limit = self.dims.language.context
-        return encode_dialogue(self.prompt, turns, self.vocabulary, self.dims.vision.patches, limit)
+        return encode_dialogue(self.prompt, turns, self.vocabulary, self.dims.image_tokens, limit)
 
     def _scene(self, index: int, rng: np.random.Generator) -> Scene:
         """One of four scenes that no other sample sees: most of those with one object are passed over."""
@@ -259,7 +260,7 @@ class LlavaTask:
         telegrams, terse_questions = BRIEF[self.stage]
         form = rng.random()
         if form < telegrams + terse_questions:
-            opening = [*self.vocabulary.start, *[IMAGE_INDEX] * self.dims.vision.patches]
+            opening = [*self.vocabulary.start, *[IMAGE_INDEX] * self.dims.image_tokens]
             turns = brief_turns(scene, rng, colors=not repainted, telegrams=form < telegrams)
             return share_prefix([encode_brief(opening, *turn, self.vocabulary) for turn in turns]), picture
         turns = single_turns(scene, rng, self.questions, colors=not repainted)
@@ -295,7 +296,7 @@ class LlavaTask:
                 question, answer = draw_questions(questions(scene, rng), rng, 1)[0].asked(short=True)
                 turns = [("<image>\n" + question, answer)]
                 prompt = PROMPTS[self.dims.template]
-                sample = encode_dialogue(prompt, turns, self.vocabulary, self.dims.vision.patches, 4096)
+                sample = encode_dialogue(prompt, turns, self.vocabulary, self.dims.image_tokens, 4096)
                 batch = {k: v.to(device) for k, v in self.collate([(sample, pixels(scene, self.dims))]).items()}
                 total += 1
                 right += int(self.model(**batch)["token_accuracy"] == 1.0)

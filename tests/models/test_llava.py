@@ -1,5 +1,7 @@
 """LLaVA's wiring: connector, splice, templates, configs."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -7,7 +9,16 @@ from mllm_edge.errors import BadInput
 from mllm_edge.models import get
 from mllm_edge.models.blocks.vit import VitDims
 from mllm_edge.models.interface import LlamaDims
-from mllm_edge.models.llava import CONFIGS, IMAGE_INDEX, PROMPTS, Llava, LlavaDims, connector, tensor_shapes
+from mllm_edge.models.llava import (
+    CONFIGS,
+    IMAGE_INDEX,
+    PROMPTS,
+    Llava,
+    LlavaDims,
+    MergeCells,
+    connector,
+    tensor_shapes,
+)
 
 SMALL = LlavaDims(
     vision=VitDims(image_size=14, patch_size=7, width=32, layers=2, heads=2, mlp_width=64),
@@ -30,13 +41,28 @@ def test_splice_puts_each_picture_at_its_place() -> None:
 
 def test_connector_sizes_of_the_paper() -> None:
     with torch.device("meta"):
-        sizes = [sum(p.numel() for p in connector("mlp2x_gelu", 1024, width).parameters()) for width in (4096, 5120)]
+        sizes = [sum(p.numel() for p in connector(CONFIGS[name]).parameters()) for name in ("7b", "13b")]
     assert sizes == [20_979_712, 31_467_520]  # reference: 7B and 13B
 
 
 def test_unknown_connector_is_named() -> None:
     with pytest.raises(BadInput, match="resampler"):
-        connector("resampler", 8, 8)
+        connector(dataclasses.replace(SMALL, connector="resampler"))
+
+
+def test_embeddings_of_neighbouring_cells_are_merged() -> None:
+    merging = dataclasses.replace(SMALL, connector="linear", merge=2)
+    assert (SMALL.vision.patches, merging.image_tokens) == (4, 1)
+    model = connector(merging)
+    features = torch.randn(2, 4, SMALL.vision.width)
+    torch.testing.assert_close(model(features)[:, 0], model[0](features).mean(dim=1))
+    rows = torch.arange(16.0).reshape(1, 16, 1)  # 4 x 4 cells: 0 1 4 5 | 2 3 6 7 | ...
+    assert MergeCells(2)(rows).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+
+
+def test_features_that_do_not_fall_into_squares_are_refused() -> None:
+    with pytest.raises(BadInput, match="4 features do not fall into squares of 3 x 3"):
+        connector(dataclasses.replace(SMALL, merge=3))
 
 
 def published_tensors(width: int, ffn_width: int, layers: int) -> dict[str, tuple[int, ...]]:

@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _connector() -> torch.nn.Module:
-    return connector(DIMS.connector, DIMS.vision.width, DIMS.language.width)
+    return connector(DIMS)
 
 
 @packages
@@ -44,7 +44,7 @@ def test_the_packages_parts_and_ours_make_one_model(folder: Path) -> None:
         torch.testing.assert_close(checkpoint.tensors[f"connector.{name}"], tensor)
     with torch.no_grad():
         embeds = build(checkpoint).encode(torch.rand(1, 3, 288, 288))
-    assert embeds.shape == (1, 81, 576)
+    assert embeds.shape == (1, 9, 576)
 
 
 @packages
@@ -81,5 +81,5 @@ def test_a_checkpoint_for_other_packages_is_refused(folder: Path) -> None:
 
 
 def test_a_config_without_shipped_weights_says_which_there_are() -> None:
-    with pytest.raises(BadInput, match="weights of tiny come with the package, none of '7b'"):
+    with pytest.raises(BadInput, match="weights of tiny and smol come with the package, none of '7b'"):
         resolve("", "7b")
