@@ -121,6 +121,9 @@ def export(
     quant: Annotated[
         str, typer.Option(metavar="f32|f16|q8_0|q6_k|q5_k_m|q4_k_m", help="Of the language model.")
     ] = "q8_0",
+    merge_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Merge a picture's most similar tokens until N are left.")
+    ] = None,
     mmproj: Annotated[bool, typer.Option("--mmproj", help="Also write llama.cpp's projector file.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
 ) -> None:
@@ -132,9 +135,10 @@ def export(
 
     screen.kept = "finished steps are kept, the same command goes on where it stopped"
     begun = time.monotonic()
-    options: dict[str, Any] = {"target": target, "precision": precision, "quant": quant, "out": out}
+    options: dict[str, Any] = {"target": target, "precision": precision, "quant": quant, "out": out, "force": force}
+    options |= {"merge_tokens": merge_tokens, "mmproj": mmproj}
     with screen.steps() as report:
-        folder = write_bundle(system, weights, config, **options, force=force, mmproj=mmproj, report=report)
+        folder = write_bundle(system, weights, config, **options, report=report)
     seconds, manifest = time.monotonic() - begun, _manifest(folder)
     count = sum(entry.bytes for entry in manifest.files())
     parity = [dataclasses.asdict(row) for row in manifest.parity]

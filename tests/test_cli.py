@@ -282,7 +282,7 @@ def test_export_passes_its_options_and_reports_steps(
 
     stub_export(export)
     words = ["export", "llava", "--target", "cuda", "--weights", "random", "--config", "1b", "--precision", "fp16"]
-    said = call(*words, "--quant", "q4_k_m", "-o", "x.bundle", "--mmproj", "--force")
+    said = call(*words, "--quant", "q4_k_m", "-o", "x.bundle", "--merge-tokens", "10", "--mmproj", "--force")
     assert given == {
         "system": "llava",
         "weights": "random",
@@ -291,6 +291,7 @@ def test_export_passes_its_options_and_reports_steps(
         "precision": "fp16",
         "quant": "q4_k_m",
         "out": Path("x.bundle"),
+        "merge_tokens": 10,
         "mmproj": True,
         "force": True,
     }

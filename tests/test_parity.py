@@ -12,6 +12,8 @@ from PIL import Image
 
 import mllm_edge
 from mllm_edge import bundle
+from mllm_edge.errors import BadInput
+from mllm_edge.export.verify import verify_bundle
 from mllm_edge.runtime.preprocess import preprocess
 
 sys.path += [str(Path(__file__).parent / folder) for folder in ("export", "models")]
@@ -87,3 +89,21 @@ def test_the_tokenizer_splits_as_the_reference(exported: Path) -> None:
     with mllm_edge.load(exported) as ours:
         for piece in PROMPT.split("<image>"):
             assert ours.tokenize(piece) == reference.encode(piece)
+
+
+def test_merged_tokens_are_verified_against_the_merged_reference(
+    model: transformers.LlavaForConditionalGeneration, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "preprocessor_config.json").write_text(json.dumps({"do_pad": True}))
+    llama_sentencepiece(tmp_path / "checkpoint")
+    options = {"precision": "fp32", "quant": "f32", "merge_tokens": 7}
+    folder = mllm_edge.export("llava", str(tmp_path / "checkpoint"), out=tmp_path / "merged.bundle", **options)
+    parity = bundle.read(folder).parity
+    assert [row.passed for row in parity] == [True] * 4
+    assert [row.measured for row in verify_bundle(folder)] == [row.measured for row in parity]
+    with mllm_edge.load(folder) as ours:
+        answer = ours.generate(PROMPT, image=picture(), raw=True, max_tokens=2)
+        assert ours.encode_image(picture()).shape[0] == answer.tokens.image == 7
+    with pytest.raises(BadInput, match="without --mmproj or --merge-tokens"):
+        mllm_edge.export("llava", str(tmp_path / "checkpoint"), merge_tokens=7, mmproj=True)

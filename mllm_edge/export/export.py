@@ -18,6 +18,7 @@ from mllm_edge.bundle import EmbeddingTable, FileEntry, LanguageModelEntry, Mani
 from mllm_edge.errors import BadInput
 from mllm_edge.export.cost import BYTES_PER_WEIGHT, stage_flops, weight_count
 from mllm_edge.export.gguf import export_language_model
+from mllm_edge.export.merging import with_merged_tokens
 from mllm_edge.export.onnx import PRECISIONS, export_stage
 from mllm_edge.export.samples import Samples, pictures
 from mllm_edge.export.verify import PICTURES, require, verify
@@ -43,6 +44,7 @@ def export(
     quant: str = "q8_0",
     out: str | Path | None = None,
     force: bool = False,
+    merge_tokens: int | None = None,
     mmproj: bool = False,
     check: bool = True,
     report: Report | None = None,
@@ -62,6 +64,8 @@ def export(
         quant: of the language model: "f32", "f16", "q8_0", "q6_k", "q5_k_m" or "q4_k_m".
         out: the bundle's folder; by default `<system>-<config>.bundle` in the working directory.
         force: replace a bundle that is already there.
+        merge_tokens: how many tokens a picture takes, fewer than the checkpoint's: the most similar ones become their
+            mean (`kernels/token_merge.py`).
         mmproj: also write llama.cpp's multimodal projector file.
         check: compare the bundle with PyTorch before it gets its name.
         report: called when a step begins (`seconds` None), with the `part` that is done of a long one, and when it has
@@ -81,6 +85,10 @@ def export(
     if mmproj and not hasattr(module, "write_mmproj"):
         raise BadInput(f"{system} has no multimodal projector in llama.cpp; export without --mmproj")
     plan = module.export_plan(checkpoint)
+    if merge_tokens is not None:
+        if mmproj:
+            raise BadInput("llama.cpp's projector file cannot merge tokens; export without --mmproj or --merge-tokens")
+        plan = with_merged_tokens(plan, merge_tokens)
     final = Path(out or f"{system}-{checkpoint.config}.bundle")
     with disk_full_explained(final.parent), Workplace(final, force) as place:
         job = _Job(place, checkpoint, plan, precision, quant, _Clock(report, len(plan.stages) + 1 + mmproj + check))

@@ -21,6 +21,7 @@ from mllm_edge import bundle, models
 from mllm_edge.bundle import Manifest, Parity, StageEntry
 from mllm_edge.errors import BadInput, MllmEdgeError, OutOfTolerance
 from mllm_edge.export.cost import weight_count
+from mllm_edge.export.merging import merged_like
 from mllm_edge.export.same_tokens import assert_same_tokens
 from mllm_edge.export.samples import Samples, pictures
 from mllm_edge.models.interface import Checkpoint, ExportPlan, LlamaDims, StageExport
@@ -98,7 +99,8 @@ def verify_bundle(folder: Path, weights: str | None = None) -> list[Parity]:
     checkpoint = module.resolve(weights, manifest.config if weights == "random" else None)
     if checkpoint.source.get("sha256") != source.get("sha256"):
         raise BadInput(f"{folder} was made from other weights ({source}); say where those are with --weights")
-    rows = verify(folder, checkpoint, module.export_plan(checkpoint), pictures(PICTURES))
+    plan = merged_like(manifest, module.export_plan(checkpoint))
+    rows = verify(folder, checkpoint, plan, pictures(PICTURES))
     bundle.write(dataclasses.replace(manifest, parity=rows), folder)
     require(rows)
     return rows

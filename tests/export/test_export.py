@@ -265,6 +265,8 @@ def test_lock_of_a_dead_process_is_taken_over(toy, out):
         ({"precision": "fp8"}, "fp32, fp16, int8"),
         ({"quant": "q3"}, "q4_k_m"),
         ({"mmproj": True}, "without --mmproj"),
+        ({"merge_tokens": 0}, "merge them to 1 to 15"),
+        ({"merge_tokens": 16}, "a picture takes 16 tokens here"),
     ],
 )
 def test_bad_options_are_named(toy, out, options, message):

@@ -1,0 +1,49 @@
+"""`--merge-tokens`: a plan whose pictures take fewer places in the prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from mllm_edge.bundle import Manifest
+from mllm_edge.errors import BadInput
+from mllm_edge.kernels.token_merge import TokenMerge
+from mllm_edge.models.interface import ExportPlan, StageExport
+from mllm_edge.runtime.image_encoder import EMBEDS
+
+
+def with_merged_tokens(plan: ExportPlan, tokens: int) -> ExportPlan:
+    """The plan with token merging behind the stage that gives `image_embeds`.
+
+    Raises:
+        BadInput: the system has no such stage, or its pictures do not have more than `tokens` tokens.
+    """
+    stage = _embedding_stage(plan)
+    if stage is None:
+        raise BadInput("this system's pictures are not read as tokens; export without --merge-tokens")
+    number = _tokens(stage)
+    if not 1 <= tokens < number:
+        raise BadInput(f"a picture takes {number} tokens here; merge them to 1 to {number - 1}")
+    outputs = [dataclasses.replace(stage.outputs[0], shape=[1, tokens, *stage.outputs[0].shape[2:]])]
+    merged = dataclasses.replace(
+        stage, module=lambda: nn.Sequential(stage.module(), TokenMerge(tokens)), outputs=outputs
+    )
+    return dataclasses.replace(plan, stages=[merged if one is stage else one for one in plan.stages])
+
+
+def merged_like(manifest: Manifest, plan: ExportPlan) -> ExportPlan:
+    """The plan that a finished bundle was made by: its shapes say to how many tokens pictures are merged."""
+    stage = _embedding_stage(plan)
+    if stage is None:
+        return plan
+    tokens = int(manifest.stage(stage.name).outputs[0].shape[1])
+    return with_merged_tokens(plan, tokens) if tokens < _tokens(stage) else plan
+
+
+def _embedding_stage(plan: ExportPlan) -> StageExport | None:
+    return next((stage for stage in plan.stages if [spec.name for spec in stage.outputs] == [EMBEDS]), None)
+
+
+def _tokens(stage: StageExport) -> int:
+    return int(stage.outputs[0].shape[1])
