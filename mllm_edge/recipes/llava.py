@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mllm_edge.errors import BadInput
 from mllm_edge.models import llava_packaged
@@ -70,9 +71,10 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class LlavaModel(nn.Module):
     """LLaVA with its loss: cross-entropy on the assistant's text."""
 
-    def __init__(self, llava: Llava):
+    def __init__(self, llava: Llava, hidden: float = 0.0):
         super().__init__()
         self.llava = llava
+        self.hidden = hidden
 
     def forward(
         self,
@@ -83,8 +85,15 @@ class LlavaModel(nn.Module):
         branches: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        embeds = self.llava.splice(ids, self.llava.encode(pixel_values))
+        features = hide_channels(self.llava.vision_encoder(pixel_values), self.hidden, self.training)
+        embeds = self.llava.splice(ids, self.llava.connector(features))
         return answer_loss(self.llava.language_model, embeds, visibility(mask, branches), positions, labels)
+
+
+def hide_channels(features: Tensor, share: float, training: bool) -> Tensor:
+    """Set a `share` of the encoder's channels [B,N,Dv] to 0 in training, others in each picture, the same in all its
+    places: what a drawing style lacks must not take the name away with it."""
+    return features * functional.dropout(features.new_ones(len(features), 1, features.shape[-1]), share, training)
 
 
 def dialogue(scene: Scene, rng: np.random.Generator, turns: int) -> list[tuple[str, str]]:
@@ -174,7 +183,7 @@ class LlavaTask:
         self.vocabulary = read_vocabulary(self.tokenizer)
         self.conversations = self._read_conversations()
         self.pictures = TrainingPictures(recipe.data.get("grounds", ""))
-        self.model = LlavaModel(self._assemble())
+        self.model = LlavaModel(self._assemble(), float(recipe.data.get("hidden_channels", 0.0)))
 
     def _init(self, part: str) -> str:
         if part not in self.recipe.init:
@@ -316,7 +325,10 @@ class LlavaTask:
         checkpoint = folder / "checkpoint"
         if self.recipe.lora is not None:
             decoder = self.model.llava.language_model
-            decoder.save_pretrained(checkpoint / llava_packaged.ADAPTER)  # small; `checkpoint` has it merged or beside
+            adapter = checkpoint / llava_packaged.ADAPTER  # small; `checkpoint` has it merged or beside
+            lora = {name: tensor.to(dtype) for name, tensor in decoder.state_dict().items() if "lora_" in name}
+            decoder.save_pretrained(adapter, state_dict=lora)
+            (adapter / "README.md").unlink(missing_ok=True)  # peft's form of a model card, not filled in
             if not self.on_packages:
                 self.model.llava.language_model = decoder.merge_and_unload()
                 state = self.model.state_dict()

@@ -25,7 +25,7 @@ from mllm_edge.errors import BadInput
 from mllm_edge.models.blocks.encoders import vision_encoder
 from mllm_edge.models.llava import CONFIGS, LlavaDims, connector, preprocessing
 from mllm_edge.recipes.language import read_vocabulary
-from mllm_edge.recipes.llava import unit_variance
+from mllm_edge.recipes.llava import hide_channels, unit_variance
 from mllm_edge.recipes.pictures.compose import TrainingPictures
 from mllm_edge.recipes.readers import Conversation, read_llava
 from mllm_edge.recipes.recipe import Recipe
@@ -40,7 +40,6 @@ SMOOTHING = 0.1  # of the labels: names are many and some mean nearly the same
 WHITENED = 0.1  # of the mean variance of the names' embeddings, added to each before it is made 1
 WORD_SCALE = 2.0  # how long a picture's embeddings end up, in deviations of the words'
 TEMPERATURE = 1 / 30
-HIDDEN = 0.4  # share of the encoder's channels that training hides from the connector, others in each picture
 NEARNESS = 10.0  # weight of what is missing to a cosine of 1 with the name's own embedding, as the decoder reads it
 
 
@@ -50,16 +49,16 @@ class NamingModel(nn.Module):
     names: Tensor
     white: Tensor
 
-    def __init__(self, dims: LlavaDims, names: Tensor):
+    def __init__(self, dims: LlavaDims, names: Tensor, hidden: float = 0.0):
         super().__init__()
+        self.hidden = hidden
         self.connector = connector(dims)
         self.register_buffer("names", names - names.mean(dim=0))
         self.register_buffer("white", whitening(names))
 
     def forward(self, features: Tensor, name: Tensor) -> dict[str, Tensor]:
         """`loss` and `accuracy` of pictures' features [B,N,Dv] that show the things number `name`, int64 [B]."""
-        seen = functional.dropout(features.new_ones(len(features), 1, features.shape[-1]), HIDDEN, self.training)
-        mean = self.connector(features * seen).float().mean(dim=1)
+        mean = self.connector(hide_channels(features, self.hidden, self.training)).float().mean(dim=1)
         with torch.autocast(mean.device.type, enabled=False):
             directions = functional.normalize(self.names @ self.white, dim=-1)
             logits = functional.normalize(mean @ self.white, dim=-1) @ directions.T / TEMPERATURE
@@ -100,7 +99,8 @@ class NamingTask:
         self.words = read_part(recipe.init["language_model"], "language_model")["model.embed_tokens.weight"]
         vocabulary = read_vocabulary(tokenizer_folder(recipe.init["language_model"]))
         means = torch.stack([self.words[vocabulary.ids(f" {name}")].mean(dim=0) for name in self.names])
-        self.model = NamingModel(self.dims, means - self.words.mean(dim=0))
+        hidden = float(recipe.data.get("hidden_channels", 0.0))
+        self.model = NamingModel(self.dims, means - self.words.mean(dim=0), hidden)
         self.vision_encoder = vision_encoder(self.dims.vision).requires_grad_(False).eval()
         self.vision_encoder.load_state_dict(read_part(recipe.init["vision_encoder"], "vision_encoder"))
         self.features = self._known_features(Path(recipe.out))

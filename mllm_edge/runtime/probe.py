@@ -3,8 +3,10 @@
 Built by GCC 12, llama.cpp's AMX kernels crash in `decode` of a quantized model: the compiler believes that
 `_tile_loadconfig` reads 8 of its 64 bytes and drops the stores to the rest. So before the first quantized model is
 loaded on such a CPU, a child process tries it. After a crash the model is loaded without repacked weights
-(`use_extra_bufts = False`): slower, but it runs. On other CPUs, ARM above all, repacking is what makes it fast and it
-is never switched off.
+(`use_extra_bufts = False`): slower, but it runs. On ARM repacking is what makes it fast and it is never switched off.
+
+An x86 CPU without AMX reads K-quants as they are: there llama.cpp's tiled products of the plain format take two thirds
+of the time of its repacked ones (docs/performance.md), and the file stays mapped.
 
     python -m mllm_edge.runtime.probe MODEL.gguf      what the child runs
 """
@@ -32,6 +34,7 @@ CPUINFO = Path("/proc/cpuinfo")
 TIMEOUT_S = 600
 _CRASHES = {signal.SIGSEGV, signal.SIGILL, signal.SIGABRT, *({signal.SIGBUS} if hasattr(signal, "SIGBUS") else ())}
 _PLAIN = ("f32", "f16", "bf16")
+K_QUANTS = ("q4_k_m", "q5_k_m", "q6_k")
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,14 @@ class Verdict:
     rebuild: str = REBUILD
 
 
+def is_x86() -> bool:
+    """Whether this is a 64-bit x86 CPU."""
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
 def has_amx() -> bool:
     """Whether this is an x86 CPU with AMX tiles that the system lets programs use."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
+    if not is_x86():
         return False
     try:
         flags = next((line for line in CPUINFO.read_text().splitlines() if line.startswith("flags")), "")
@@ -70,14 +78,16 @@ def verdict() -> Verdict:
 
 
 def use_extra_buffers(path: Path, precision: str) -> bool:
-    """Whether the model may be loaded with repacked weights; probes once per build and precision.
+    """Whether to load the model with repacked weights; on a CPU with AMX probes once per build and precision.
 
     Args:
         path: the GGUF file.
         precision: its quantization, as in the manifest.
     """
-    if precision.lower() in _PLAIN or not has_amx():
+    if precision.lower() in _PLAIN:
         return True
+    if not has_amx():
+        return not (is_x86() and precision.lower() in K_QUANTS)
     key = f"{_build_key()}/{precision}"
     crashed = _read_cache().get(key)
     if crashed is None:

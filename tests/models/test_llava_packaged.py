@@ -83,3 +83,16 @@ def test_a_checkpoint_for_other_packages_is_refused(folder: Path) -> None:
 def test_a_config_without_shipped_weights_says_which_there_are() -> None:
     with pytest.raises(BadInput, match="weights of tiny and smol come with the package, none of '7b'"):
         resolve("", "7b")
+
+
+@packages
+def test_what_ships_joins_the_packages() -> None:
+    checkpoint = resolve("", "smol")
+    assert checkpoint.dims == DIMS
+    decoder = "language_model.model.layers.0.mlp.up_proj.weight"
+    changed = checkpoint.tensors[decoder] - llava_packaged.base_tensors()[decoder]
+    assert 0 < torch.linalg.matrix_rank(changed.float(), rtol=1e-3) <= 8  # the LoRA's rank
+    with torch.no_grad():
+        embeds = build(checkpoint).encode(torch.zeros(1, 3, 288, 288))
+    words = checkpoint.tensors["language_model.model.embed_tokens.weight"].float()
+    assert 0.2 < embeds.std() / words.std() < 5  # pictures speak about as loud as words

@@ -97,6 +97,16 @@ def test_other_cpus_are_not_probed(
     assert probe.verdict() == probe.Verdict(False, {})
 
 
+@pytest.mark.parametrize(("machine", "repacked"), [("x86_64", False), ("aarch64", True)])
+def test_k_quants_stay_as_they_are_on_x86_without_amx(
+    amx_machine: Path, monkeypatch: pytest.MonkeyPatch, machine: str, repacked: bool
+) -> None:
+    (amx_machine / "cpuinfo").write_text("flags\t: fpu avx2\n")
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    for precision in ("q4_k_m", "q5_k_m", "q6_k"):
+        assert probe.use_extra_buffers(MODEL, precision) is repacked
+
+
 @pytest.mark.parametrize("content", ["not json", "[1]", json.dumps({"x": "y"})])
 def test_a_damaged_cache_is_ignored(amx_machine: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     (amx_machine / "cache" / "mllm-edge").mkdir(parents=True)
