@@ -23,7 +23,18 @@ Turn = Callable[[np.ndarray], Times]
 def ours(folder: Path, threads: int, bundle: str) -> Turn:
     """Through the public Python interface, text assembly and stop rules included."""
     import mllm_edge
+    from mllm_edge.runtime.llama_library import library
 
+    llama: Any = library()
+    decode, inside = llama.llama_decode, []
+
+    def timed_decode(*arguments: Any) -> Any:
+        begun = time.perf_counter()
+        status = decode(*arguments)
+        inside.append(time.perf_counter() - begun)
+        return status
+
+    llama.llama_decode = timed_decode
     model = mllm_edge.load(folder / f"{bundle}.bundle", threads=threads)
     prompt = _prompt(folder)["text"]
 
@@ -34,9 +45,15 @@ def ours(folder: Path, threads: int, bundle: str) -> Turn:
         total = time.perf_counter() - begun
         if answer.tokens.generated != GENERATED:
             raise RuntimeError(f"the answer ended after {answer.tokens.generated} tokens; take another seed")
-        decode = answer.timings["decode"] / 1000
+        decode_s = answer.timings["decode"] / 1000
+        python_s = decode_s - sum(inside[1 - GENERATED :])
         again = model.generate(prompt + " Why?", picture, raw=True, max_tokens=1)
-        return {"first_s": total - decode, "decode_s": decode, "again_s": again.timings["total"] / 1000}
+        return {
+            "first_s": total - decode_s,
+            "decode_s": decode_s,
+            "again_s": again.timings["total"] / 1000,
+            "python_ms_per_token": 1000 * python_s / (GENERATED - 1),
+        }
 
     return turn
 
