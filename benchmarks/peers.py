@@ -8,8 +8,8 @@ The weights are the same everywhere (random, so that nothing has to be downloade
 in, 64 tokens come out, greedily. "int8" and "merged" of ours have an int8 vision encoder and a q4_k_m decoder; "merged"
 reads the picture as 144 tokens instead of 576 (--merge-tokens), which the others do not. Every runtime has a process of
 its own that is loaded once; they take turns, and every turn shows a new picture, so that no cache of pictures or
-prefixes helps. OpenVINO GenAI lives in an environment of its own (pip install openvino-genai "optimum-
-intel[openvino]==2.2" without torchvision); without it its rows are left out.
+prefixes helps. OpenVINO GenAI lives in an environment of its own (pip install openvino-genai
+"optimum-intel[openvino]==2.2" without torchvision); without it its rows are left out.
 """
 
 from __future__ import annotations
