@@ -281,8 +281,8 @@ def test_export_passes_its_options_and_reports_steps(
         return folder
 
     stub_export(export)
-    words = ["export", "llava", "--target", "cuda", "--weights", "random", "--config", "1b", "--precision", "fp16"]
-    said = call(*words, "--quant", "q4_k_m", "-o", "x.bundle", "--merge-tokens", "10", "--mmproj", "--force")
+    words = "export llava --target cuda --weights random --config 1b --precision fp16".split()
+    said = call(*words, *"--quant q4_k_m -o x.bundle --merge-tokens 10 --mmproj --force".split())
     assert given == {
         "system": "llava",
         "weights": "random",
@@ -301,9 +301,12 @@ def test_export_passes_its_options_and_reports_steps(
         "[1/2] language_model ...",
         "[1/2] language_model 0.2 s",
     ]
-    size = sum(entry.bytes for entry in bundle.read(folder).files())
-    document = call(*words, "--json").document
-    assert (document["bundle"], document["bytes"], document["parity"]) == (str(folder), size, [])
+    document, files = call(*words, "--json").document, bundle.read(folder).files()
+    assert (document["bundle"], document["bytes"], document["parity"]) == (
+        str(folder),
+        sum(entry.bytes for entry in files),
+        [],
+    )
 
 
 def test_ctrl_c_says_what_is_kept(call: Call, stub_export: Callable[[Callable[..., Path]], None]) -> None:
