@@ -281,8 +281,8 @@ def test_export_passes_its_options_and_reports_steps(
         return folder
 
     stub_export(export)
-    words = "export llava --target cuda --weights random --config 1b --precision fp16".split()
-    said = call(*words, *"--quant q4_k_m -o x.bundle --merge-tokens 10 --mmproj --force".split())
+    words = ["export", "llava", "--target", "cuda", "--weights", "random", "--config", "1b", "--precision", "fp16"]
+    said = call(*words, "--quant", "q4_k_m", "-o", "x.bundle", "--merge-tokens", "10", "--mmproj", "--force")
     assert given == {
         "system": "llava",
         "weights": "random",
@@ -301,12 +301,8 @@ def test_export_passes_its_options_and_reports_steps(
         "[1/2] language_model ...",
         "[1/2] language_model 0.2 s",
     ]
-    document, files = call(*words, "--json").document, bundle.read(folder).files()
-    assert (document["bundle"], document["bytes"], document["parity"]) == (
-        str(folder),
-        sum(entry.bytes for entry in files),
-        [],
-    )
+    document, size = call(*words, "--json").document, sum(entry.bytes for entry in bundle.read(folder).files())
+    assert (document["bundle"], document["bytes"], document["parity"]) == (str(folder), size, [])
 
 
 def test_ctrl_c_says_what_is_kept(call: Call, stub_export: Callable[[Callable[..., Path]], None]) -> None:
