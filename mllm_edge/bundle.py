@@ -100,8 +100,9 @@ class LanguageModelEntry(FileEntry):
 class ImagePreprocessing:
     """What happens to a picture before the stage named `stage` reads it as tensor `input`.
 
-    The picture is turned to RGB; `fit` is "pad" (centred on a square of colour `pad_color`, then resized) or "crop"
-    (shortest edge resized to `size`, then the centre is cut out). `mean` and `std` apply to values in 0..1.
+    The picture is turned to RGB; `fit` is "pad" (centred on a square of colour `pad_color`, then resized), "crop"
+    (shortest edge resized to `size`, then the centre is cut out) or "longest" (longest edge resized to `size`, then
+    zeros on the right and below). `mean` and `std` apply to values in 0..1.
     """
 
     stage: str
@@ -119,8 +120,10 @@ class Prompt:
     """A chat template as data. `first` and `next` open a user turn with {system} and {text}; `answer` closes the
     assistant's turn with {text}.
 
-    `image` is the placeholder that a picture's embeddings replace. Text between placeholders is tokenised piece by
-    piece; `lead` is put before the first piece (a tokenizer that adds its own leading space needs none).
+    `image` is the placeholder that a picture's embeddings replace, between `image_open` and `image_close`; `image_joint`
+    is put in front of a question without a placeholder. Text between placeholders is tokenised piece by piece; `lead`
+    is put before the first piece (a tokenizer that adds its own leading space needs none). White space beside a token
+    of `added` is dropped, as the slow tokenizers of transformers 4 did.
     """
 
     name: str
@@ -132,6 +135,9 @@ class Prompt:
     image_joint: str
     lead: str
     stop: list[str]
+    image_open: str = ""
+    image_close: str = ""
+    added: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

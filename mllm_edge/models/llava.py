@@ -120,6 +120,19 @@ PROMPTS: dict[str, Prompt] = {
             "{text}<|im_end|>",
             ["<|im_end|>"],
         ),
+        Prompt(
+            "glamm",  # llava_v1 with the picture's place marked and introduced (groundingLMM app.py)
+            _SYSTEM.format("human"),
+            "{system} " + _TURN,
+            _TURN,
+            " {text}</s>",
+            "<image>",
+            "The <image> provides an overview of the picture.\n",
+            lead="",
+            stop=["</s>"],
+            image_open="<im_start>",
+            image_close="<im_end>",
+        ),
         _prompt("plain", "", "{text}", "{text}", "{text}\n", ["\n"]),
     )
 }

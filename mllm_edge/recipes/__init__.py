@@ -17,11 +17,13 @@ def _task(recipe: Recipe) -> Task:
     from mllm_edge.recipes.language import LanguageTask
     from mllm_edge.recipes.llava import LlavaTask
     from mllm_edge.recipes.naming import NamingTask
+    from mllm_edge.recipes.sam import SamTask
 
     tasks: dict[str, Callable[[Recipe], Task]] = {
         "encoder": EncoderTask,
         "language": LanguageTask,
         "naming": NamingTask,
+        "sam": SamTask,
         "llava-pretrain": lambda r: LlavaTask(r, "pretrain"),
         "llava-finetune": lambda r: LlavaTask(r, "finetune"),
     }

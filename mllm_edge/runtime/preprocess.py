@@ -6,6 +6,8 @@ fit "pad" (llava/mm_utils.py). Very long pictures give the same result without t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -27,7 +29,7 @@ def preprocess(image: Image.Image, spec: ImagePreprocessing) -> NDArray[np.float
 
     Args:
         image: RGB, upright (see `images.load_image`).
-        spec: the manifest's entry; `fit` is "pad" or "crop".
+        spec: the manifest's entry; `fit` is "pad", "crop" or "longest".
 
     Returns:
         float32 [1,3,S,S] with S = `spec.size`.
@@ -35,15 +37,23 @@ def preprocess(image: Image.Image, spec: ImagePreprocessing) -> NDArray[np.float
     Raises:
         BadInput: the bundle asks for a fit or a filter that is not known.
     """
-    if spec.resample not in RESAMPLE or spec.fit not in ("pad", "crop"):
+    if spec.resample not in RESAMPLE or spec.fit not in _FITS:
         raise BadInput(f"preprocessing {spec.fit}/{spec.resample} is not known; install a newer mllm-edge")
     if image.mode != "RGB":
         image = image.convert("RGB")
-    fitted = _pad(image, spec) if spec.fit == "pad" else _crop(image, spec)
+    fitted = _FITS[spec.fit](image, spec)
     # float64 for the scaling, float32 from there on: the order of transformers' rescale and normalize
     scaled = (np.asarray(fitted).astype(np.float64) * (1 / 255)).astype(np.float32)
     mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
-    return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1)[None])
+    normalized = ((scaled - mean) / std).transpose(2, 0, 1)[None]
+    missing = [(0, spec.size - side) for side in normalized.shape[2:]]  # only "longest" leaves some
+    return np.ascontiguousarray(np.pad(normalized, [(0, 0), (0, 0), *missing]))
+
+
+def longest_side(width: int, height: int, size: int) -> tuple[int, int]:
+    """Width and height of a picture whose longest side becomes `size` (segment_anything/utils/transforms.py)."""
+    scale = size / max(width, height)
+    return max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
 
 
 def _pad(image: Image.Image, spec: ImagePreprocessing) -> Image.Image:
@@ -76,3 +86,15 @@ def _crop(image: Image.Image, spec: ImagePreprocessing) -> Image.Image:
     across, down = image.width / width, image.height / height
     rows = image.resize((size, image.height), filter_, box=(left * across, 0, (left + size) * across, image.height))
     return rows.resize((size, size), filter_, box=(0, top * down, size, (top + size) * down))
+
+
+def _longest(image: Image.Image, spec: ImagePreprocessing) -> Image.Image:
+    """Resize the longest side to `size`; the rest of the square stays empty until after the normalization."""
+    return image.resize(longest_side(*image.size, spec.size), RESAMPLE[spec.resample])
+
+
+_FITS: dict[str, Callable[[Image.Image, ImagePreprocessing], Image.Image]] = {
+    "pad": _pad,
+    "crop": _crop,
+    "longest": _longest,
+}

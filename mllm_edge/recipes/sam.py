@@ -1,0 +1,128 @@
+"""Recipe task `sam`: the small SAM learns to cut out what a point or a box points to; GLaMM starts from it.
+
+As in SAM's own training (Kirillov et al. 2023, section 5) a picture is encoded once and asked with many prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mllm_edge.models.blocks.sam import SamImageEncoder
+from mllm_edge.models.blocks.sam_decoder import MaskDecoder, PromptEncoder
+from mllm_edge.models.glamm import CONFIGS, GlammDims, preprocessing
+from mllm_edge.recipes.encoder import repaint
+from mllm_edge.recipes.mask_losses import bce_loss, dice_loss, mean_iou, upscaled
+from mllm_edge.recipes.recipe import Recipe
+from mllm_edge.recipes.scenes import Scene, masks, render, sample_scene
+from mllm_edge.recipes.weights import save_part
+from mllm_edge.runtime.preprocess import preprocess
+
+PROMPTS = 3  # objects per picture, each prompted by a point and by a box
+REPAINTED = 0.5  # share of pictures in colors that have no name
+JITTER = 0.1  # how far a box's sides are off, in its own size
+WEIGHTS = {"bce": 2.0, "dice": 0.5}  # as GLaMM's, which goes on from here
+
+Sample = dict[str, np.ndarray[Any, Any]]
+
+
+def mask_pixels(scene: Scene, dims: GlammDims) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The scene as the mask encoder sees it, by the runtime's own preprocessing: float32 [3,S,S]."""
+    picture = Image.fromarray(render(scene, dims.mask_encoder.image_size))
+    return preprocess(picture, preprocessing(dims)[1])[0]
+
+
+class SamModel(nn.Module):
+    """Encoder, prompt encoder and mask decoder with their loss."""
+
+    def __init__(self, dims: GlammDims):
+        super().__init__()
+        self.mask_encoder = SamImageEncoder(dims.mask_encoder)
+        self.prompt_encoder = PromptEncoder(dims.mask_decoder)
+        self.mask_decoder = MaskDecoder(dims.mask_decoder)
+
+    def forward(self, pixel_values: Tensor, points: Tensor, boxes: Tensor, masks: Tensor) -> dict[str, Tensor]:
+        """`pixel_values` [B,3,S,S], `points` [B,K,2] and `boxes` [B,K,4] in 0..1, `masks` [B,K,S,S] of 0 and 1."""
+        count = points.shape[1]
+        prompts = torch.cat(
+            [self.prompt_encoder.points(points.flatten(0, 1)), self.prompt_encoder.boxes(boxes.flatten(0, 1))]
+        )
+        embedding = self.mask_encoder(pixel_values).repeat_interleave(count, dim=0).repeat(2, 1, 1, 1)
+        logits = upscaled(self.mask_decoder(embedding, prompts, self.prompt_encoder), masks.shape[-1])
+        truth = masks.flatten(0, 1).float().repeat(2, 1, 1)
+        bce, dice = bce_loss(logits, truth), dice_loss(logits, truth)
+        half = len(truth) // 2
+        return {
+            "loss": WEIGHTS["bce"] * bce + WEIGHTS["dice"] * dice,
+            "point_iou": mean_iou(logits[:half], truth[:half]),
+            "box_iou": mean_iou(logits[half:], truth[half:]),
+        }
+
+
+class SamTask:
+    """Train SAM of `recipe.config` on scenes."""
+
+    def __init__(self, recipe: Recipe):
+        torch.manual_seed(recipe.seed)
+        self.recipe = recipe
+        self.dims = CONFIGS[recipe.config]
+        self.model = SamModel(self.dims)
+
+    def parameters(self) -> list[dict[str, Any]]:
+        parameters = list(self.model.parameters())
+        return [
+            {"params": [p for p in parameters if p.ndim > 1]},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+
+    def sample(self, index: int, split: str = "train") -> Sample:
+        rng = np.random.default_rng([self.recipe.seed, 41, index])
+        scene = sample_scene(split, index, self.recipe.seed)
+        size = self.dims.mask_encoder.image_size
+        visible = masks(scene, size)
+        if split == "train" and rng.random() < REPAINTED:
+            scene = repaint(scene, rng)
+        chosen = visible[rng.integers(len(visible), size=PROMPTS)]
+        return {
+            "pixel_values": mask_pixels(scene, self.dims),
+            "points": np.stack([_point(mask, rng) for mask in chosen]),
+            "boxes": np.stack([_box(mask, rng) for mask in chosen]),
+            "masks": chosen,
+        }
+
+    def collate(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
+
+    @torch.no_grad()
+    def evaluate(self, samples: int) -> dict[str, float]:
+        """Mean IoU of masks from points and from boxes on validation scenes."""
+        device = next(self.model.parameters()).device
+        batch = self.collate([self.sample(i, "validation") for i in range(samples)])
+        result = self.model(**{name: value.to(device) for name, value in batch.items()})
+        return {f"validation_{name}": round(float(value), 4) for name, value in result.items()}
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        dims = {"mask_encoder": asdict(self.dims.mask_encoder), "mask_decoder": asdict(self.dims.mask_decoder)}
+        save_part(folder, "sam", dims, state, "", self.recipe.dtype)
+
+
+def _point(mask: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """A pixel of the mask as x, y in 0..1."""
+    rows, columns = np.nonzero(mask)
+    one = int(rng.integers(len(rows)))
+    return ((np.array([columns[one], rows[one]]) + 0.5) / len(mask)).astype(np.float32)
+
+
+def _box(mask: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The mask's extent with its sides a little off, x1,y1,x2,y2 in 0..1."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) / len(mask)
+    sides = np.tile(box[2:] - box[:2], 2)
+    return np.clip(box + rng.normal(0, JITTER / 2, 4) * sides, 0, 1).astype(np.float32)
