@@ -120,10 +120,10 @@ class Prompt:
     """A chat template as data. `first` and `next` open a user turn with {system} and {text}; `answer` closes the
     assistant's turn with {text}.
 
-    `image` is the placeholder that a picture's embeddings replace, between `image_open` and `image_close`; `image_joint`
-    is put in front of a question without a placeholder. Text between placeholders is tokenised piece by piece; `lead`
-    is put before the first piece (a tokenizer that adds its own leading space needs none). White space beside a token
-    of `added` is dropped, as the slow tokenizers of transformers 4 did.
+    `image` is the placeholder that a picture's embeddings replace, between `image_open` and `image_close`;
+    `image_joint` is put in front of a question without a placeholder. Text between placeholders is tokenised piece by
+    piece; `lead` is put before the first piece (a tokenizer that adds its own leading space needs none). White space
+    beside a token of `added` is dropped, as the slow tokenizers of transformers 4 did.
     """
 
     name: str

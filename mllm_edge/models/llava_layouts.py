@@ -82,7 +82,7 @@ def load_llava(folder: Path) -> Checkpoint:
     elif "text_config" in config and kind == "llava":
         dims, tensors = _port(folder)
     elif kind in ("llava", "llava_llama"):
-        dims, tensors, folders = _original(folder, config)
+        dims, tensors, folders = open_original(folder, config)
     else:
         raise BadInput(f"{folder} is a {kind or 'nameless'} checkpoint, not LLaVA; give a LLaVA checkpoint")
     check_shapes(tensors, tensor_shapes(dims), str(folder))
@@ -174,7 +174,7 @@ def _port(folder: Path) -> tuple[LlavaDims, Tensors]:
         raise BadInput(f"{folder} is a LLaVA of {kinds[0]} and {kinds[1]}; CLIP and LLaMA are supported")
     if not isinstance(config.vision_feature_layer, int):
         raise BadInput(f"{folder} taps several layers {config.vision_feature_layer}; one is supported")
-    tensors = renamed(open_folder(folder), lambda name: _canonical(name, _PORT))
+    tensors = renamed(open_folder(folder), lambda name: canonical_name(name, _PORT))
     vision = _vit(settings["vision_config"], config.vision_feature_layer)
     tied = bool(settings.get("tie_word_embeddings") or settings["text_config"].get("tie_word_embeddings"))
     language = _llama(folder, {**settings["text_config"], "tie_word_embeddings": tied}, tensors)
@@ -193,7 +193,10 @@ def _port_preprocessing(folder: Path) -> tuple[str, tuple[float, ...], tuple[flo
     return fit, tuple(data.get("image_mean", IMAGE_MEAN)), tuple(data.get("image_std", IMAGE_STD))
 
 
-def _original(folder: Path, config: dict[str, Any]) -> tuple[LlavaDims, Tensors, list[Path]]:
+def open_original(
+    folder: Path, config: dict[str, Any], more: tuple[tuple[str, str], ...] = ()
+) -> tuple[LlavaDims, Tensors, list[Path]]:
+    """The original layout with dims and the folders it lies in; `more` are rules for tensors that LLaVA has not."""
     if config.get("mm_vision_select_feature", "patch") != "patch":
         raise BadInput(f"{folder} keeps CLIP's class token (cls_patch), which is not supported; use a patch checkpoint")
     if config.get("mm_use_im_start_end"):
@@ -205,12 +208,12 @@ def _original(folder: Path, config: dict[str, Any]) -> tuple[LlavaDims, Tensors,
     if "mm_vision_tower" not in config:
         raise BadInput(f"{folder}/config.json names no mm_vision_tower; copy the checkpoint's own config")
     weights, folders = _original_weights(folder)
-    tensors = renamed(weights, lambda name: _canonical(name, _ORIGINAL))
+    tensors = renamed(weights, lambda name: canonical_name(name, more + _ORIGINAL))
     tower = _beside(folder, str(config["mm_vision_tower"]))
     clip = read_json(tower / "config.json")
     if not any(name.startswith("vision_encoder.") for name in tensors):
         own = ((_VISION, r"vision_encoder.\1"),)
-        tensors = merged([tensors, renamed(open_folder(tower), lambda name: _canonical(name, own))])
+        tensors = merged([tensors, renamed(open_folder(tower), lambda name: canonical_name(name, own))])
     processor = read_json(path) if (path := tower / "preprocessor_config.json").is_file() else {}
     kind = config.get("mm_projector_type", "linear")
     dims = LlavaDims(
@@ -260,7 +263,8 @@ def _template(folder: Path, config: dict[str, Any], kind: str) -> str:
     return "llava_v1" if kind == "linear" else "vicuna_v1"
 
 
-def _canonical(name: str, rules: tuple[tuple[str, str], ...]) -> str | None:
+def canonical_name(name: str, rules: tuple[tuple[str, str], ...]) -> str | None:
+    """Our name of a tensor by the first rule that matches, or None where none does."""
     for pattern, replacement in rules:
         if re.match(pattern, name):
             return re.sub("^" + pattern, replacement, name) if not name.endswith("position_ids") else None

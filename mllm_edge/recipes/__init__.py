@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 def _task(recipe: Recipe) -> Task:
     from mllm_edge.recipes.encoder import EncoderTask
+    from mllm_edge.recipes.glamm import GlammTask
     from mllm_edge.recipes.language import LanguageTask
     from mllm_edge.recipes.llava import LlavaTask
     from mllm_edge.recipes.naming import NamingTask
@@ -21,6 +22,7 @@ def _task(recipe: Recipe) -> Task:
 
     tasks: dict[str, Callable[[Recipe], Task]] = {
         "encoder": EncoderTask,
+        "glamm": GlammTask,
         "language": LanguageTask,
         "naming": NamingTask,
         "sam": SamTask,

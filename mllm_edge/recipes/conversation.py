@@ -19,12 +19,13 @@ IGNORE = -100
 @dataclass(frozen=True)
 class Vocabulary:
     """How text becomes ids: `encode` takes a piece of plain text as a fresh string (no BOS); `specials` maps control
-    strings such as `</s>` to ids."""
+    strings such as `</s>` to ids, `added` further ones that swallow white space beside them (see `Prompt.added`)."""
 
     encode: Callable[[str], list[int]]
     specials: dict[str, int]
     bos: int | None
     pad: int
+    added: dict[str, int] = field(default_factory=dict)
 
     @property
     def start(self) -> list[int]:
@@ -33,12 +34,14 @@ class Vocabulary:
 
     def ids(self, text: str) -> list[int]:
         """Ids of `text`, in which control strings stand for their ids."""
-        if not self.specials:
+        known = {**self.specials, **self.added}
+        if not known:
             return self.encode(text)
-        parts = re.split("(" + "|".join(map(re.escape, self.specials)) + ")", text)
+        if self.added:
+            text = re.sub(r"\s*(" + "|".join(map(re.escape, self.added)) + r")\s*", r"\1", text)
         ids: list[int] = []
-        for part in parts:
-            ids += [self.specials[part]] if part in self.specials else self.encode(part) if part else []
+        for part in re.split("(" + "|".join(map(re.escape, known)) + ")", text):
+            ids += [known[part]] if part in known else self.encode(part) if part else []
         return ids
 
 
@@ -97,7 +100,7 @@ def encode_brief(opening: list[int], start: str, rest: str, vocabulary: Vocabula
     return Sample(opening + whole, [IGNORE] * (len(opening) + len(known)) + whole[len(known) :])
 
 
-def share_prefix(samples: Sequence[Sample]) -> Sample:
+def share_prefix(samples: Sequence[Sample], apart: int | None = None) -> Sample:
     """One sequence that teaches what all of `samples` teach: their common prefix once, then the rest of each.
 
     A picture and its opening are computed once for many questions. Every branch sees the trunk and itself and starts at
@@ -105,11 +108,12 @@ def share_prefix(samples: Sequence[Sample]) -> Sample:
 
     Args:
         samples: at least one, each with a question after the prefix, none with branches.
+        apart: an id that stands for something else in each sample, so that it is never shared.
     """
     first = samples[0].ids
     # One token of every question stays in its branch: the first loss is then predicted from within the branch.
     limit = min(next((i for i, label in enumerate(s.labels) if label != IGNORE), len(s.ids)) for s in samples) - 1
-    trunk = next((i for i in range(limit) if any(s.ids[i] != first[i] for s in samples)), limit)
+    trunk = next((i for i in range(limit) if first[i] == apart or any(s.ids[i] != first[i] for s in samples)), limit)
     ids, labels, branches = first[:trunk], [IGNORE] * trunk, [0] * trunk
     for number, sample in enumerate(samples, start=1):
         ids, labels = ids + sample.ids[trunk:], labels + sample.labels[trunk:]
@@ -173,8 +177,6 @@ def answer_loss(
 ) -> dict[str, Tensor]:
     """Next-token cross-entropy over the labels that are not -100, and how many of them are the most likely token.
 
-    The head is computed at their places alone: few tokens have a label, and a vocabulary is wide.
-
     Args:
         decoder: transformers' `LlamaForCausalLM`, or peft's around it.
         embeds: [B,T,D].
@@ -185,12 +187,28 @@ def answer_loss(
     Returns:
         `loss` and `token_accuracy`, scalars.
     """
-    plain = decoder.get_base_model() if hasattr(decoder, "get_base_model") else decoder
-    hidden = plain.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).last_hidden_state
-    places, truths = labelled(hidden, labels)
-    logits = plain.lm_head(places).float()
+    return token_loss(decoder, final_states(decoder, embeds, mask, positions), labels)
+
+
+def final_states(decoder: Any, embeds: Tensor, mask: Tensor, positions: Tensor | None) -> Tensor:
+    """States behind the final norm, [B,T,D]; the arguments are those of `answer_loss`."""
+    states: Tensor = (
+        _plain(decoder).model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).last_hidden_state
+    )
+    return states
+
+
+def token_loss(decoder: Any, states: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """`answer_loss` behind `final_states`. The head is computed at the labels' places alone: few tokens have a label,
+    and a vocabulary is wide."""
+    places, truths = labelled(states, labels)
+    logits = _plain(decoder).lm_head(places).float()
     right = (logits.detach().argmax(-1) == truths).float().mean()
     return {"loss": torch.nn.functional.cross_entropy(logits, truths), "token_accuracy": right}
+
+
+def _plain(decoder: Any) -> Any:
+    return decoder.get_base_model() if hasattr(decoder, "get_base_model") else decoder
 
 
 def labelled(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,6 @@ LONE = 0.4  # share of the scenes of one object, soon mastered, that are not pas
 BRIEF = {"pretrain": (0.6, 0.3), "finetune": (0.15, 0.25)}
 WORD_SCALE = 2.0  # a picture's embeddings start at so many times the scale of a word's: each says several words
 RELATIONS = 1  # of the questions about a picture; they are the last to be learned
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class LlavaModel(nn.Module):
@@ -344,14 +343,14 @@ class LlavaTask:
 
 
 def add_lora(decoder: nn.Module, settings: LoraSettings) -> nn.Module:
-    """Wrap every linear of the decoder except the head with peft's LoRA."""
+    """Wrap linears of the decoder with peft's LoRA."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=LINEARS,
+        target_modules=settings.targets,
         bias="none",
         task_type="CAUSAL_LM",
     )

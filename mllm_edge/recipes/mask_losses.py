@@ -16,7 +16,7 @@ def upscaled(logits: Tensor, size: int) -> Tensor:
 
 
 def bce_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """Binary cross-entropy of [n,H,W], the mean over pixels; 0 for no masks (groundingLMM `compute_sigmoid_ce_loss`)."""
+    """Binary cross-entropy of [n,H,W], mean over pixels; 0 for no masks (groundingLMM `compute_sigmoid_ce_loss`)."""
     loss = functional.binary_cross_entropy_with_logits(logits, masks, reduction="none")
     return loss.flatten(1).mean(1).sum() / (len(masks) + 1e-8)
 

@@ -1,4 +1,4 @@
-"""Readers of training data that people already have: LLaVA conversations, COCO and RefCOCO.
+"""Readers of training data that people already have: LLaVA conversations, COCO, RefCOCO and GranD-f.
 
 Every refusal is a `BadInput` of one line that names the file and the entry, says what is wrong and
 what to do.
@@ -9,25 +9,18 @@ import reprlib
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from mllm_edge.errors import BadInput
+from mllm_edge.recipes.fields import field, number, refusal, typed
+from mllm_edge.recipes.segmentation import Segmentation, check_segmentation
 
 IMAGE_PLACEHOLDER = "<image>"
 
-Value = TypeVar("Value")
 Box = tuple[float, float, float, float]
-Segmentation = list[list[float]] | dict[str, Any]
 
 _SPEAKERS = ("human", "gpt")
-_MOST_PIXELS = 2**28  # a mask of one bool each; more than any photograph has
-_LARGEST = 1e7  # pixels; keeps sums and quotients of coordinates finite
-_MOST_GROUPS = 7  # 5 bits each: enough for 2**31 pixels and a sign
-_TYPE_NAMES = {str: "a text", list: "a list", dict: "an object", int: "a whole number"}
 
 
 @dataclass(frozen=True)
@@ -87,6 +80,23 @@ class Reference:
     sentences: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class GroundedEntry:
+    """One picture of GranD-f with its caption.
+
+    Attributes:
+        file_name: Path of the picture in its folder.
+        caption: The text.
+        spans: (start, end, number of the grounding): `caption[start:end]` is a phrase. In the order of the text.
+        segmentations: For each grounding the run lengths whose union is its mask.
+    """
+
+    file_name: str
+    caption: str
+    spans: tuple[tuple[int, int, int], ...]
+    segmentations: tuple[tuple[Segmentation, ...], ...]
+
+
 def read_llava(path: str | Path, image_folder: str | Path) -> list[Conversation]:
     """Reads a JSON list in the layout of llava_instruct_158k.
 
@@ -102,9 +112,9 @@ def read_llava(path: str | Path, image_folder: str | Path) -> list[Conversation]
             "<image>" placeholder does not go with the "image" entry, or an image path leads out of
             the folder.
     """
-    entries = _as(list, _load(path), str(path), "its content")
+    entries = typed(list, _load(path), str(path), "its content")
     return [
-        _conversation(_as(dict, entry, f"{path}: entry {i}", "it"), Path(image_folder), f"{path}: entry {i}")
+        _conversation(typed(dict, entry, f"{path}: entry {i}", "it"), Path(image_folder), f"{path}: entry {i}")
         for i, entry in enumerate(entries)
     ]
 
@@ -122,31 +132,31 @@ def read_coco(path: str | Path) -> list[CocoImage]:
         BadInput: The file is malformed, an annotation names an unknown picture or category, or a
             file name leads out of its folder.
     """
-    data = _as(dict, _load(path), str(path), "its content")
+    data = typed(dict, _load(path), str(path), "its content")
     categories = {}
-    for i, entry in enumerate(_as(list, data.get("categories", []), str(path), '"categories"')):
+    for i, entry in enumerate(typed(list, data.get("categories", []), str(path), '"categories"')):
         where = f"{path}: categories entry {i}"
-        entry = _as(dict, entry, where, "it")
-        categories[_field(int, entry, "id", where)] = _field(str, entry, "name", where)
+        entry = typed(dict, entry, where, "it")
+        categories[field(int, entry, "id", where)] = field(str, entry, "name", where)
 
     images: dict[int, CocoImage] = {}
-    for i, entry in enumerate(_field(list, data, "images", str(path))):
+    for i, entry in enumerate(field(list, data, "images", str(path))):
         where = f"{path}: images entry {i}"
-        image = _coco_image(_as(dict, entry, where, "it"), where)
+        image = _coco_image(typed(dict, entry, where, "it"), where)
         if image.id in images:
-            raise _refusal(where, f"image id {image.id} occurs twice", "give every image its own id")
+            raise refusal(where, f"image id {image.id} occurs twice", "give every image its own id")
         images[image.id] = image
 
     objects: dict[int, list[CocoObject]] = defaultdict(list)
     captions: dict[int, list[str]] = defaultdict(list)
-    for i, entry in enumerate(_field(list, data, "annotations", str(path))):
+    for i, entry in enumerate(field(list, data, "annotations", str(path))):
         where = f"{path}: annotations entry {i}"
-        entry = _as(dict, entry, where, "it")
-        owner = _field(int, entry, "image_id", where)
+        entry = typed(dict, entry, where, "it")
+        owner = field(int, entry, "image_id", where)
         if owner not in images:
-            raise _refusal(where, f"image_id {owner} is not among the images", "add the image or drop the entry")
+            raise refusal(where, f"image_id {owner} is not among the images", "add the image or drop the entry")
         if "caption" in entry:
-            captions[owner].append(_field(str, entry, "caption", where).strip())
+            captions[owner].append(field(str, entry, "caption", where).strip())
         else:
             objects[owner].append(_coco_object(entry, categories, where))
     return [
@@ -171,67 +181,88 @@ def read_refcoco(refs_path: str | Path, instances_path: str | Path, split: str) 
             annotation that its image does not have.
     """
     images = {image.id: image for image in read_coco(instances_path)}
-    refs = _as(list, _load(refs_path), str(refs_path), "its content")
+    refs = typed(list, _load(refs_path), str(refs_path), "its content")
     found: list[Reference] = []
     splits: set[str] = set()
     for i, entry in enumerate(refs):
         where = f"{refs_path}: entry {i}"
-        entry = _as(dict, entry, where, "it")
-        splits.add(_field(str, entry, "split", where))
+        entry = typed(dict, entry, where, "it")
+        splits.add(field(str, entry, "split", where))
         if entry["split"] == split:
             found.append(_reference(entry, images, where))
     if not found:
-        raise _refusal(str(refs_path), f"no reference has the split {split!r}", f"use one of {sorted(splits)}")
+        raise refusal(str(refs_path), f"no reference has the split {split!r}", f"use one of {sorted(splits)}")
     return found
 
 
-def decode_segmentation(segmentation: Segmentation, height: int, width: int) -> npt.NDArray[np.bool_]:
-    """Turns a COCO segmentation into a mask.
+def read_grandf(path: str | Path) -> list[GroundedEntry]:
+    """Reads GranD-f's grounded captions (GranDf_HA_GCG_*.json, OpenPsgGCG_*.json).
 
     Args:
-        segmentation: Polygons ([[x1, y1, x2, y2, ...], ...] in pixels, their union counts) or run
-            lengths ({"size": [height, width], "counts": list of int or COCO's compressed string}).
-        height: Rows of the picture.
-        width: Columns of the picture.
+        path: JSON list of pictures (file_name, caption, groundings with token_positives and rle_masks).
 
     Returns:
-        bool [height, width]. A pixel is in a polygon when its center is (by the even-odd rule).
+        The pictures that have a grounding, in the order of the file.
 
     Raises:
-        BadInput: The segmentation is malformed or does not have the picture's size.
+        BadInput: The file is malformed, a phrase lies outside the caption or in another phrase, or a file name leads
+            out of its folder.
     """
-    where = "segmentation"
-    if min(height, width) < 1 or height * width > _MOST_PIXELS:
-        raise _refusal(where, f"a mask of {height} x {width} pixels is not possible", "check the picture's size")
-    _check_segmentation(segmentation, height, width, where)
-    if isinstance(segmentation, dict):
-        counts = segmentation["counts"]
-        return _fill_runs(_decompress(counts) if isinstance(counts, str) else counts, height, width)
-    mask = np.zeros((height, width), np.bool_)
-    for polygon in segmentation:
-        corners = np.array([_number(value, where, "a polygon coordinate") for value in polygon]).reshape(-1, 2)
-        mask |= _fill_polygon(corners, height, width)
-    return mask
+    entries = typed(list, _load(path), str(path), "its content")
+    found = [_grounded(typed(dict, e, f"{path}: entry {i}", "it"), f"{path}: entry {i}") for i, e in enumerate(entries)]
+    return [entry for entry in found if entry.spans]
+
+
+def _grounded(entry: dict[str, Any], where: str) -> GroundedEntry:
+    caption = field(str, entry, "caption", where).strip('"').strip()
+    spans: list[tuple[int, int, int]] = []
+    segmentations: list[tuple[Segmentation, ...]] = []
+    for phrase, raw in field(dict, entry, "groundings", where).items():
+        if raw is None:
+            continue
+        spot = f"{where}, grounding {reprlib.repr(phrase)}"
+        raw = typed(dict, raw, spot, "it")
+        places = field(list, raw, "token_positives", spot)
+        if (
+            len(places) != 2
+            or any(type(p) is not int for p in places)
+            or not 0 <= places[0] < places[1] <= len(caption)
+        ):
+            raise refusal(
+                spot, f"token_positives {reprlib.repr(places)} is no part of the caption", "give [start, end]"
+            )
+        forms = field(list, raw, "rle_masks", spot)
+        for form in forms:
+            check_segmentation(form, None, None, spot)
+        spans.append((places[0], places[1], len(segmentations)))
+        segmentations.append(tuple(forms))
+    spans.sort()
+    for (_, end, one), (start, _, other) in pairwise(spans):
+        if start < end:
+            raise refusal(
+                where, f"groundings {one} and {other} overlap in the caption", "give each phrase its own place"
+            )
+    return GroundedEntry(_inner_path(entry, "file_name", where), caption, tuple(spans), tuple(segmentations))
 
 
 def _conversation(entry: dict[str, Any], folder: Path, where: str) -> Conversation:
     image = folder / _inner_path(entry, "image", where) if entry.get("image") is not None else None
     texts: list[str] = []
-    for i, raw in enumerate(_field(list, entry, "conversations", where)):
+    for i, raw in enumerate(field(list, entry, "conversations", where)):
         spot = f"{where}, turn {i}"
-        raw = _as(dict, raw, spot, "it")
-        speaker, text = _field(str, raw, "from", spot), _field(str, raw, "value", spot)
+        raw = typed(dict, raw, spot, "it")
+        speaker, text = field(str, raw, "from", spot), field(str, raw, "value", spot)
         if speaker != _SPEAKERS[i % 2]:
             wrong = f"{reprlib.repr(speaker)} speaks where {_SPEAKERS[i % 2]!r} should"
-            raise _refusal(spot, wrong, "let human and gpt alternate, human first")
+            raise refusal(spot, wrong, "let human and gpt alternate, human first")
         texts.append(text)
     if not texts or len(texts) % 2:
-        raise _refusal(where, "the conversation does not end with an answer", "end it with a turn of gpt")
+        raise refusal(where, "the conversation does not end with an answer", "end it with a turn of gpt")
     asked, answered = texts[::2], texts[1::2]
     shown = sum(text.count(IMAGE_PLACEHOLDER) for text in asked)
     if shown != int(image is not None) or any(IMAGE_PLACEHOLDER in text for text in answered):
         wrong = f"its {IMAGE_PLACEHOLDER} placeholders do not go with its images ({shown} for {1 if image else 0})"
-        raise _refusal(where, wrong, 'use one, in a human turn, exactly where there is an "image"')
+        raise refusal(where, wrong, 'use one, in a human turn, exactly where there is an "image"')
     turns = zip(map(_image_first, asked), answered, strict=True)
     return Conversation(str(entry.get("id", "")), image, tuple(turns))
 
@@ -244,25 +275,25 @@ def _image_first(text: str) -> str:
 
 
 def _coco_image(entry: dict[str, Any], where: str) -> CocoImage:
-    width, height = _field(int, entry, "width", where), _field(int, entry, "height", where)
+    width, height = field(int, entry, "width", where), field(int, entry, "height", where)
     if min(width, height) < 1:
-        raise _refusal(where, f"its size is {width} x {height}", "give a width and height of 1 or more")
-    return CocoImage(_field(int, entry, "id", where), _inner_path(entry, "file_name", where), width, height, (), ())
+        raise refusal(where, f"its size is {width} x {height}", "give a width and height of 1 or more")
+    return CocoImage(field(int, entry, "id", where), _inner_path(entry, "file_name", where), width, height, (), ())
 
 
 def _coco_object(entry: dict[str, Any], categories: Mapping[int, str], where: str) -> CocoObject:
-    category = _field(int, entry, "category_id", where)
+    category = field(int, entry, "category_id", where)
     if category not in categories:
-        raise _refusal(where, f"category_id {category} is not among the categories", "add the category")
-    numbers = [_number(value, where, '"bbox"') for value in _field(list, entry, "bbox", where)]
+        raise refusal(where, f"category_id {category} is not among the categories", "add the category")
+    numbers = [number(value, where, '"bbox"') for value in field(list, entry, "bbox", where)]
     if len(numbers) != 4 or min(numbers[2:]) < 0:
-        raise _refusal(where, '"bbox" is not a box', "give [x, y, width, height] with no negative width or height")
+        raise refusal(where, '"bbox" is not a box', "give [x, y, width, height] with no negative width or height")
     x, y, width, height = numbers
     segmentation = entry.get("segmentation") or None
     if segmentation is not None:
-        _check_segmentation(segmentation, None, None, where)
+        check_segmentation(segmentation, None, None, where)
     return CocoObject(
-        _field(int, entry, "id", where),
+        field(int, entry, "id", where),
         categories[category],
         (x, y, x + width, y + height),
         segmentation,
@@ -271,114 +302,35 @@ def _coco_object(entry: dict[str, Any], categories: Mapping[int, str], where: st
 
 
 def _reference(entry: dict[str, Any], images: Mapping[int, CocoImage], where: str) -> Reference:
-    image_id, annotation = _field(int, entry, "image_id", where), _field(int, entry, "ann_id", where)
+    image_id, annotation = field(int, entry, "image_id", where), field(int, entry, "ann_id", where)
     image = images.get(image_id)
     item = next((o for o in image.objects if o.annotation_id == annotation), None) if image else None
     if image is None or item is None:
         wrong = f"image {image_id} with annotation {annotation} is not in the instances"
-        raise _refusal(where, wrong, "use the instances.json that came with these references")
+        raise refusal(where, wrong, "use the instances.json that came with these references")
     sentences = []
-    for i, raw in enumerate(_field(list, entry, "sentences", where)):
+    for i, raw in enumerate(field(list, entry, "sentences", where)):
         spot = f"{where}, sentence {i}"
-        raw = _as(dict, raw, spot, "it")
-        sentences.append(_field(str, raw, "sent" if "sent" in raw else "raw", spot).strip())
-    return Reference(_field(int, entry, "ref_id", where), image, item, tuple(sentences))
-
-
-def _check_segmentation(raw: object, height: int | None, width: int | None, where: str) -> None:
-    """Checks the form but not the many numbers, which are looked at only when a mask is wanted."""
-    if isinstance(raw, dict):
-        size, counts = _field(list, raw, "size", where), raw.get("counts")
-        if not isinstance(counts, (str, list)):
-            raise _refusal(where, 'its run lengths have no "counts"', "give a list or COCO's compressed text")
-        if height is not None and size != [height, width]:
-            wrong = f"its run lengths are of size {reprlib.repr(size)}, not [{height}, {width}]"
-            raise _refusal(where, wrong, "use the size of the picture it was drawn on")
-    elif not isinstance(raw, list) or not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in raw):
-        remedy = "give lists [x1, y1, x2, y2, x3, y3, ...] or run lengths with size and counts"
-        raise _refusal(where, "it is neither polygons nor run lengths", remedy)
-
-
-def _fill_polygon(corners: npt.NDArray[np.float64], height: int, width: int) -> npt.NDArray[np.bool_]:
-    """Marks where a walk along each row of pixel centers has crossed an odd number of edges."""
-    crossings = np.zeros((height, width + 1), np.int32)
-    rows = np.arange(height) + 0.5
-    for (x1, y1), (x2, y2) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
-        hit = np.flatnonzero((rows >= min(y1, y2)) & (rows < max(y1, y2)))
-        x = x1 + (rows[hit] - y1) * ((x2 - x1) / (y2 - y1)) if hit.size else rows[hit]
-        crossings[hit, np.ceil(np.clip(x - 0.5, 0, width)).astype(np.int64)] += 1
-    inside: npt.NDArray[np.bool_] = np.cumsum(crossings[:, :width], axis=1) % 2 == 1
-    return inside
-
-
-def _fill_runs(counts: list[Any], height: int, width: int) -> npt.NDArray[np.bool_]:
-    """Lays out runs of 0, 1, 0, 1, ... down the columns, as COCO does."""
-    if any(type(count) is not int or count < 0 for count in counts) or sum(counts) != height * width:
-        wrong = f"its counts are not whole numbers of 0 or more with the sum {height * width}"
-        raise _refusal("segmentation", wrong, "encode the mask again")
-    values = np.arange(len(counts)) % 2 == 1
-    return np.ascontiguousarray(np.repeat(values, counts).reshape(width, height).T)
-
-
-def _decompress(text: str) -> list[int]:
-    """Decodes COCO's compressed counts: 5 bits a character, low bits first, from the fourth on differences."""
-    counts: list[int] = []
-    value = groups = 0
-    for character in text:
-        bits = ord(character) - 48
-        if not 0 <= bits < 64 or groups == _MOST_GROUPS:
-            raise _refusal("segmentation", "its compressed counts are damaged", "encode the mask again")
-        value |= (bits & 31) << (5 * groups)
-        groups += 1
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << (5 * groups)
-        counts.append(value + counts[-2] if len(counts) > 2 else value)
-        value = groups = 0
-    if groups:
-        raise _refusal("segmentation", "its compressed counts end too early", "encode the mask again")
-    return counts
+        raw = typed(dict, raw, spot, "it")
+        sentences.append(field(str, raw, "sent" if "sent" in raw else "raw", spot).strip())
+    return Reference(field(int, entry, "ref_id", where), image, item, tuple(sentences))
 
 
 def _load(path: str | Path) -> object:
     if Path(path).suffix.lower() in (".p", ".pkl", ".pickle"):
-        raise _refusal(str(path), "a pickle can run any code when read", "convert it to JSON where you trust it")
+        raise refusal(str(path), "a pickle can run any code when read", "convert it to JSON where you trust it")
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise _refusal(str(path), f"it cannot be read ({error.strerror})", "check the path") from None
+        raise refusal(str(path), f"it cannot be read ({error.strerror})", "check the path") from None
     except (ValueError, RecursionError) as error:
-        raise _refusal(str(path), f"it is not valid JSON ({error})", "check that it was copied whole") from None
-
-
-def _field(kind: type[Value], entry: dict[str, Any], key: str, where: str) -> Value:
-    if key not in entry:
-        raise _refusal(where, f'there is no "{key}"', "add it")
-    return _as(kind, entry[key], where, f'"{key}"')
-
-
-def _as(kind: type[Value], value: object, where: str, name: str) -> Value:
-    # bool is a subclass of int, but true is no number of pixels.
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise _refusal(where, f"{name} is {reprlib.repr(value)}", f"make it {_TYPE_NAMES[kind]}")
-    return value
-
-
-def _number(value: object, where: str, name: str) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST:
-        return float(value)
-    raise _refusal(where, f"{name} has {reprlib.repr(value)}", "use finite numbers of pixels")
+        raise refusal(str(path), f"it is not valid JSON ({error})", "check that it was copied whole") from None
 
 
 def _inner_path(entry: dict[str, Any], key: str, where: str) -> str:
     """Returns a relative path that stays in its folder, read as either system would read it."""
-    name = _field(str, entry, key, where)
+    name = field(str, entry, key, where)
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     if not posix.parts or "\0" in name or posix.is_absolute() or windows.anchor or ".." in windows.parts:
-        raise _refusal(where, f'"{key}" is {reprlib.repr(name)}', "give a path inside the image folder")
+        raise refusal(where, f'"{key}" is {reprlib.repr(name)}', "give a path inside the image folder")
     return name
-
-
-def _refusal(where: str, wrong: str, remedy: str) -> BadInput:
-    return BadInput(f"{where}: {wrong}; {remedy}")

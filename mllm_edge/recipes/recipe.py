@@ -14,14 +14,17 @@ import yaml
 
 from mllm_edge.errors import BadInput
 
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Low-rank adaptation of every linear of the decoder except its head (the paper's choice: r 128, alpha 256)."""
+    """Low-rank adaptation of the linears `targets`; the defaults are LLaVA's."""
 
     r: int = 128
     alpha: int = 256
     dropout: float = 0.05
+    targets: list[str] = field(default_factory=lambda: list(LINEARS))
 
 
 @dataclass(frozen=True)

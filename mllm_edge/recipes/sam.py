@@ -5,7 +5,7 @@ As in SAM's own training (Kirillov et al. 2023, section 5) a picture is encoded 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from mllm_edge.recipes.scenes import Scene, masks, render, sample_scene
 from mllm_edge.recipes.weights import save_part
 from mllm_edge.runtime.preprocess import preprocess
 
-PROMPTS = 3  # objects per picture, each prompted by a point and by a box
+PROMPTS = 4  # per picture: half of them points, half boxes
 REPAINTED = 0.5  # share of pictures in colors that have no name
 JITTER = 0.1  # how far a box's sides are off, in its own size
 WEIGHTS = {"bce": 2.0, "dice": 0.5}  # as GLaMM's, which goes on from here
@@ -49,21 +49,24 @@ class SamModel(nn.Module):
         self.mask_decoder = MaskDecoder(dims.mask_decoder)
 
     def forward(self, pixel_values: Tensor, points: Tensor, boxes: Tensor, masks: Tensor) -> dict[str, Tensor]:
-        """`pixel_values` [B,3,S,S], `points` [B,K,2] and `boxes` [B,K,4] in 0..1, `masks` [B,K,S,S] of 0 and 1."""
-        count = points.shape[1]
-        prompts = torch.cat(
-            [self.prompt_encoder.points(points.flatten(0, 1)), self.prompt_encoder.boxes(boxes.flatten(0, 1))]
-        )
-        embedding = self.mask_encoder(pixel_values).repeat_interleave(count, dim=0).repeat(2, 1, 1, 1)
-        logits = upscaled(self.mask_decoder(embedding, prompts, self.prompt_encoder), masks.shape[-1])
-        truth = masks.flatten(0, 1).float().repeat(2, 1, 1)
+        """`pixel_values` [B,3,S,S], `points` [B,P,2] and `boxes` [B,Q,4] in 0..1, `masks` [B,P+Q,S,S] of 0 and 1."""
+        ask = self.prompt_encoder
+        prompts = torch.cat([_each(ask.points, points), _each(ask.boxes, boxes)], dim=1)  # [B,P+Q,2,C]
+        embedding = self.mask_encoder(pixel_values).repeat_interleave(prompts.shape[1], dim=0)
+        logits = upscaled(self.mask_decoder(embedding, prompts.flatten(0, 1), ask), masks.shape[-1])
+        truth = masks.flatten(0, 1).float()
         bce, dice = bce_loss(logits, truth), dice_loss(logits, truth)
-        half = len(truth) // 2
+        by_point = (torch.arange(len(truth), device=truth.device) % prompts.shape[1]) < points.shape[1]
         return {
             "loss": WEIGHTS["bce"] * bce + WEIGHTS["dice"] * dice,
-            "point_iou": mean_iou(logits[:half], truth[:half]),
-            "box_iou": mean_iou(logits[half:], truth[half:]),
+            "point_iou": mean_iou(logits[by_point], truth[by_point]),
+            "box_iou": mean_iou(logits[~by_point], truth[~by_point]),
         }
+
+
+def _each(embed: Callable[[Tensor], Tensor], places: Tensor) -> Tensor:
+    """`embed` of places [B,n,x], [B,n,2,C]."""
+    return embed(places.flatten(0, 1)).reshape(*places.shape[:2], 2, -1)
 
 
 class SamTask:
@@ -92,8 +95,8 @@ class SamTask:
         chosen = visible[rng.integers(len(visible), size=PROMPTS)]
         return {
             "pixel_values": mask_pixels(scene, self.dims),
-            "points": np.stack([_point(mask, rng) for mask in chosen]),
-            "boxes": np.stack([_box(mask, rng) for mask in chosen]),
+            "points": np.stack([_point(mask, rng) for mask in chosen[: PROMPTS // 2]]),
+            "boxes": np.stack([_box(mask, rng) for mask in chosen[PROMPTS // 2 :]]),
             "masks": chosen,
         }
 

@@ -41,16 +41,16 @@ def roi_align(features: Tensor, boxes: Tensor, bins: int) -> Tensor:
     columns are two small matrices, and the whole is two products: any engine has them, none has to know RoIAlign.
 
     Args:
-        features: [C,H,W].
+        features: [1,C,H,W], or [n,C,H,W] with a map for each box.
         boxes: [n,4], x1,y1,x2,y2 in cells of the map (the scale is applied already).
         bins: side of the result.
 
     Returns:
         [n,C,bins,bins].
     """
-    rows = _bin_weights(boxes[:, 1], boxes[:, 3], features.shape[1], bins)  # [n,bins,H]
-    columns = _bin_weights(boxes[:, 0], boxes[:, 2], features.shape[2], bins)  # [n,bins,W]
-    return (rows.unsqueeze(1) @ features.unsqueeze(0)) @ columns.unsqueeze(1).transpose(2, 3)
+    rows = _bin_weights(boxes[:, 1], boxes[:, 3], features.shape[2], bins)  # [n,bins,H]
+    columns = _bin_weights(boxes[:, 0], boxes[:, 2], features.shape[3], bins)  # [n,bins,W]
+    return (rows.unsqueeze(1) @ features) @ columns.unsqueeze(1).transpose(2, 3)
 
 
 def _bin_weights(low: Tensor, high: Tensor, size: int, bins: int) -> Tensor:
@@ -62,7 +62,7 @@ def _bin_weights(low: Tensor, high: Tensor, size: int, bins: int) -> Tensor:
     cells = torch.arange(size, device=low.device, dtype=low.dtype)
     distance = (places.clamp(0, size - 1).unsqueeze(2) - cells).abs()
     weights = (1 - distance).clamp(min=0) * inside.unsqueeze(2)
-    return weights.unflatten(1, (bins, SAMPLES)).mean(dim=2)
+    return weights.reshape(-1, bins, SAMPLES, size).mean(dim=2)
 
 
 class _Conv(nn.Module):
@@ -87,9 +87,7 @@ class LevelFusion(nn.Module):
         self.fuse_convs = nn.ModuleList(_Conv(dims) for _ in range(dims.rounds))
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
-        levels = [
-            conv(torch.cat([level, _coordinates(level)], dim=1)) for conv, level in zip(self.input_conv, levels)
-        ]
+        levels = [conv(torch.cat([level, _coordinates(level)], dim=1)) for conv, level in zip(self.input_conv, levels)]
         for conv in self.fuse_convs:
             levels = [conv(self._exchanged(levels, number)) for number in range(LEVELS)]
         return levels
@@ -123,7 +121,7 @@ class RegionPooling(nn.Module):
     def forward(self, levels: list[Tensor], boxes: Tensor) -> Tensor:
         scaled = boxes * self.dims.box_scale
         parts = [
-            conv(roi_align(level[0], scaled / stride, self.dims.bins))
+            conv(roi_align(level, scaled / stride, self.dims.bins))
             for conv, level, stride in zip(self.pconvs, levels, self.dims.strides)
         ]
         region = self.flatten_linear(functional.relu(sum(parts[1:], parts[0])).flatten(1))
@@ -134,7 +132,7 @@ class RegionEncoder(nn.Module):
     """Boxes on a picture's features -> embeddings in the decoder's space.
 
     `forward` takes features [1,4,N,Dv] (shallowest level first, patches by rows) and boxes [n,4] (x1,y1,x2,y2 in 0..1)
-    and gives [n,D].
+    and gives [n,D]. With `owners`, int64 [n], the features may be of several pictures, and each box says which is its.
     """
 
     def __init__(self, feature_width: int, out_width: int, dims: RegionDims):
@@ -142,11 +140,12 @@ class RegionEncoder(nn.Module):
         self.mlvl_fuse = LevelFusion(feature_width, dims)
         self.roi_align = RegionPooling(out_width, dims)
 
-    def forward(self, features: Tensor, boxes: Tensor) -> Tensor:
+    def forward(self, features: Tensor, boxes: Tensor, owners: Tensor | None = None) -> Tensor:
         grid = round(features.shape[2] ** 0.5)
-        maps = features.transpose(2, 3).unflatten(3, (grid, grid))  # [1,4,Dv,G,G]
+        maps = features.transpose(2, 3).reshape(*features.shape[:2], -1, grid, grid)  # [1,4,Dv,G,G]
         levels = [_resized(maps[:, number], grid << (LEVELS - 1 - number)) for number in range(LEVELS)]
-        return self.roi_align(self.mlvl_fuse(levels), boxes)
+        fused = self.mlvl_fuse(levels)
+        return self.roi_align(fused if owners is None else [level[owners] for level in fused], boxes)
 
 
 def _resized(x: Tensor, size: int) -> Tensor:

@@ -8,6 +8,7 @@ those of published checkpoints; a test shows outputs equal to transformers' `Sam
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -94,10 +95,10 @@ class RelativeAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Some of the heads: each [B,h,N,d] -> [B,h,N,d]."""
         batch, heads, cells, depth = q.shape
-        side = self.side
+        side, distance = self.side, cast("Tensor", self.distance)
         grid = q.reshape(batch, heads, side, side, depth)
-        rows = grid @ self.rel_pos_h[self.distance].transpose(1, 2)  # [B,h,side,side,side]: by row, then distance to row
-        columns = grid.transpose(2, 3) @ self.rel_pos_w[self.distance].transpose(1, 2)
+        rows = grid @ self.rel_pos_h[distance].transpose(1, 2)  # [B,h,side,side,side]: by row, column, row
+        columns = grid.transpose(2, 3) @ self.rel_pos_w[distance].transpose(1, 2)
         scores = ((q * depth**-0.5) @ k.transpose(-2, -1)).reshape(batch, heads, side, side, side, side)
         scores = scores + rows.unsqueeze(-1) + columns.transpose(2, 3).unsqueeze(-2)
         return torch.softmax(scores.reshape(batch, heads, cells, cells), dim=-1) @ v

@@ -54,12 +54,13 @@ def full_caption(scene: Scene, rng: np.random.Generator) -> str:
     return _write(scene, pick(rng, _FRAMES), "everything").text
 
 
-def grounded_caption(scene: Scene, rng: np.random.Generator) -> GroundedCaption:
+def grounded_caption(scene: Scene, rng: np.random.Generator, form: int | None = None) -> GroundedCaption:
     """Returns a caption with the character span and object of each of its phrases.
 
     Args:
         scene: A scene with at least one object.
-        rng: Chooses the frame and how much is said.
+        rng: Chooses the frame and how much is said, unless `form` (0..3) does.
+        form: A number that stands for a frame and a level of detail.
 
     Returns:
         The caption with one span per object.
@@ -67,6 +68,8 @@ def grounded_caption(scene: Scene, rng: np.random.Generator) -> GroundedCaption:
     Raises:
         ValueError: The scene has no object.
     """
+    if form is not None:
+        return _write(scene, _FRAMES[form], _DETAILS[form])
     return _write(scene, pick(rng, _FRAMES), pick(rng, _DETAILS))
 
 
