@@ -47,7 +47,8 @@ class FileEntry:
 class StageEntry(FileEntry):
     """One sub-network and the engine that runs it. Stages are wired to each other by tensor names.
 
-    `flops` counts the floating-point operations of its products; 0 where nobody counted.
+    `flops` counts the floating-point operations of its products, `activation_bytes` the most that its graph holds
+    between nodes; 0 where nobody counted.
     """
 
     name: str
@@ -57,6 +58,7 @@ class StageEntry(FileEntry):
     outputs: list[TensorSpec]
     data_files: list[FileEntry] = field(default_factory=list)
     flops: int = 0
+    activation_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,11 @@ class Prompt:
     """A chat template as data. `first` and `next` open a user turn with {system} and {text}; `answer` closes the
     assistant's turn with {text}.
 
-    `image` is the placeholder that a picture's embeddings replace, between `image_open` and `image_close`;
-    `image_joint` is put in front of a question without a placeholder. Text between placeholders is tokenised piece by
-    piece; `lead` is put before the first piece (a tokenizer that adds its own leading space needs none). White space
-    beside a token of `added` is dropped, as the slow tokenizers of transformers 4 did.
+    `image` is the placeholder that a picture's embeddings replace, between `image_open` and `image_close`, `box` the
+    one of a region's; a phrase that a mask is tied to stands between the two of `phrase`. `image_joint` is put in front
+    of a question without a placeholder. Text between placeholders is tokenised piece by piece; `lead` is put before the
+    first piece (a tokenizer that adds its own leading space needs none). White space beside a token of `added` is
+    dropped, as the slow tokenizers of transformers 4 did.
     """
 
     name: str
@@ -137,6 +140,8 @@ class Prompt:
     stop: list[str]
     image_open: str = ""
     image_close: str = ""
+    box: str = ""
+    phrase: list[str] = field(default_factory=list)
     added: list[str] = field(default_factory=list)
 
 

@@ -15,6 +15,7 @@ import typer
 import mllm_edge
 from mllm_edge.errors import BadInput, OutOfTolerance
 from mllm_edge.options import (
+    Boxes,
     BundleFolder,
     Common,
     Decoding,
@@ -183,6 +184,8 @@ def inspect_(screen: Screen, bundle: BundleFolder, no_verify_hash: NoVerifyHash 
 @verb(
     'run my.bundle "What is in the picture?" --image scene.png',
     'run my.bundle "What differs?" --image a.png --image b.png --stream',
+    'run glamm.bundle "Please segment the red circle in this image." --image scene.png --out answer',
+    'run glamm.bundle "What is <bbox>?" --image scene.png --box 10,20,110,90',
     'run my.bundle "USER: <image> Caption: ASSISTANT:" --image scene.png --raw --json',
 )
 def run(
@@ -192,28 +195,42 @@ def run(
     bundle: BundleFolder,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="By default what stdin says.")] = None,
     image: Pictures = None,
-    box: Annotated[list[str] | None, typer.Option(metavar="x1,y1,x2,y2", help="A region, in pixels.")] = None,
+    box: Boxes = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where pictures of the answer go.")] = None,
+    teacher_forced: Annotated[
+        str | None, typer.Option(metavar="ANSWER", help="Do not write; cut out the masks of this answer's [SEG].")
+    ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="PROMPT is the whole text; no template.")] = False,
 ) -> None:
     """Ask a bundle once. The answer goes to stdout, its times to stderr."""
-    _refuse_regions(bundle, box, out)
     question = prompt if prompt is not None else _piped()
-    pictures = _pictures(image)
+    pictures, boxes = _pictures(image), _boxes(box)
     with loading.open(bundle) as model:
-        pieces = model.stream(question, pictures, raw=raw, **vars(decoding))
+        if out and not model.gives_masks:
+            raise BadInput(f"{bundle} ({', '.join(model.manifest.tasks)}) answers with text alone; leave out --out")
+        pieces = model.stream(question, pictures, boxes, raw=raw, teacher_forced=teacher_forced, **vars(decoding))
         answer = _shown(screen, pieces, stream and not screen.as_json)
     if not stream or screen.as_json:
         screen.result(answer.to_json(), answer.text)
+    _write_masks(screen, answer, pictures, out)
     screen.times(answer)
 
 
 @verb("chat my.bundle --image scene.png", "chat my.bundle --image scene.png --temperature 0.7 --seed 1")
-def chat(screen: Screen, loading: Loading, decoding: Decoding, bundle: BundleFolder, image: Pictures = None) -> None:
-    """Ask in turns about pictures. They are encoded once; /image FILE shows another, /quit or Ctrl-D ends."""
+def chat(
+    screen: Screen,
+    loading: Loading,
+    decoding: Decoding,
+    bundle: BundleFolder,
+    image: Pictures = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where pictures of the answers go.")] = None,
+) -> None:
+    """Ask in turns about pictures. They are encoded once; /image FILE shows another, /box x1,y1,x2,y2 gives a region to
+    the next question, /quit or Ctrl-D ends."""
     screen.kept = "the dialogue is not kept"
-    pictures = _pictures(image)
+    pictures, boxes = _pictures(image), _boxes(None)
+    looked_at = pictures[-1:]
     turns: list[dict[str, Any]] = []
     with loading.open(bundle) as model:
         dialogue = model.chat(**vars(decoding))
@@ -222,10 +239,15 @@ def chat(screen: Screen, loading: Loading, decoding: Decoding, bundle: BundleFol
             with screen.turn():
                 if command == "/image":
                     pictures += _pictures([Path(argument.strip())])
+                    looked_at = pictures[-1:]
+                elif command == "/box":
+                    boxes += _boxes([argument.strip()])
                 elif text:
-                    answer = _shown(screen, dialogue.stream(text, pictures), not screen.as_json)
+                    asked, boxes = boxes, []
+                    answer = _shown(screen, dialogue.stream(text, pictures, asked), not screen.as_json)
                     turns.append({"prompt": text, **answer.to_json()})
                     pictures = []
+                    _write_masks(screen, answer, looked_at, out and out / f"turn_{len(turns)}")
                     screen.times(answer)
     if screen.as_json:
         screen.result({"turns": turns})
@@ -240,12 +262,26 @@ def doctor(screen: Screen) -> None:
     screen.result(findings.to_json(), *tables(findings))
 
 
-def _refuse_regions(bundle: Path, boxes: list[str] | None, out: Path | None) -> None:
-    """No kind of answer that this version has takes boxes or gives pictures."""
-    if boxes or out:
-        tasks = ", ".join(_manifest(bundle).tasks)
-        what = "takes no boxes; leave out --box" if boxes else "answers with text alone; leave out --out"
-        raise BadInput(f"{bundle} ({tasks}) {what}")
+def _boxes(texts: list[str] | None) -> list[list[float]]:
+    """Boxes as they are typed."""
+    boxes = []
+    for text in texts or []:
+        try:
+            boxes.append([float(value) for value in text.split(",")])
+        except ValueError:
+            raise BadInput(f"{text!r} is no box; write it as x1,y1,x2,y2 in pixels") from None
+    return boxes
+
+
+def _write_masks(screen: Screen, answer: Answer, pictures: list[PIL.Image.Image], out: Path | None) -> None:
+    """The answer's pictures under `out`; an answer without masks leaves none, and says so."""
+    if out and pictures and answer.masks:
+        from mllm_edge.runtime.overlay import write_pictures
+
+        files = write_pictures(answer, pictures[-1], out)
+        screen.aside(f"wrote {files[0]} and {len(answer.masks)} mask(s) beside it")
+    elif out:
+        screen.aside(f"the answer has no masks, so nothing is written to {out}")
 
 
 def _pictures(paths: list[Path] | None) -> list[PIL.Image.Image]:

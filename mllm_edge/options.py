@@ -33,6 +33,10 @@ app = typer.Typer(
 
 BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.", show_default=False)]
 Pictures = Annotated[list[Path] | None, typer.Option("--image", metavar="FILE", help="A picture; may be repeated.")]
+Boxes = Annotated[
+    list[str] | None,
+    typer.Option("--box", metavar="x1,y1,x2,y2", help="A region for a <bbox> of PROMPT, in pixels; may be repeated."),
+]
 NoVerifyHash = Annotated[bool, typer.Option("--no-verify-hash", help="Do not compare the files' hashes.")]
 
 
@@ -56,10 +60,17 @@ class Loading:
     context: Annotated[int | None, typer.Option(help="Positions; by default the bundle's, up to 4096.")] = None
     kv_type: Annotated[str, typer.Option(metavar="f32|f16|q8_0", help="Element type of the KV cache.")] = "f16"
     no_verify_hash: NoVerifyHash = False
+    memory_budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Stay under so much memory, as 6G or 512M; slower.")
+    ] = None
 
     def open(self, bundle: Path) -> Model:
         """Load a bundle so."""
-        options = {name: value for name, value in vars(self).items() if name != "no_verify_hash"}
+        from mllm_edge.runtime.budget import parse_size
+
+        options = {name: value for name, value in vars(self).items() if name not in ("no_verify_hash", "memory_budget")}
+        if self.memory_budget is not None:
+            options["memory_budget"] = parse_size(self.memory_budget)
         return mllm_edge.load(bundle, **options, verify_hash=not self.no_verify_hash)
 
 

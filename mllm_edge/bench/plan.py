@@ -24,6 +24,7 @@ from mllm_edge.export.cost import (
     weight_count,
     without_weights,
 )
+from mllm_edge.export.merging import embedding_stage
 from mllm_edge.models.interface import ExportPlan, LlamaDims
 
 KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 1.0625}
@@ -155,7 +156,8 @@ def _stages(lowered: ExportPlan) -> dict[str, tuple[int, int, tuple[str, ...]]]:
 
 
 def _image_tokens(lowered: ExportPlan) -> int:
-    return sum(int(spec.shape[1]) for spec in lowered.stages[-1].outputs)
+    stage = embedding_stage(lowered)
+    return int(stage.outputs[0].shape[1]) if stage else 0
 
 
 def _files(stages: dict[str, tuple[int, int, tuple[str, ...]]], dims: LlamaDims, settings: Settings) -> dict[str, int]:

@@ -32,13 +32,17 @@ def product_weights(dims: LlamaDims) -> int:
 def stage_flops(module: nn.Module, inputs: list[TensorSpec]) -> int:
     """Floating-point operations of a module's matrix products and convolutions, two per multiplication.
 
-    Nothing is computed: weights and inputs are shapes.
+    Nothing is computed: weights and inputs are shapes. An axis that may vary counts as 1.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     shapes = {name: tensor.to("meta") for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     feeds = [
-        torch.empty([int(size) for size in spec.shape], dtype=getattr(torch, spec.dtype), device="meta")
+        torch.empty(
+            [size if isinstance(size, int) else 1 for size in spec.shape],
+            dtype=getattr(torch, spec.dtype),
+            device="meta",
+        )
         for spec in inputs
     ]
     with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:

@@ -17,6 +17,7 @@ from mllm_edge import bundle, models
 from mllm_edge.bundle import EmbeddingTable, FileEntry, LanguageModelEntry, Manifest, StageEntry
 from mllm_edge.errors import BadInput
 from mllm_edge.export.cost import BYTES_PER_WEIGHT, stage_flops, weight_count
+from mllm_edge.export.footprint import activation_bytes
 from mllm_edge.export.gguf import export_language_model
 from mllm_edge.export.merging import with_merged_tokens
 from mllm_edge.export.onnx import PRECISIONS, export_stage
@@ -188,7 +189,7 @@ class _Job:
             samples = Samples(self.plan, pictures(CALIBRATION_PICTURES[precision], first=PICTURES))
             feeds = samples.inputs(stage) if precision != "fp32" else []
             data_files = export_stage(dataclasses.replace(stage, module=lambda: module), path, precision, feeds)
-            details = {"flops": stage_flops(module, stage.inputs)}
+            details = {"flops": stage_flops(module, stage.inputs), "activation_bytes": activation_bytes(path)}
             return Finished([self.place.entry(file) for file in (path, *data_files)], details)
 
         shapes = [dataclasses.asdict(spec) for spec in (*stage.inputs, *stage.outputs)]
@@ -205,7 +206,7 @@ class _Job:
             inputs=stage.inputs,
             outputs=stage.outputs,
             data_files=data_files,
-            flops=finished.details["flops"],
+            **finished.details,
         )
 
     def _language_model(self, lm: LanguageModelExport) -> LanguageModelEntry:

@@ -19,7 +19,7 @@ def with_merged_tokens(plan: ExportPlan, tokens: int) -> ExportPlan:
     Raises:
         BadInput: the system has no such stage, or its pictures do not have more than `tokens` tokens.
     """
-    stage = _embedding_stage(plan)
+    stage = embedding_stage(plan)
     if stage is None:
         raise BadInput("this system's pictures are not read as tokens; export without --merge-tokens")
     number = _tokens(stage)
@@ -34,14 +34,15 @@ def with_merged_tokens(plan: ExportPlan, tokens: int) -> ExportPlan:
 
 def merged_like(manifest: Manifest, plan: ExportPlan) -> ExportPlan:
     """The plan that a finished bundle was made by: its shapes say to how many tokens pictures are merged."""
-    stage = _embedding_stage(plan)
+    stage = embedding_stage(plan)
     if stage is None:
         return plan
     tokens = int(manifest.stage(stage.name).outputs[0].shape[1])
     return with_merged_tokens(plan, tokens) if tokens < _tokens(stage) else plan
 
 
-def _embedding_stage(plan: ExportPlan) -> StageExport | None:
+def embedding_stage(plan: ExportPlan) -> StageExport | None:
+    """The stage that gives what a picture takes in the prompt, if the system has one."""
     return next((stage for stage in plan.stages if [spec.name for spec in stage.outputs] == [EMBEDS]), None)
 
 

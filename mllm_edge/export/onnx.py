@@ -50,7 +50,7 @@ def export_stage(stage: StageExport, path: Path, precision: str, calibration: It
         The external data files that belong to `path`: none, or one.
 
     Raises:
-        BadInput: unknown precision, a free axis in the stage's shapes, or int8 without calibration inputs.
+        BadInput: unknown precision, or int8 without calibration inputs.
         MllmEdgeError: the exporter refuses the module, or the graph is not what the stage says it is.
     """
     if precision not in PRECISIONS:
@@ -74,11 +74,11 @@ def lower(stage: StageExport) -> ir.Model:
     """Trace a stage into an fp32 graph whose nodes are named after the module that they come from.
 
     Raises:
-        BadInput: a free axis in the stage's input shapes.
         MllmEdgeError: the exporter refuses the module.
     """
     module = stage.module().eval()
-    inputs = tuple(_example(stage.name, spec) for spec in stage.inputs)
+    inputs = tuple(_example(spec) for spec in stage.inputs)
+    free = tuple({at: axis for at, axis in enumerate(spec.shape) if isinstance(axis, str)} for spec in stage.inputs)
     with _quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
@@ -88,6 +88,7 @@ def lower(stage: StageExport) -> ir.Model:
                 opset_version=OPSET,
                 input_names=[spec.name for spec in stage.inputs],
                 output_names=[spec.name for spec in stage.outputs],
+                dynamic_shapes=free if any(free) else None,
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
@@ -124,10 +125,8 @@ def check_graph(path: Path, stage: StageExport) -> None:
             )
 
 
-def _example(stage: str, spec: TensorSpec) -> torch.Tensor:
-    shape = [size for size in spec.shape if isinstance(size, int)]
-    if len(shape) != len(spec.shape):
-        raise BadInput(f"{stage}: input {spec.name} has a free axis {spec.shape}; stages have static shapes")
+def _example(spec: TensorSpec) -> torch.Tensor:
+    shape = [size if isinstance(size, int) else 3 for size in spec.shape]  # 0 and 1 would be taken for fixed
     return torch.zeros(shape, dtype=getattr(torch, spec.dtype))
 
 

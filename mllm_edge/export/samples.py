@@ -32,7 +32,7 @@ class Samples:
 
     def __init__(self, plan: ExportPlan, pictures: Sequence[np.ndarray]):
         self._plan = plan
-        self._values = [_pixels(plan.preprocessing, picture) for picture in pictures]
+        self._values = [{**plan.examples, **_pixels(plan.preprocessing, picture)} for picture in pictures]
         self._done: set[str] = set()
 
     def inputs(self, stage: StageExport) -> list[Feed]:

@@ -1,4 +1,4 @@
-"""Compares a bundle with the PyTorch reference: each stage, the language model, and the two end to end.
+"""Compares a bundle with the PyTorch reference: each stage, the language model, and the two end to end, down to masks.
 
 Later stages and the language model get the reference's inputs and, step by step, the reference's tokens (teacher
 forcing), so that a row speaks of its own stage alone. `end_to_end` lets the bundle go its own way.
@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from mllm_edge import bundle, models
 from mllm_edge.bundle import Manifest, Parity, StageEntry
 from mllm_edge.errors import BadInput, MllmEdgeError, OutOfTolerance
 from mllm_edge.export.cost import weight_count
-from mllm_edge.export.merging import merged_like
+from mllm_edge.export.merging import embedding_stage, merged_like
 from mllm_edge.export.same_tokens import assert_same_tokens
 from mllm_edge.export.samples import Samples, pictures
 from mllm_edge.models.interface import Checkpoint, ExportPlan, LlamaDims, StageExport
 from mllm_edge.runtime import Model, load
+from mllm_edge.runtime.grounding import LOGITS, SEG, STATES
+from mllm_edge.runtime.masks import at_full_size, iou
 from mllm_edge.runtime.prompt import piece_ids, render
 from mllm_edge.runtime.stage import STAGE_ENGINES, Floats, LanguageModel, Options
 from mllm_edge.runtime.threads import usable_cores
@@ -46,11 +48,12 @@ LANGUAGE_MODEL_TOLERANCE: dict[str, dict[str, float]] = {
     "q4_k_m": {"cosine": 0.95, "relative_max": 0.5, "top1": 0.5},
 }
 EXACT = ({"fp32"}, {"f32", "f16"})
-AT_LEAST = ("cosine", "top1", "agreement")
+AT_LEAST = ("cosine", "top1", "agreement", "tokens", "mask_iou")
 
 TOKENS = 16
 PICTURES = 4
-QUESTION = "What is in the picture?"
+ANSWER = 256  # most tokens of an answer with masks
+MASK_TOLERANCE = {True: {"tokens": 1.0, "mask_iou": 0.99}, False: {"mask_iou": 0.97}}  # exact parts, others
 
 
 def verify(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, pictures: Sequence[np.ndarray]) -> list[Parity]:
@@ -63,8 +66,8 @@ def verify(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, pictures: Seq
         pictures: uint8 [H,W,3] each; the more, the stricter, as the worst picture counts.
 
     Returns:
-        A row per stage, `language_model` and `end_to_end`. The last two are left out, with a warning, when the
-        reference does not fit in this machine's memory.
+        A row per stage, `language_model`, `end_to_end` and, where answers have masks, `masks`. These are left out, with
+        a warning, when the reference does not fit in this machine's memory.
 
     Raises:
         MllmEdgeError: the bundle's language model tokenizes differently from the checkpoint's tokenizer.
@@ -77,7 +80,9 @@ def verify(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, pictures: Seq
     rows = [_stage_row(folder, manifest.stage(stage.name), stage, samples, options) for stage in plan.stages]
     if _fits(plan.language_model.dims):
         with load(folder, kv_type="f32", context=_context(plan), verify_hash=False) as model:
-            rows += _language_rows(model, manifest, plan, samples, pictures, _reference(checkpoint))
+            reference = _reference(checkpoint)
+            rows += _language_rows(model, manifest, plan, samples, pictures, reference)
+            rows += mask_rows(model, manifest, plan, samples, pictures, reference)
     return rows
 
 
@@ -140,8 +145,15 @@ def parity(name: str, measured: dict[str, float], tolerance: dict[str, float]) -
 
 def _context(plan: ExportPlan) -> int:
     """Positions that a picture, a question and the tokens take."""
-    pictured = sum(int(spec.shape[1]) for spec in plan.stages[-1].outputs)
-    return min(plan.language_model.dims.context, pictured + 512)
+    return min(plan.language_model.dims.context, int(_pictured(plan).outputs[0].shape[1]) + 512)
+
+
+def _pictured(plan: ExportPlan) -> StageExport:
+    """The stage whose output stands in the prompt."""
+    stage = embedding_stage(plan)
+    if stage is None:
+        raise MllmEdgeError("no stage gives image_embeds, so the language model cannot be compared; correct the plan")
+    return stage
 
 
 def _stage_row(folder: Path, entry: StageEntry, stage: StageExport, samples: Samples, options: Options) -> Parity:
@@ -160,23 +172,80 @@ def _language_rows(
     model: Model, manifest: Manifest, plan: ExportPlan, samples: Samples, pictures: Sequence[np.ndarray], reference: Any
 ) -> list[Parity]:
     lm = model.language_model
-    before, after = (piece_ids(piece, lm) for piece in render(manifest.prompt, QUESTION, images=1))
-    before = [*([] if lm.bos is None else [lm.bos]), *before]
-    table = reference.get_input_embeddings().weight.detach()
     logits, greedy = [], []
-    for picture, expected in zip(pictures, samples.outputs(plan.stages[-1]), strict=True):
-        embeds = np.concatenate([table[before].numpy(), expected["image_embeds"][0], table[after].numpy()])
-        tokens, wanted = _generate(reference, embeds)
+    prompts = _prompts(model, manifest, plan, samples, reference)
+    for picture, embeds in zip(pictures, prompts, strict=True):
+        tokens, wanted, _ = generate(reference, embeds, TOKENS)
         logits.append((_forced(lm, embeds, tokens), wanted))
-        greedy.append(_agreement(_free(lm, model.prompt_embeds(QUESTION, picture)), tokens))
+        greedy.append(_agreement(_free(lm, model.prompt_embeds(plan.question, picture)), tokens))
     top1 = np.mean([a.argmax(-1) == b.argmax(-1) for a, b in logits])
     measured = {**_worst([compare(a, b) for a, b in logits]), "top1": float(top1)}
     quant = manifest.language_model.precision
-    exact = {stage.precision for stage in manifest.stages} <= EXACT[0] and quant in EXACT[1]
+    agreement = {"compared": float(TOKENS), "agreement": min(greedy)}
     return [
         parity("language_model", measured, LANGUAGE_MODEL_TOLERANCE[quant]),
-        parity("end_to_end", {"tokens": float(TOKENS), "agreement": min(greedy)}, {"agreement": 1.0} if exact else {}),
+        parity("end_to_end", agreement, {"agreement": 1.0} if _exact(manifest) else {}),
     ]
+
+
+def _exact(manifest: Manifest) -> bool:
+    """Whether rounding cannot turn a close decision."""
+    stages = {stage.precision for stage in manifest.stages}
+    return stages <= EXACT[0] and manifest.language_model.precision in EXACT[1]
+
+
+def _prompts(model: Model, manifest: Manifest, plan: ExportPlan, samples: Samples, reference: Any) -> list[Floats]:
+    """What the reference reads for the plan's question about each picture, float32 [T,D]."""
+    lm = model.language_model
+    before, after = (
+        piece_ids(piece, lm, manifest.prompt) for piece in render(manifest.prompt, plan.question, images=1)
+    )
+    before = [*([] if lm.bos is None else [lm.bos]), *before]
+    table = reference.get_input_embeddings().weight.detach()
+    return [
+        np.concatenate([table[before].numpy(), expected["image_embeds"][0], table[after].numpy()])
+        for expected in samples.outputs(_pictured(plan))
+    ]
+
+
+def mask_rows(
+    model: Model, manifest: Manifest, plan: ExportPlan, samples: Samples, pictures: Sequence[np.ndarray], reference: Any
+) -> list[Parity]:
+    """Whole answers with masks against the reference's: the same tokens, and masks that cover the same pixels.
+
+    Where rounding may turn a word, masks are compared that both cut out for the reference's words.
+    """
+    decoder = next((s for s in plan.stages if LOGITS in [spec.name for spec in s.outputs]), None)
+    if decoder is None:
+        return []
+    exact = _exact(manifest)
+    module = decoder.module().eval()
+    source = next(spec.name for spec in decoder.inputs if spec.name != STATES)
+    maker = next(stage.name for stage in plan.stages if source in [spec.name for spec in stage.outputs])
+    frame = next(step.size for step in plan.preprocessing if step.stage == maker)
+    seg = model.language_model.control_tokens[SEG]
+    same, ious = [], [1.0]
+    prompts = _prompts(model, manifest, plan, samples, reference)
+    for picture, embeds, made in zip(pictures, prompts, samples.inputs(decoder), strict=True):
+        end = model.language_model.is_end
+        tokens, _, states = generate(reference, embeds, ANSWER, end)
+        wanted = [state for state, token in zip(states, tokens, strict=True) if token == seg]
+        answer = model.generate(plan.question, picture, max_tokens=ANSWER, temperature=0.0, repeat_penalty=1.0)
+        same.append(answer.tokens.ids == tokens)
+        if not exact:
+            answer = model.generate(plan.question, picture, teacher_forced=tokens)
+        if len(answer.masks) != len(wanted):
+            ious.append(0.0)
+        elif wanted:
+            with torch.no_grad():
+                logits = module(torch.from_numpy(made[source]), torch.from_numpy(np.stack(wanted))).numpy()
+            height, width = picture.shape[:2]
+            ious += [
+                iou(mask.pixels, at_full_size(one, frame, (width, height)) > 0)
+                for mask, one in zip(answer.masks, logits, strict=True)
+            ]
+    measured = {"masks": float(len(ious) - 1), "tokens": float(np.mean(same)), "mask_iou": float(min(ious))}
+    return [parity("masks", measured, MASK_TOLERANCE[exact])]
 
 
 def _worst(measurements: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -186,17 +255,23 @@ def _worst(measurements: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _generate(reference: Any, embeds: np.ndarray) -> tuple[list[int], np.ndarray]:
-    """The reference's greedy tokens, and the logits that each was chosen from: f32 [TOKENS,V]."""
-    result = reference(inputs_embeds=torch.from_numpy(embeds)[None], use_cache=True)
+def generate(
+    reference: Any, embeds: np.ndarray, most: int, is_end: Callable[[int], bool] = lambda _: False
+) -> tuple[list[int], np.ndarray, list[np.ndarray]]:
+    """The reference's greedy tokens, and what each was chosen from: logits f32 [n,V] and the states f32 [D] behind the
+    final norm."""
+    more = {"use_cache": True, "output_hidden_states": True}
+    result = reference(inputs_embeds=torch.from_numpy(embeds)[None], **more)
     tokens: list[int] = []
     logits: list[np.ndarray] = []
+    states: list[np.ndarray] = []
     while True:
         logits.append(result.logits[0, -1].float().numpy())
+        states.append(result.hidden_states[-1][0, -1].float().numpy())
         tokens.append(int(logits[-1].argmax()))
-        if len(tokens) == TOKENS:
-            return tokens, np.stack(logits)
-        result = reference(torch.tensor([tokens[-1:]]), past_key_values=result.past_key_values, use_cache=True)
+        if len(tokens) == most or is_end(tokens[-1]):
+            return tokens, np.stack(logits), states
+        result = reference(torch.tensor([tokens[-1:]]), past_key_values=result.past_key_values, **more)
 
 
 def _forced(lm: LanguageModel, embeds: Floats, tokens: Sequence[int]) -> Floats:

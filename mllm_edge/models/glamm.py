@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import importlib.resources
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mllm_edge.bundle import ImagePreprocessing
+from mllm_edge.bundle import Generation, ImagePreprocessing, TensorSpec
 from mllm_edge.errors import BadInput
 from mllm_edge.models.blocks.region import RegionDims, RegionEncoder
 from mllm_edge.models.blocks.sam import SAM_VIT_B, SAM_VIT_H, SamDims, SamImageEncoder
 from mllm_edge.models.blocks.sam_decoder import MaskDecoder, MaskDecoderDims, PromptEncoder
 from mllm_edge.models.blocks.vit import VisionEncoder, VitDims
-from mllm_edge.models.interface import Checkpoint, LlamaDims
-from mllm_edge.models.llava import CLIP_L_336, Llava, LlavaDims
+from mllm_edge.models.interface import Checkpoint, ExportPlan, LanguageModelExport, LlamaDims, StageExport
+from mllm_edge.models.llava import CLIP_L_336, PROMPTS, Llava, LlavaDims, Part, connector, filled
 from mllm_edge.models.llava import CONFIGS as LLAVA_CONFIGS
 from mllm_edge.models.llava import preprocessing as clip_preprocessing
 
@@ -24,7 +26,12 @@ from mllm_edge.models.llava import preprocessing as clip_preprocessing
 ADDED = ("<im_start>", "<im_end>", "<bbox>", "<point>", "[SEG]", "<p>", "</p>")
 SAM_MEAN = (123.675, 116.28, 103.53)  # on 0..255
 SAM_STD = (58.395, 57.12, 57.375)
-INTRO = "The <image> provides an overview of the picture.\n"
+# Asks for an answer with masks; the first wording of the paper's grounded captions.
+GROUNDED_QUESTION = (
+    "Could you please give me a detailed description of the image? "
+    "Please respond with interleaved segmentation masks for the corresponding parts of the answer."
+)
+EXAMPLE_BOXES = np.array([[0.1, 0.2, 0.5, 0.7], [0.0, 0.0, 1.0, 1.0], [0.6, 0.55, 0.9, 0.8]], np.float32)
 
 
 @dataclass(frozen=True)
@@ -163,7 +170,119 @@ def preprocessing(dims: GlammDims) -> list[ImagePreprocessing]:
     ]
 
 
-def check_config(config: str | None) -> None:
-    """Raise BadInput unless there is such a config."""
+def resolve(weights: str, config: str | None) -> Checkpoint:
+    """Find the weights: shipped ones (""), `random`, a folder or a hub id in our layout or the published one.
+
+    Raises:
+        BadInput: unknown config, weights that cannot be found, or that are not GLaMM.
+    """
+    from mllm_edge.export.checkpoint import random_weights, resolve_folder
+    from mllm_edge.models.glamm_layouts import load_glamm
+
     if config is not None and config not in CONFIGS:
         raise BadInput(f"glamm has no config {config!r}; it has {', '.join(CONFIGS)}")
+    if weights == "random":
+        name = config or SHIPPED[0]
+        dims = CONFIGS[name]
+        source = {"kind": "random", "config": name, "seed": "0"}
+        return Checkpoint("glamm", name, dims, random_weights(tensor_shapes(dims)), shipped() / SHIPPED[0], source)
+    if weights in ("", *SHIPPED):
+        name = weights or config or SHIPPED[0]
+        if name not in SHIPPED or config not in (None, name):
+            raise BadInput(
+                f"weights of {' and '.join(SHIPPED)} come with the package, none of {config or weights!r}; "
+                "add --weights random or a path"
+            )
+        return load_glamm(shipped() / name)
+    if config is not None:
+        raise BadInput("--config goes with --weights random; a checkpoint brings its own config")
+    return load_glamm(resolve_folder(weights))
+
+
+def export_plan(checkpoint: Checkpoint) -> ExportPlan:
+    """What export lowers: CLIP with its taps, connector, region encoder, SAM's encoder, and the mask decoder with the
+    projection in front of it."""
+    from mllm_edge.export.tokenizer import lead, read_tokenizer
+
+    dims: GlammDims = checkpoint.dims
+    llava, vision = dims.llava, dims.llava.vision
+    assert isinstance(vision, VitDims)
+    width, grid, channels = llava.language.width, dims.mask_decoder.grid, dims.mask_decoder.width
+    side = dims.mask_encoder.image_size
+    pixels = TensorSpec("pixel_values", "float32", [1, 3, vision.image_size, vision.image_size])
+    features = TensorSpec("image_features", "float32", [1, vision.patches, vision.width])
+    levels = TensorSpec("region_levels", "float32", [1, len(dims.taps), vision.patches, vision.width])
+    boxes = TensorSpec("boxes", "float32", ["boxes", 4])
+    mask_pixels = TensorSpec("mask_pixel_values", "float32", [1, 3, side, side])
+    embedding = TensorSpec("image_embedding", "float32", [1, channels, grid, grid])
+    states = TensorSpec("seg_states", "float32", ["masks", width])
+    known = set(read_tokenizer(checkpoint.tokenizer).tokens)
+    lacking = [token for token in ADDED if token not in known]
+    if lacking:
+        raise BadInput(f"{checkpoint.tokenizer} has no {lacking[0]}; give GLaMM's own tokenizer")
+
+    def part(prefix: str, make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+        weights = Part(checkpoint.tensors, list(tensor_shapes(dims)), prefix)
+        return lambda: filled(make(), weights)
+
+    return ExportPlan(
+        tasks=["chat", "grounded conversation", "referring segmentation", "region captioning"],
+        stages=[
+            StageExport(
+                "vision_encoder",
+                part("vision_encoder.", lambda: TappedEncoder(vision, dims.taps)),
+                [pixels],
+                [features, levels],
+            ),
+            StageExport(
+                "connector",
+                part("connector.", lambda: connector(llava)),
+                [features],
+                [TensorSpec("image_embeds", "float32", [1, llava.image_tokens, width])],
+                precisions=("fp32", "fp16"),
+            ),
+            StageExport(
+                "region_encoder",
+                part("region_encoder.", lambda: RegionEncoder(vision.width, width, dims.region)),
+                [levels, boxes],
+                [TensorSpec("region_embeds", "float32", ["boxes", width])],
+            ),
+            StageExport(
+                "mask_encoder",
+                part("mask_encoder.", lambda: SamImageEncoder(dims.mask_encoder)),
+                [mask_pixels],
+                [embedding],
+            ),
+            StageExport(
+                "mask_decoder",
+                part("mask_head.", lambda: MaskHead(dims)),
+                [embedding, states],
+                [TensorSpec("mask_logits", "float32", ["masks", 4 * grid, 4 * grid])],
+                precisions=("fp32", "fp16"),
+            ),
+        ],
+        language_model=LanguageModelExport(
+            "llama",
+            llava.language,
+            Part(checkpoint.tensors, list(tensor_shapes(dims)), "language_model."),
+            checkpoint.tokenizer,
+            state_positions={"[SEG]": "before"},
+        ),
+        preprocessing=preprocessing(dims),
+        prompt=replace(
+            PROMPTS[llava.template],
+            lead=lead(checkpoint.tokenizer),
+            box="<bbox>",
+            phrase=["<p>", "</p>"],
+            added=list(ADDED),
+        ),
+        generation=Generation(),
+        licences={"weights": checkpoint.source.get("licence", "see the checkpoint's own licence")},
+        examples={"boxes": EXAMPLE_BOXES, "seg_states": example_states(width)},
+        question=GROUNDED_QUESTION,
+    )
+
+
+def example_states(width: int) -> np.ndarray:
+    """Three states as they come out of a final norm: float32 [3,width] of deviation 1."""
+    return np.random.default_rng(0).standard_normal((3, width)).astype(np.float32)

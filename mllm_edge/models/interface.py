@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mllm_edge.bundle import Generation, ImagePreprocessing, Prompt, TensorSpec
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -77,7 +78,11 @@ class LanguageModelExport:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Everything that export needs to know about one checkpoint of one system."""
+    """Everything that export needs to know about one checkpoint of one system.
+
+    `examples` are inputs of stages, by tensor name, that no picture and no earlier stage gives; `question` is one whose
+    answer has all that the system can answer with.
+    """
 
     tasks: list[str]
     stages: list[StageExport]
@@ -86,3 +91,5 @@ class ExportPlan:
     prompt: Prompt
     generation: Generation
     licences: dict[str, str]
+    examples: dict[str, np.ndarray] = field(default_factory=dict)
+    question: str = "What is in the picture?"

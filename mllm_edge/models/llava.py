@@ -305,7 +305,7 @@ def build(checkpoint: Checkpoint) -> Llava:
     return model.eval()
 
 
-class _Part(Mapping[str, Tensor]):
+class Part(Mapping[str, Tensor]):
     """The tensors below a prefix, still lazy."""
 
     def __init__(self, tensors: Mapping[str, Tensor], names: list[str], prefix: str):
@@ -323,7 +323,7 @@ class _Part(Mapping[str, Tensor]):
 
 
 @torch.no_grad()
-def _stage(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+def filled(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The module with its weights, which are read one by one: a second copy of them all is never held."""
     for name, weight in module.state_dict().items():
         weight.copy_(tensors[name])
@@ -336,8 +336,8 @@ def export_plan(checkpoint: Checkpoint) -> ExportPlan:
 
     dims: LlavaDims = checkpoint.dims
     names = list(tensor_shapes(dims))
-    vision = _Part(checkpoint.tensors, names, "vision_encoder.")
-    bridge = _Part(checkpoint.tensors, names, "connector.")
+    vision = Part(checkpoint.tensors, names, "vision_encoder.")
+    bridge = Part(checkpoint.tensors, names, "connector.")
     size, patches = dims.vision.image_size, dims.vision.patches
     pixels = TensorSpec("pixel_values", "float32", [1, 3, size, size])
     features = TensorSpec("image_features", "float32", [1, patches, dims.vision.width])
@@ -346,10 +346,10 @@ def export_plan(checkpoint: Checkpoint) -> ExportPlan:
     return ExportPlan(
         tasks=["chat"],
         stages=[
-            StageExport("vision_encoder", lambda: _stage(vision_encoder(dims.vision), vision), [pixels], [features]),
+            StageExport("vision_encoder", lambda: filled(vision_encoder(dims.vision), vision), [pixels], [features]),
             StageExport(
                 "connector",
-                lambda: _stage(connector(dims), bridge),
+                lambda: filled(connector(dims), bridge),
                 [features],
                 [embeds],
                 precisions=("fp32", "fp16"),
@@ -358,7 +358,7 @@ def export_plan(checkpoint: Checkpoint) -> ExportPlan:
         language_model=LanguageModelExport(
             "llama",
             dims.language,
-            _Part(checkpoint.tensors, names, "language_model."),
+            Part(checkpoint.tensors, names, "language_model."),
             checkpoint.tokenizer,
         ),
         preprocessing=[preprocessing(dims)],

@@ -100,7 +100,7 @@ class GlammModel(nn.Module):
 
 
 class GlammTask:
-    """Fine-tune GLaMM of `recipe.config` from LLaVA and SAM, on scenes or on files of RefCOCO's and GranD-f's layout."""
+    """Fine-tune GLaMM of `recipe.config` from LLaVA and SAM, on scenes or on files like RefCOCO's and GranD-f's."""
 
     def __init__(self, recipe: Recipe):
         torch.manual_seed(recipe.seed)

@@ -1,6 +1,7 @@
 """Running bundles: numpy, Pillow and the engine in use; neither PyTorch nor transformers."""
 
-from mllm_edge.runtime.answer import Answer, Tokens
-from mllm_edge.runtime.session import Chat, Model, load
+from mllm_edge.runtime.answer import Answer, Mask, Tokens
+from mllm_edge.runtime.loading import load
+from mllm_edge.runtime.session import Chat, Model
 
-__all__ = ["Answer", "Chat", "Model", "Tokens", "load"]
+__all__ = ["Answer", "Chat", "Mask", "Model", "Tokens", "load"]

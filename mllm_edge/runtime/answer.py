@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mllm_edge.runtime import rle
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,34 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Mask:
+    """A mask and the words that it is tied to.
+
+    Attributes:
+        phrase: words of the answer, "" where the mask stands alone.
+        span: where they stand in the answer's text.
+        score: mean probability of the mask's pixels.
+        box: x1,y1,x2,y2 of the mask's extent in pixels, None of an empty mask.
+        pixels: bool [H,W], the picture's own size.
+    """
+
+    phrase: str
+    span: tuple[int, int]
+    score: float
+    box: list[int] | None
+    pixels: NDArray[np.bool_]
+
+    @cached_property
+    def rle(self) -> dict[str, object]:
+        """COCO's compressed run lengths."""
+        return rle.encode(self.pixels)
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry in the answer's document."""
+        return {"phrase": self.phrase, "score": round(self.score, 4), "box": self.box, "rle": self.rle}
+
+
+@dataclass(frozen=True)
 class Answer:
     """An answer and what it cost.
 
@@ -32,16 +66,20 @@ class Answer:
     tokens: Tokens
     timings: dict[str, float]
     memory: dict[str, float | None]
-    masks: list[dict[str, Any]] = field(default_factory=list)
-    boxes: list[dict[str, Any]] = field(default_factory=list)
+    masks: list[Mask] = field(default_factory=list)
     images: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def boxes(self) -> list[dict[str, Any]]:
+        """The boxes of the masks that are not empty: `phrase` and `box`."""
+        return [{"phrase": mask.phrase, "box": mask.box} for mask in self.masks if mask.box]
 
     def to_json(self) -> dict[str, Any]:
         """The document that `mllm-edge run --json` prints."""
         return {
             "text": self.text,
             "tokens": vars(self.tokens),
-            "masks": self.masks,
+            "masks": [mask.to_json() for mask in self.masks],
             "boxes": self.boxes,
             "images": self.images,
             "timings_ms": {name: round(value, 3) for name, value in self.timings.items()},

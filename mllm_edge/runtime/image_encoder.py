@@ -1,10 +1,11 @@
-"""Pictures to embeddings: preprocessing and stages in manifest order, with a cache so that none is encoded twice."""
+"""Pictures to tensors: preprocessing and stages, run when a tensor is asked for and never twice for one picture."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -13,28 +14,46 @@ from mllm_edge.bundle import Manifest
 from mllm_edge.errors import BadInput
 from mllm_edge.runtime.images import pixel_hash
 from mllm_edge.runtime.preprocess import preprocess
+from mllm_edge.runtime.regions import Box, normalized
 from mllm_edge.runtime.stage import Array, Floats, Stage
 
 EMBEDS = "image_embeds"  # the tensor that is spliced into the language model's input
-CACHE_BYTES = 64 << 20  # about seven pictures of a 7B LLaVA
+BOXES, REGION_EMBEDS = "boxes", "region_embeds"
+CACHE_BYTES = 64 << 20  # about three pictures of a 7B GLaMM, seven of a 7B LLaVA
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as the language model sees it: float32 [N,D], named by the hash of its pixels."""
+    """A picture as the language model sees it: float32 [N,D], named by the hash of its pixels, with the pixels."""
 
     key: str
     embeds: Floats
+    image: Image.Image
+
+
+class Region(Picture):
+    """A region of a picture as the language model sees it: float32 [1,D], named by picture and box."""
 
 
 class ImageEncoder:
-    """Runs the stages that lead to `image_embeds`. Stages are wired by tensor names."""
+    """Runs the stages that lead to a tensor. Stages are wired by tensor names.
+
+    Safe to be called from two threads; one waits for the other.
+    """
 
     def __init__(self, manifest: Manifest, stages: Mapping[str, Stage]):
-        self._manifest, self._stages = manifest, stages
-        self._cache: OrderedDict[str, Picture] = OrderedDict()
-        outputs = [spec for stage in manifest.stages for spec in stage.outputs if spec.name == EMBEDS]
-        shape = outputs[-1].shape if outputs else []
+        self._stages = stages
+        self._makers = {spec.name: entry for entry in manifest.stages for spec in entry.outputs}
+        self._pixels = {step.input: step for step in manifest.preprocessing}
+        self._kept = {EMBEDS} | {
+            spec.name
+            for entry in manifest.stages
+            if not all(self._from_picture(spec.name) for spec in entry.inputs)
+            for spec in entry.inputs
+        }
+        self._cache: OrderedDict[str, dict[str, Array]] = OrderedDict()
+        self._lock = threading.RLock()
+        shape = next((spec.shape for stage in manifest.stages for spec in stage.outputs if spec.name == EMBEDS), [])
         self.positions = shape[1] if len(shape) == 3 and isinstance(shape[1], int) else 0
 
     def encode(self, image: Image.Image, timings: dict[str, float]) -> Picture:
@@ -45,32 +64,68 @@ class ImageEncoder:
             timings: milliseconds by stage name (and `preprocess`) are added here.
         """
         key = pixel_hash(image)
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
-        picture = Picture(key, self._run(image, timings))
-        self._cache[key] = picture
-        while len(self._cache) > 1 and sum(kept.embeds.nbytes for kept in self._cache.values()) > CACHE_BYTES:
-            self._cache.popitem(last=False)
-        return picture
+        embeds: Floats = self._tensor(key, image, EMBEDS, timings)[0]
+        return Picture(key, embeds, image)
 
-    def _run(self, image: Image.Image, timings: dict[str, float]) -> Floats:
-        arrays: dict[str, Array] = {}
-        for step in self._manifest.preprocessing:
+    def regions(self, picture: Picture, boxes: Sequence[Box], timings: dict[str, float]) -> list[Region]:
+        """Embeddings of regions of a picture; boxes are x1,y1,x2,y2 in its pixels, checked already."""
+        entry = self._makers[REGION_EMBEDS]
+        places = normalized(boxes, picture.image.size)
+        names = [spec.name for spec in entry.inputs if spec.name != BOXES]
+        inputs = {BOXES: places, **{name: self.tensor(picture, name, timings) for name in names}}
+        start = time.perf_counter()
+        embeds = self._stages[entry.name](**inputs)[REGION_EMBEDS]
+        _add(timings, entry.name, start)
+        return [
+            Region(f"{picture.key}:{tuple(place)}", row[None], picture.image)
+            for place, row in zip(places.tolist(), embeds)
+        ]
+
+    def tensor(self, picture: Picture, name: str, timings: dict[str, float]) -> Array:
+        """What stages make of a picture under a tensor's name. Raises BadInput where no stage gives it."""
+        return self._tensor(picture.key, picture.image, name, timings)
+
+    def _tensor(self, key: str, image: Image.Image, name: str, timings: dict[str, float]) -> Array:
+        if not self._from_picture(name):
+            raise BadInput(f"the bundle's stages give no {name}; this system takes no pictures")
+        with self._lock:
+            arrays = self._cache.setdefault(key, {})
+            self._cache.move_to_end(key)
+            if name not in arrays:
+                made = dict(arrays)
+                self._run(image, name, made, timings)
+                arrays |= {kept: array for kept, array in made.items() if kept in self._kept}
+                self._forget()
+                return made[name]
+            return arrays[name]
+
+    def _from_picture(self, name: str) -> bool:
+        if name in self._pixels:
+            return True
+        return name in self._makers and all(self._from_picture(spec.name) for spec in self._makers[name].inputs)
+
+    def _run(self, image: Image.Image, name: str, arrays: dict[str, Array], timings: dict[str, float]) -> None:
+        """Put the tensor into `arrays`, and on the way all that it is made from."""
+        if name in self._pixels:
             start = time.perf_counter()
-            arrays[step.input] = preprocess(image, step)
+            arrays[name] = preprocess(image, self._pixels[name])
             _add(timings, "preprocess", start)
-        for entry in self._manifest.stages:
-            inputs = {spec.name: arrays[spec.name] for spec in entry.inputs if spec.name in arrays}
-            if EMBEDS in arrays or len(inputs) < len(entry.inputs):
-                continue  # a stage of another kind of answer
-            start = time.perf_counter()
-            arrays |= self._stages[entry.name](**inputs)
-            _add(timings, entry.name, start)
-        if EMBEDS not in arrays:
-            raise BadInput(f"the bundle's stages give no {EMBEDS}; this system takes no pictures")
-        embeds: Floats = arrays[EMBEDS][0]
-        return embeds
+            return
+        entry = self._makers[name]
+        for spec in entry.inputs:
+            if spec.name not in arrays:
+                self._run(image, spec.name, arrays, timings)
+        stage = self._stages[entry.name]
+        start = time.perf_counter()
+        arrays |= stage(**{spec.name: arrays[spec.name] for spec in entry.inputs})
+        _add(timings, entry.name, start)
+
+    def _forget(self) -> None:
+        def held() -> int:
+            return sum(array.nbytes for arrays in self._cache.values() for array in arrays.values())
+
+        while len(self._cache) > 1 and held() > CACHE_BYTES:
+            self._cache.popitem(last=False)
 
 
 def _add(timings: dict[str, float], name: str, start: float) -> None:

@@ -84,6 +84,9 @@ def _open(path: Path, options: Options, failures: tuple[type[Exception], ...]) -
     settings.log_severity_level = 3
     # Its idle threads would take the cores from the language model, which runs next.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
+    if options.lean:
+        settings.enable_cpu_mem_arena = False
+        settings.add_session_config_entry("session.disable_prepacking", "1")
     providers = _providers(options, ort.get_available_providers())
     try:
         session = ort.InferenceSession(str(path), settings, providers=providers)

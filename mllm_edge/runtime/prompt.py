@@ -37,9 +37,10 @@ class Span:
 
 
 Piece = list[Span]
+BOX_SLOT = -1  # stands in the ids where a region's embedding goes
 
 
-def render(prompt: Prompt, text: str, images: int, first: bool = True) -> list[Piece]:
+def render(prompt: Prompt, text: str, images: int, first: bool = True, boxes: int = 0) -> list[Piece]:
     """A user's turn as the pieces between its pictures: always `images` + 1 of them.
 
     Args:
@@ -47,9 +48,10 @@ def render(prompt: Prompt, text: str, images: int, first: bool = True) -> list[P
         text: the user's words. Each placeholder takes one picture; without any, all pictures go to the front.
         images: how many pictures come with this turn.
         first: whether this turn opens the dialogue.
+        boxes: how many regions come with this turn.
 
     Raises:
-        BadInput: as many placeholders as pictures are needed.
+        BadInput: as many placeholders as pictures and regions are needed.
     """
     if images and prompt.image not in text:
         text = prompt.image_joint * images + text
@@ -61,17 +63,17 @@ def render(prompt: Prompt, text: str, images: int, first: bool = True) -> list[P
             spans.append(Span(text, False) if name == "text" else Span(prompt.system, True))
     if first:
         spans.insert(0, Span(prompt.lead, True))
-    return _split(spans, prompt.image, images)
+    return _split(spans, prompt, images, boxes)
 
 
-def render_raw(prompt: Prompt, text: str, images: int) -> list[Piece]:
+def render_raw(prompt: Prompt, text: str, images: int, boxes: int = 0) -> list[Piece]:
     """The whole prompt as given, control strings and placeholders included.
 
     Raises:
-        BadInput: as many placeholders as pictures are needed.
+        BadInput: as many placeholders as pictures and regions are needed.
     """
     lead = "" if text.startswith(" ") else prompt.lead
-    return _split([Span(lead, True), Span(text, True)], prompt.image, images)
+    return _split([Span(lead, True), Span(text, True)], prompt, images, boxes)
 
 
 def answer_parts(prompt: Prompt) -> tuple[str, str]:
@@ -80,42 +82,61 @@ def answer_parts(prompt: Prompt) -> tuple[str, str]:
     return before, after
 
 
-def _split(spans: list[Span], placeholder: str, images: int) -> list[Piece]:
+def _split(spans: list[Span], prompt: Prompt, images: int, boxes: int) -> list[Piece]:
     pieces: list[Piece] = [[]]
     for span in spans:
-        head, *rest = span.text.split(placeholder)
+        head, *rest = span.text.split(prompt.image)
         pieces[-1].append(Span(head, span.trusted))
-        pieces += [[Span(part, span.trusted)] for part in rest]
-    if len(pieces) - 1 != images:
-        raise BadInput(
-            f"the prompt has {len(pieces) - 1} {placeholder} placeholder(s) for {images} picture(s); "
-            "give one picture per placeholder, or no placeholder at all"
-        )
+        for part in rest:
+            pieces[-1].append(Span(prompt.image_open, True))
+            pieces.append([Span(prompt.image_close, True), Span(part, span.trusted)])
+    _check_count(len(pieces) - 1, prompt.image, images, "picture")
+    if prompt.box:
+        _check_count(sum(span.text.count(prompt.box) for span in spans), prompt.box, boxes, "box")
+    elif boxes:
+        raise BadInput("this bundle takes no boxes; ask without them")
     return pieces
 
 
-def piece_ids(piece: Piece, vocabulary: Vocabulary) -> list[int]:
-    """Ids of one piece, without BOS. Text around a control token is tokenized as a fresh string on both sides."""
+def _check_count(found: int, placeholder: str, given: int, what: str) -> None:
+    if found != given:
+        raise BadInput(
+            f"the prompt has {found} {placeholder} placeholder(s) for {given} {what}(s); give one {what} for each"
+            + (", or no placeholder at all" if what == "picture" else "")
+        )
+
+
+def piece_ids(piece: Piece, vocabulary: Vocabulary, prompt: Prompt) -> list[int]:
+    """Ids of one piece, without BOS. Text around a control token is tokenized as a fresh string on both sides.
+
+    Where the prompt has a region's placeholder, the ids have `BOX_SLOT`.
+    """
     ids: list[int] = []
-    for part in _fragments(piece, vocabulary.control_tokens):
-        ids += [part] if isinstance(part, int) else vocabulary.tokenize(part)
+    fragments = [("", None), *_fragments(piece, vocabulary.control_tokens, prompt.box), ("", None)]
+    for (before, _), (text, control), (behind, _) in zip(fragments, fragments[1:], fragments[2:]):
+        if control is not None:
+            ids.append(control)
+            continue
+        text = text.lstrip() if before in prompt.added else text
+        text = text.rstrip() if behind in prompt.added else text
+        ids += vocabulary.tokenize(text) if text else []
     return ids
 
 
-def _fragments(piece: Piece, control: Mapping[str, int]) -> Iterator[str | int]:
-    """Runs of plain text, joined across spans as the tokenizer must see them, and control ids."""
-    longest_first = sorted(filter(None, control), key=len, reverse=True)
-    pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
+def _fragments(piece: Piece, control: Mapping[str, int], box: str) -> Iterator[tuple[str, int | None]]:
+    """Runs of plain text, joined across spans as the tokenizer must see them, and control strings with their ids."""
     plain = ""
     for span in piece:
-        parts = pattern.split(span.text) if pattern and span.trusted else [span.text]
-        for index, part in enumerate(parts):
+        known = {**(control if span.trusted else {}), **({box: BOX_SLOT} if box else {})}
+        longest_first = sorted(filter(None, known), key=len, reverse=True)
+        pattern = "(" + "|".join(map(re.escape, longest_first)) + ")"
+        for index, part in enumerate(re.split(pattern, span.text) if longest_first else [span.text]):
             if index % 2 == 0:  # re.split puts the separators at odd places
                 plain += part
                 continue
             if plain:
-                yield plain
+                yield plain, None
             plain = ""
-            yield control[part]
+            yield part, known[part]
     if plain:
-        yield plain
+        yield plain, None

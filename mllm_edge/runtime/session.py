@@ -1,44 +1,34 @@
-"""Loading a bundle, and the model that the Python API and the command line talk to."""
+"""The model that the Python API and the command line talk to, and its dialogues."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, TypedDict, cast
 
 from PIL import Image
 
-from mllm_edge import bundle
 from mllm_edge.bundle import Manifest
-from mllm_edge.errors import BadInput, MllmEdgeError
+from mllm_edge.errors import BadInput
 from mllm_edge.runtime.answer import Answer, Tokens, peak_rss
-from mllm_edge.runtime.image_encoder import ImageEncoder, Picture
+from mllm_edge.runtime.grounding import LOGITS, SEG, Grounding, MaskWork
+from mllm_edge.runtime.image_encoder import ImageEncoder, Picture, Region
 from mllm_edge.runtime.images import ImageSource, load_image
-from mllm_edge.runtime.prompt import Piece, Span, answer_parts, piece_ids, render, render_raw
+from mllm_edge.runtime.late import LateStage
+from mllm_edge.runtime.prompt import BOX_SLOT, Piece, Span, answer_parts, piece_ids, render, render_raw
+from mllm_edge.runtime.regions import Box, check_boxes
 from mllm_edge.runtime.sampling import check_settings
-from mllm_edge.runtime.stage import (
-    LANGUAGE_MODEL_ENGINES,
-    STAGE_ENGINES,
-    Floats,
-    LanguageModel,
-    Options,
-    Stage,
-    check_engines,
-)
+from mllm_edge.runtime.stage import Floats, LanguageModel
 from mllm_edge.runtime.text import Completion, Decoding, Script, TextPipeline, script_embeds, script_keys, settings_for
-from mllm_edge.runtime.threads import usable_cores
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
-DEFAULT_CONTEXT = 4096  # positions, where the bundle allows more: the KV cache of a longer one must be asked for
-
 Images = ImageSource | Sequence[ImageSource] | None
+Boxes = Sequence[Sequence[float]] | None
 
 
 class DecodingOptions(TypedDict, total=False):
@@ -63,74 +53,12 @@ class DecodingOptions(TypedDict, total=False):
     stop: Sequence[str] | None
 
 
-def load(
-    folder: str | os.PathLike[str],
-    target: str | None = None,
-    threads: int | None = None,
-    kv_type: str = "f16",
-    context: int | None = None,
-    verify_hash: bool = True,
-) -> Model:
-    """Load a bundle. The manifest, its files' hashes and all dims are checked before any engine starts.
-
-    Args:
-        folder: the bundle.
-        target: run on "cpu" or "cuda" whatever the bundle was made for; then an engine without it is an error. By
-            default the bundle's own target, and what cannot run there runs on the CPU, with a warning.
-        threads: CPU threads; by default the physical cores that this process may use.
-        kv_type: element type of the KV cache: "f32", "f16" or "q8_0".
-        context: positions, at most the bundle's; by default the bundle's, up to 4096.
-        verify_hash: compare SHA-256 of every file.
-
-    Returns:
-        A `Model`; use it as a context manager or call `close`.
-
-    Raises:
-        BadInput: the bundle or an argument is not usable.
-        MllmEdgeError: an engine or the target is not available on this machine.
-        MissingPackage: an engine is not installed.
-    """
-    start = time.perf_counter()
-    folder = Path(folder)
-    manifest = bundle.read(folder, verify_hash)
-    check_engines(manifest.stages, manifest.language_model)
-    options = _options(manifest, target, threads, kv_type, context)
-    with contextlib.ExitStack() as opened:
-        stages: dict[str, Stage] = {}
-        for entry in manifest.stages:
-            stages[entry.name] = STAGE_ENGINES[entry.engine](bundle.locate(folder, entry.file), entry, options)
-            opened.callback(stages[entry.name].close)
-        decoder = manifest.language_model
-        language_model = LANGUAGE_MODEL_ENGINES[decoder.engine](bundle.locate(folder, decoder.file), decoder, options)
-        opened.callback(language_model.close)
-        return Model(manifest, stages, language_model, 1000 * (time.perf_counter() - start), opened.pop_all())
-
-
-def _options(manifest: Manifest, target: str | None, threads: int | None, kv_type: str, context: int | None) -> Options:
-    wanted, longest = target or manifest.target, manifest.language_model.context_length
-    if wanted not in bundle.TARGETS:
-        raise BadInput(f"there is no target {wanted!r}; use {', '.join(bundle.TARGETS)}")
-    if wanted == "trt" and manifest.target != "trt":
-        raise MllmEdgeError(f"the bundle was made for {manifest.target}; export it with --target trt")
-    if threads is not None and threads < 1:
-        raise BadInput(f"threads is {threads}; it must be at least 1")
-    if context is not None and not 1 <= context <= longest:
-        raise BadInput(f"context is {context}; this bundle takes 1 to {longest}")
-    return Options(
-        target=wanted,
-        strict=target is not None,
-        threads=threads or usable_cores(),
-        kv_type=kv_type,
-        context=context or min(longest, DEFAULT_CONTEXT),
-    )
-
-
 class Model:
     """A loaded bundle. Not thread-safe: it holds one KV cache, and one answer is decoded at a time.
 
     Attributes:
         manifest: what `bundle.json` says.
-        stages: engines by stage name.
+        stages: stages by name; one that not every question needs is loaded by the first that does.
         language_model: the stage that steps.
         load_ms: milliseconds that loading took.
     """
@@ -138,7 +66,7 @@ class Model:
     def __init__(
         self,
         manifest: Manifest,
-        stages: dict[str, Stage],
+        stages: dict[str, LateStage],
         language_model: LanguageModel,
         load_ms: float,
         opened: contextlib.ExitStack,
@@ -147,30 +75,59 @@ class Model:
         self._encoder = ImageEncoder(manifest, stages)
         self._pipeline = TextPipeline(language_model)
         self._opened = opened
+        self._grounding: Grounding | None = None
+        if any(spec.name == LOGITS for stage in manifest.stages for spec in stage.outputs):
+            self._grounding = Grounding(manifest, stages, self._encoder, language_model)
+            opened.callback(self._grounding.close)
+
+    @property
+    def gives_masks(self) -> bool:
+        """Whether answers may have masks."""
+        return self._grounding is not None
 
     def generate(
-        self, prompt: str, image: Images = None, *, raw: bool = False, **options: Unpack[DecodingOptions]
+        self,
+        prompt: str,
+        image: Images = None,
+        boxes: Boxes = None,
+        *,
+        raw: bool = False,
+        teacher_forced: str | Sequence[int] | None = None,
+        **options: Unpack[DecodingOptions],
     ) -> Answer:
         """Answer a question about any number of pictures.
 
         Args:
-            prompt: the question. Each `<image>` in it takes one picture; without any, pictures go to the front.
+            prompt: the question. Each `<image>` in it takes one picture; without any, pictures go to the front. Each
+                placeholder of a region (`<bbox>`) takes one box.
             image: a path, the bytes of a file, a PIL image, a uint8 array [H,W,3], or a list of these.
+            boxes: x1,y1,x2,y2 each, in pixels of the last picture.
             raw: `prompt` is the whole text, placeholders and control strings included; no template, no system text.
+            teacher_forced: an answer with [SEG], as text or ids, whose masks are wanted; nothing is generated.
             **options: see `DecodingOptions`.
 
         Raises:
-            BadInput: an unusable picture or option, placeholders that do not go with the pictures, or a prompt that
-                is longer than the context.
+            BadInput: an unusable picture, box or option, placeholders that do not go with pictures or boxes, or a
+                prompt that is longer than the context.
         """
-        return _last(self.stream(prompt, image, raw=raw, **options))
+        return _last(self.stream(prompt, image, boxes, raw=raw, teacher_forced=teacher_forced, **options))
 
     def stream(
-        self, prompt: str, image: Images = None, *, raw: bool = False, **options: Unpack[DecodingOptions]
+        self,
+        prompt: str,
+        image: Images = None,
+        boxes: Boxes = None,
+        *,
+        raw: bool = False,
+        teacher_forced: str | Sequence[int] | None = None,
+        **options: Unpack[DecodingOptions],
     ) -> Iterator[str | Answer]:
         """Like `generate`, in pieces: strings of whole characters, then the `Answer` as the last item."""
         decoding = self._decoding(raw, **options)
-        for item in self._turn([], image, lambda count: self._pieces(prompt, count, raw), decoding):
+        turn = self._turn(
+            [], image, boxes, lambda *counts: self._pieces(prompt, raw, *counts), decoding, teacher_forced
+        )
+        for item in turn:
             yield item if isinstance(item, str) else item.answer
 
     def chat(self, **options: Unpack[DecodingOptions]) -> Chat:
@@ -188,8 +145,8 @@ class Model:
     def prompt_embeds(self, prompt: str, image: Images = None, *, raw: bool = False) -> Floats:
         """What the language model reads for a prompt, float32 [T,D], BOS and pictures included."""
         pictures = _pictures(image)
-        ids = self._ids(self._pieces(prompt, len(pictures), raw), opening=True)
-        return script_embeds(self._script(ids, pictures, {}), self.language_model)
+        ids = self._ids(self._pieces(prompt, raw, len(pictures), 0), opening=True)
+        return script_embeds(self._script(ids, pictures, [], [], {}), self.language_model)
 
     def close(self) -> None:
         """Free every engine. A second call does nothing."""
@@ -209,41 +166,77 @@ class Model:
         template = self.manifest.prompt
         before, _ = answer_parts(template)
         strip = not raw and before != "" and before.isspace()
-        return Decoding(settings, seed, template.stop if stop is None else stop, strip)
+        control = self.language_model.control_tokens
+        added = frozenset(control[text] for text in template.added if text in control)
+        return Decoding(settings, seed, template.stop if stop is None else stop, strip, added)
 
     def _turn(
-        self, history: Script, image: Images, cut: Callable[[int], list[Piece]], decoding: Decoding
+        self,
+        history: Script,
+        image: Images,
+        boxes: Boxes,
+        cut: Callable[[int, int], list[Piece]],
+        decoding: Decoding,
+        teacher_forced: str | Sequence[int] | None = None,
     ) -> Iterator[str | _Turn]:
-        """Read `history` and a new turn, then decode. `cut` gives the turn's pieces for a number of pictures."""
+        """Read `history` and a new turn, then decode. `cut` gives the turn's pieces for a number of pictures and one of
+        boxes."""
         start = time.perf_counter()
         pictures = _pictures(image)
+        loaded = self._late_ms()
         timings = {"load": self.load_ms, "preprocess": 1000 * (time.perf_counter() - start)}
         timings |= dict.fromkeys(self.stages, 0.0)
-        ids = self._ids(cut(len(pictures)), opening=not history)
+        ids = self._ids(cut(len(pictures), len(boxes or [])), opening=not history)
+        looked_at = pictures[-1] if pictures else _last_picture(history)
+        regions = check_boxes(boxes, _image_of(looked_at).size) if boxes else []
         image_positions = self._encoder.positions * len(pictures) + _image_positions(history)
         positions = len(script_keys(history)) + self._encoder.positions * len(pictures) + sum(map(len, ids))
         # before any picture is encoded or any position decoded
         longest = self.manifest.language_model.context_length
         most = self._pipeline.fit(positions, image_positions, decoding.settings.max_tokens, longest)
         decoding = replace(decoding, settings=replace(decoding.settings, max_tokens=most))
-        script = [*history, *self._script(ids, pictures, timings)]
-        for item in self._pipeline.stream(script, decoding):
+        script = [*history, *self._script(ids, pictures, history, regions, timings)]
+        work = self._grounding.begin(_last_picture(script), timings) if self._grounding else None
+        for item in self._completions(script, decoding, work, teacher_forced):
             if isinstance(item, str):
                 yield item
                 continue
+            masks = work.finish(item, self._pipeline.forget) if work else []
             timings |= item.timings
+            timings["late_load"] = self._late_ms() - loaded
             timings["total"] = 1000 * (time.perf_counter() - start)
             tokens = Tokens(positions, image_positions, len(item.ids), item.ids)
             memory = {"peak_rss": peak_rss(), "peak_device": None}
-            yield _Turn(Answer(item.text, tokens, timings, memory), script, item)
+            yield _Turn(Answer(item.text, tokens, timings, memory, masks), script, item)
 
-    def _pieces(self, prompt: str, pictures: int, raw: bool) -> list[Piece]:
+    def _late_ms(self) -> float:
+        return sum(stage.load_ms for stage in self.stages.values())
+
+    def _completions(
+        self, script: Script, decoding: Decoding, work: MaskWork | None, teacher_forced: str | Sequence[int] | None
+    ) -> Iterator[str | Completion]:
+        if teacher_forced is None:
+            yield from self._pipeline.stream(script, decoding, work.watch if work else None)
+            return
+        if work is None:
+            raise BadInput("this bundle cuts out no masks, so there is nothing to force an answer for; ask it freely")
+        given = teacher_forced
+        if isinstance(given, str):
+            before, _ = answer_parts(self.manifest.prompt)
+            given = piece_ids([Span(before + given, True)], self.language_model, self.manifest.prompt)
+        if work.watch.token not in given:
+            raise BadInput(f"the forced answer {teacher_forced!r} has no {SEG}; put one where a mask is wanted")
+        yield self._pipeline.forced(script, list(given), decoding, work.watch)
+
+    def _pieces(self, prompt: str, raw: bool, pictures: int, boxes: int) -> list[Piece]:
         template = self.manifest.prompt
-        return render_raw(template, prompt, pictures) if raw else render(template, prompt, pictures)
+        if raw:
+            return render_raw(template, prompt, pictures, boxes)
+        return render(template, prompt, pictures, boxes=boxes)
 
     def _ids(self, pieces: list[Piece], opening: bool) -> list[list[int]]:
         """Ids of each piece, with BOS in front where a dialogue opens (once, even if a raw prompt spells it)."""
-        ids = [piece_ids(piece, self.language_model) for piece in pieces]
+        ids = [piece_ids(piece, self.language_model, self.manifest.prompt) for piece in pieces]
         bos = self.language_model.bos
         if opening and bos is not None and ids[0][:1] != [bos]:
             ids[0].insert(0, bos)
@@ -251,11 +244,26 @@ class Model:
             raise BadInput("the prompt is empty; ask something")
         return ids
 
-    def _script(self, ids: list[list[int]], pictures: list[Image.Image], timings: dict[str, float]) -> Script:
-        """The pieces' ids with an encoded picture between each two."""
-        script: Script = [ids[0]]
-        for picture, run in zip(pictures, ids[1:]):
-            script += [self._encoder.encode(picture, timings), run]
+    def _script(
+        self,
+        ids: list[list[int]],
+        pictures: list[Image.Image],
+        history: Script,
+        boxes: list[Box],
+        timings: dict[str, float],
+    ) -> Script:
+        """The pieces' ids with an encoded picture between each two, and regions where their slots are."""
+        seen = [self._encoder.encode(picture, timings) for picture in pictures]
+        looked_at = seen[-1] if seen else _last_picture(history)
+        regions = iter(self._encoder.regions(looked_at, boxes, timings) if boxes and looked_at else [])
+        script: Script = []
+        for number, run in enumerate(ids):
+            script += seen[number - 1 : number]
+            while BOX_SLOT in run:
+                at = run.index(BOX_SLOT)
+                script += [run[:at], next(regions)]
+                run = run[at + 1 :]
+            script.append(run)
         return script
 
 
@@ -266,15 +274,19 @@ class Chat:
         self._model, self._decoding = model, decoding
         self._history: Script = []
 
-    def ask(self, text: str, image: Images = None) -> Answer:
+    def ask(self, text: str, image: Images = None, boxes: Boxes = None) -> Answer:
         """Ask, perhaps about new pictures; earlier turns and their pictures are remembered. See `Model.generate`."""
-        return _last(self.stream(text, image))
+        return _last(self.stream(text, image, boxes))
 
-    def stream(self, text: str, image: Images = None) -> Iterator[str | Answer]:
+    def stream(self, text: str, image: Images = None, boxes: Boxes = None) -> Iterator[str | Answer]:
         """Like `ask`, in pieces: strings, then the `Answer`."""
         template, opening = self._model.manifest.prompt, not self._history
         turn = self._model._turn(
-            self._history, image, lambda count: render(template, text, count, opening), self._decoding
+            self._history,
+            image,
+            boxes,
+            lambda pictures, regions: render(template, text, pictures, opening, regions),
+            self._decoding,
         )
         for item in turn:
             if isinstance(item, str):
@@ -289,7 +301,7 @@ class Chat:
         if completion.tail and completion.tail == after:
             return completion.ids  # the model closed it itself, token by token
         ending = [Span(completion.rest, False), Span(after, True)]
-        return completion.kept + piece_ids(ending, self._model.language_model)
+        return completion.kept + piece_ids(ending, self._model.language_model, self._model.manifest.prompt)
 
 
 class _Turn(NamedTuple):
@@ -312,4 +324,15 @@ def _pictures(image: Images) -> list[Image.Image]:
 
 
 def _image_positions(script: Script) -> int:
-    return sum(len(part.embeds) for part in script if isinstance(part, Picture))
+    return sum(len(part.embeds) for part in script if isinstance(part, Picture) and not isinstance(part, Region))
+
+
+def _last_picture(script: Script) -> Picture | None:
+    """The picture that masks and boxes are of."""
+    return next((p for p in reversed(script) if isinstance(p, Picture) and not isinstance(p, Region)), None)
+
+
+def _image_of(picture: Image.Image | Picture | None) -> Image.Image:
+    if picture is None:
+        raise BadInput("boxes were given but no picture; give the picture that they are of")
+    return picture.image if isinstance(picture, Picture) else picture

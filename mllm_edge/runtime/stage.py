@@ -30,6 +30,7 @@ class Options:
         threads: CPU threads of one stage.
         kv_type: element type of the KV cache: "f32", "f16" or "q8_0".
         context: positions that the language model can hold.
+        lean: memory counts more than time: nothing is kept for later, weights stay as they are in their file.
     """
 
     target: str
@@ -37,6 +38,7 @@ class Options:
     threads: int
     kv_type: str
     context: int
+    lean: bool = False
 
 
 class Stage(Protocol):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from mllm_edge.bundle import Generation
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.runtime.image_encoder import Picture
+from mllm_edge.runtime.late import LateLanguageModel
 from mllm_edge.runtime.sampling import Sampler
-from mllm_edge.runtime.stage import Floats, LanguageModel
+from mllm_edge.runtime.stage import Floats, LanguageModel, Step
 from mllm_edge.runtime.text_stream import TextStream
 
 Script = list[list[int] | Picture]  # a dialogue as the model reads it: runs of token ids, and pictures
@@ -22,12 +23,22 @@ Key = int | tuple[str, int]  # what stands at a position: a token id, or a row o
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to decode one answer: the settings, a seed, stop strings, and whether leading white space is dropped."""
+    """How to decode one answer: the settings, a seed, stop strings, whether leading white space is dropped, and behind
+    which control tokens a space before punctuation is."""
 
     settings: Generation
     seed: int
     stop: Sequence[str]
     strip: bool
+    added: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A token that other stages wait for. The state that foretells it is kept, and `found` is called when it comes."""
+
+    token: int
+    found: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class Completion:
 
     `kept` are the ids that make up the text (no end token, no stop string). Where a token spans the end of the text,
     `rest` is its part that belongs to it. `tail` is what was generated after the text: a stop string, or nothing.
+    `states` are those that foretold a watched token, float32 [D] each.
     """
 
     text: str
@@ -44,6 +56,7 @@ class Completion:
     rest: str
     tail: str
     timings: dict[str, float]
+    states: list[Floats] = field(default_factory=list)
 
 
 def script_keys(script: Script) -> list[Key]:
@@ -74,6 +87,12 @@ class TextPipeline:
         self._keys: list[Key] = []  # what is known to stand in the KV cache
         self._running = 0
 
+    def forget(self) -> None:
+        """Let a language model go that can be loaded again; what the KV cache held is read anew."""
+        if isinstance(self._model, LateLanguageModel):
+            self._model.release()
+            self._keys = []
+
     def fit(self, positions: int, image_positions: int, max_tokens: int, largest_context: int) -> int:
         """How many tokens may be generated: `max_tokens`, or what the context leaves, with a warning.
 
@@ -97,7 +116,7 @@ class TextPipeline:
             )
         return min(max_tokens, room)
 
-    def stream(self, script: Script, decoding: Decoding) -> Iterator[str | Completion]:
+    def stream(self, script: Script, decoding: Decoding, watch: Watch | None = None) -> Iterator[str | Completion]:
         """Pieces of the answer as they become certain; the last item is the `Completion`.
 
         Raises:
@@ -109,19 +128,24 @@ class TextPipeline:
         sampler = Sampler(self._model.vocabulary, decoding.settings, decoding.seed)
         ids: list[int] = []
         ends: list[int] = []  # bytes of text after each token
+        states: list[Floats] = []
+        self._model.want_hidden = watch is not None
         try:
             start = time.perf_counter()
-            logits = self._prefill(script)
+            seen = self._prefill(script)
             prefilled = time.perf_counter()
             waited = 0.0  # time that the caller spent between two pieces
             while True:
-                token = sampler.sample(logits)
+                token = sampler.sample(seen.logits)
                 ids.append(token)
+                if watch is not None and token == watch.token and seen.hidden is not None:
+                    states.append(seen.hidden)
+                    watch.found()
                 if self._model.is_end(token):
                     break
                 data = self._model.piece(token)
                 ends.append((ends[-1] if ends else 0) + len(data))
-                if shown := stream.feed(data):
+                if shown := stream.feed(data, joined=len(ids) > 1 and ids[-2] in decoding.added):
                     paused = time.perf_counter()
                     yield shown
                     waited += time.perf_counter() - paused
@@ -129,14 +153,33 @@ class TextPipeline:
                     break
                 if turn != self._running:
                     raise MllmEdgeError("this answer was interrupted by a newer one; finish an answer before the next")
-                logits = self._model.step(token).logits
+                seen = self._model.step(token)
                 self._keys.append(token)
         finally:
             sampler.close()
         if shown := stream.finish():
             yield shown
         decoded = 1000 * (time.perf_counter() - prefilled - waited)
-        yield self._complete(stream, ids, ends, {"prefill": 1000 * (prefilled - start), "decode": decoded})
+        completion = self._complete(stream, ids, ends, {"prefill": 1000 * (prefilled - start), "decode": decoded})
+        yield replace(completion, states=states)
+
+    def forced(self, script: Script, ids: list[int], decoding: Decoding, watch: Watch) -> Completion:
+        """An answer that is given (teacher forcing): read `ids` and keep what foretells the watched token."""
+        self._running += 1
+        self._model.want_hidden = True
+        start = time.perf_counter()
+        states: list[Floats] = []
+        for at in [at for at, token in enumerate(ids) if token == watch.token]:
+            hidden = self._prefill([*script, ids[:at]]).hidden
+            if hidden is not None:
+                states.append(hidden)
+                watch.found()
+        text = TextStream((), decoding.strip)
+        for before, token in zip([None, *ids], ids):
+            text.feed(self._model.piece(token), joined=before in decoding.added)
+        text.finish()
+        timings = {"prefill": 1000 * (time.perf_counter() - start), "decode": 0.0}
+        return Completion(text.text, ids, ids, "", "", timings, states)
 
     def _complete(self, stream: TextStream, ids: list[int], ends: list[int], timings: dict[str, float]) -> Completion:
         whole = sum(end <= stream.size for end in ends)
@@ -145,14 +188,14 @@ class TextPipeline:
         rest, tail = (part.decode("utf-8", "replace") for part in (beyond[:split], beyond[split:]))
         return Completion(stream.text, ids, ids[:whole], rest, tail, timings)
 
-    def _prefill(self, script: Script) -> Floats:
-        """Rewind to what the KV cache already has of the script and read the rest; logits of its last position."""
+    def _prefill(self, script: Script) -> Step:
+        """Rewind to what the KV cache already has of the script and read the rest; the step of its last position."""
         keys = script_keys(script)
         keep = min(_common(self._keys, keys), len(keys) - 1)  # the last one again: its logits are needed
         self._keys = keys[:keep]  # should the prefill be interrupted, no more than this is sure to be there
-        logits = self._model.prefill(script_embeds(script, self._model, keep), keep).logits
+        step = self._model.prefill(script_embeds(script, self._model, keep), keep)
         self._keys = keys
-        return logits
+        return step
 
 
 def settings_for(defaults: Generation, **given: float | None) -> Generation:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
+_PUNCTUATION = (b".", b",", b";", b":", b"!", b"?", b")")
+
 
 class TextStream:
     """Collects the bytes of an answer.
@@ -24,13 +26,28 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = b""
         self._strip = strip
+        self._joint: int | None = None  # where in what is held a control token stood
         self.text = ""
         self.size = 0
         self.stopped = False
 
-    def feed(self, data: bytes) -> str:
-        """Add a token's bytes; returns the text that they release, perhaps nothing."""
+    def feed(self, data: bytes, joined: bool = False) -> str:
+        """Add a token's bytes; returns the text that they release, perhaps nothing.
+
+        Behind a control token (`joined`) the tokenizer begins afresh, with a space that is none of the text's; it goes
+        when punctuation follows.
+        """
+        if joined:
+            self._joint = len(self._held)
         self._held += data
+        if self._joint is not None:
+            at, behind = self._joint, self._held[self._joint : self._joint + 2]
+            if len(behind) < 2:
+                return ""
+            if behind[:1] == b" " and behind[1:] in _PUNCTUATION:
+                self._held = self._held[:at] + self._held[at + 1 :]
+                self.size += 1
+            self._joint = None
         found = [at for at in map(self._held.find, self._stop) if at >= 0]
         if found:
             self.stopped = True

@@ -1,0 +1,104 @@
+"""Which parts of a bundle may be in memory at the same time, so that the peak stays under a budget."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from mllm_edge.bundle import LanguageModelEntry, Manifest, StageEntry
+from mllm_edge.errors import BadInput
+from mllm_edge.runtime.stage import Options
+
+KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
+INLINE = 200_000_000  # bytes; lighter stages are one file, of which two further copies exist while it is loaded
+SCRATCH = 150_000_000  # llama.cpp's compute buffers and the logits
+PICTURES = 100_000_000  # pictures and their cached tensors
+MARGIN = 1.05
+
+
+@dataclass(frozen=True)
+class Residence:
+    """Whether stages stay in memory behind their use, and whether the language model stays while masks are made.
+
+    `peak` is the most bytes that this is expected to take.
+    """
+
+    keep_stages: bool
+    keep_language_model: bool
+    peak: int
+
+
+def residence(manifest: Manifest, options: Options, budget: int | None) -> Residence:
+    """The fastest way to stay under a budget in bytes of resident memory; without one everything stays.
+
+    Raises:
+        BadInput: even with one part in memory at a time it would not do; says what the parts take.
+    """
+    base = int(_resident() * MARGIN) + PICTURES
+    language_model = language_model_bytes(manifest.language_model, options)
+    stages = {entry.name: stage_bytes(entry) for entry in manifest.stages}
+    largest = max(stages.values(), default=0)
+    busy = max((entry.activation_bytes for entry in manifest.stages), default=0)
+    kept = sum(stages.values()) - sum(entry.activation_bytes for entry in manifest.stages) + busy
+    ways = [
+        Residence(True, True, base + int((language_model + kept) * MARGIN)),
+        Residence(False, True, base + int((language_model + largest) * MARGIN)),
+        Residence(False, False, base + int(max(language_model, largest) * MARGIN)),
+    ]
+    for way in ways:
+        if budget is None or way.peak <= budget:
+            return way
+    name = max(stages, key=lambda stage: stages[stage]) if largest > language_model else manifest.language_model.name
+    raise BadInput(
+        f"this bundle cannot stay under {budget_text(budget or 0)}: {name} alone takes "
+        f"{budget_text(max(language_model, largest))}, the process {budget_text(base)}, in all "
+        f"{budget_text(ways[-1].peak)}; export it smaller (--quant, --precision) or lower --context"
+    )
+
+
+def stage_bytes(entry: StageEntry) -> int:
+    """Memory of a stage at work: its weights and the most that its graph holds between nodes."""
+    weights = entry.bytes + sum(file.bytes for file in entry.data_files)
+    return (weights if weights > INLINE else 3 * weights) + entry.activation_bytes
+
+
+def language_model_bytes(entry: LanguageModelEntry, options: Options) -> int:
+    """Memory of the language model with its whole context in use."""
+    cache = 2 * entry.layers * entry.kv_width * KV_BYTES[options.kv_type] * options.context
+    return int(entry.bytes + cache) + SCRATCH
+
+
+def budget_text(size: float) -> str:
+    """Bytes as people write them: 6.0G, 512M."""
+    return f"{size / 2**30:.1f}G" if size >= 2**30 else f"{size / 2**20:.0f}M"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "6G", "512M" or a plain number of bytes (powers of 1024, as in a cgroup's limit).
+
+    Raises:
+        BadInput: it is neither.
+    """
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    try:
+        size = float(number) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[unit]
+    except (KeyError, ValueError):
+        raise BadInput(f"{text!r} is no amount of memory; write it as 6G or 512M") from None
+    if not 0 < size < 2**60:
+        raise BadInput(f"{text!r} is no amount of memory; write it as 6G or 512M")
+    return int(size)
+
+
+def _resident() -> int:
+    """Bytes that this process has now, where the system tells it."""
+    statm = Path("/proc/self/statm")
+    if statm.is_file():
+        import resource
+
+        return int(statm.read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+    if sys.platform == "darwin":
+        import resource
+
+        return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return PICTURES

@@ -1,0 +1,111 @@
+"""Loading a bundle: what is checked before, and what is in memory when."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+from pathlib import Path
+
+from mllm_edge import bundle
+from mllm_edge.bundle import Manifest
+from mllm_edge.errors import BadInput, MllmEdgeError
+from mllm_edge.runtime.budget import residence
+from mllm_edge.runtime.image_encoder import EMBEDS
+from mllm_edge.runtime.late import LateLanguageModel, LateStage
+from mllm_edge.runtime.session import Model
+from mllm_edge.runtime.stage import LANGUAGE_MODEL_ENGINES, STAGE_ENGINES, LanguageModel, Options, check_engines
+from mllm_edge.runtime.threads import usable_cores
+
+DEFAULT_CONTEXT = 4096  # positions, where the bundle allows more: the KV cache of a longer one must be asked for
+
+
+def load(
+    folder: str | os.PathLike[str],
+    target: str | None = None,
+    threads: int | None = None,
+    kv_type: str = "f16",
+    context: int | None = None,
+    verify_hash: bool = True,
+    memory_budget: int | None = None,
+) -> Model:
+    """Load a bundle. The manifest, its files' hashes and all dims are checked before any engine starts.
+
+    Args:
+        folder: the bundle.
+        target: run on "cpu" or "cuda" whatever the bundle was made for; then an engine without it is an error. By
+            default the bundle's own target, and what cannot run there runs on the CPU, with a warning.
+        threads: CPU threads; by default the physical cores that this process may use.
+        kv_type: element type of the KV cache: "f32", "f16" or "q8_0".
+        context: positions, at most the bundle's; by default the bundle's, up to 4096.
+        verify_hash: compare SHA-256 of every file.
+        memory_budget: bytes that the process may have resident on a CPU. Where the whole bundle needs more, stages are
+            loaded for their use and let go, and at last the language model is, too, while masks are made.
+
+    Returns:
+        A `Model`; use it as a context manager or call `close`.
+
+    Raises:
+        BadInput: the bundle or an argument is not usable.
+        MllmEdgeError: an engine or the target is not available on this machine.
+        MissingPackage: an engine is not installed.
+    """
+    start = time.perf_counter()
+    folder = Path(folder)
+    manifest = bundle.read(folder, verify_hash)
+    check_engines(manifest.stages, manifest.language_model)
+    options = _options(manifest, target, threads, kv_type, context, memory_budget)
+    place = residence(manifest, options, memory_budget)
+    first = _needed_for(manifest, EMBEDS)
+    with contextlib.ExitStack() as opened:
+        stages: dict[str, LateStage] = {}
+        for entry in manifest.stages:
+            engine = functools.partial(STAGE_ENGINES[entry.engine], bundle.locate(folder, entry.file), entry, options)
+            stages[entry.name] = stage = LateStage(entry, engine, place.keep_stages)
+            opened.callback(stage.close)
+            if entry.name in first:
+                stage.load()
+        decoder = manifest.language_model
+        file = bundle.locate(folder, decoder.file)
+        make = functools.partial(LANGUAGE_MODEL_ENGINES[decoder.engine], file, decoder, options)
+        language_model: LanguageModel = make() if place.keep_language_model else LateLanguageModel(make)
+        opened.callback(language_model.close)
+        load_ms = 1000 * (time.perf_counter() - start)
+        return Model(manifest, stages, language_model, load_ms, opened.pop_all())
+
+
+def _needed_for(manifest: Manifest, tensor: str) -> set[str]:
+    """The stages that a tensor is made by."""
+    makers = {spec.name: entry for entry in manifest.stages for spec in entry.outputs}
+    if tensor not in makers:
+        return set()
+    entry = makers[tensor]
+    return {entry.name}.union(*(_needed_for(manifest, spec.name) for spec in entry.inputs))
+
+
+def _options(
+    manifest: Manifest,
+    target: str | None,
+    threads: int | None,
+    kv_type: str,
+    context: int | None,
+    memory_budget: int | None,
+) -> Options:
+    wanted, longest = target or manifest.target, manifest.language_model.context_length
+    if wanted not in bundle.TARGETS:
+        raise BadInput(f"there is no target {wanted!r}; use {', '.join(bundle.TARGETS)}")
+    if wanted == "trt" and manifest.target != "trt":
+        raise MllmEdgeError(f"the bundle was made for {manifest.target}; export it with --target trt")
+    if threads is not None and threads < 1:
+        raise BadInput(f"threads is {threads}; it must be at least 1")
+    if context is not None and not 1 <= context <= longest:
+        raise BadInput(f"context is {context}; this bundle takes 1 to {longest}")
+    return Options(
+        target=wanted,
+        strict=target is not None,
+        threads=threads or usable_cores(),
+        kv_type=kv_type,
+        context=context or min(longest, DEFAULT_CONTEXT),
+        lean=memory_budget is not None,
+    )

@@ -1,0 +1,112 @@
+"""An answer as a picture: masks over the photograph, the text below with its phrases in the colors of their masks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from mllm_edge.runtime.answer import Answer, Mask
+
+# Far apart for most eyes and readable on white (Okabe & Ito 2008, the yellow left out, then darker relatives).
+COLORS = (
+    (0, 114, 178),
+    (213, 94, 0),
+    (0, 158, 115),
+    (204, 121, 167),
+    (148, 103, 189),
+    (140, 86, 75),
+    (23, 150, 190),
+    (190, 50, 60),
+)
+TINT = 0.5  # share of a mask's color in the pixels that it covers
+SMALLEST = 640  # pixels of the shorter picture's longest side; smaller ones are enlarged, so that text fits below
+INK, PAPER = (30, 30, 30), (255, 255, 255)
+
+
+def write_pictures(answer: Answer, picture: Image.Image, folder: Path) -> list[Path]:
+    """Write `overlay.png` and one black and white `mask_N.png` per mask, in the picture's own size.
+
+    Args:
+        answer: with masks.
+        picture: the one that they are of.
+        folder: made where it does not exist.
+
+    Returns:
+        The files, the overlay first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / "overlay.png", *(folder / f"mask_{number}.png" for number in range(len(answer.masks)))]
+    overlay(picture, answer.masks, answer.text).save(files[0])
+    for mask, file in zip(answer.masks, files[1:], strict=True):
+        Image.fromarray(mask.pixels).save(file)
+    return files
+
+
+def overlay(picture: Image.Image, masks: Sequence[Mask], text: str) -> Image.Image:
+    """The picture under its tinted and outlined masks, and the text below it."""
+    scale = max(1, -(-SMALLEST // max(picture.size)))
+    pixels = np.asarray(picture.convert("RGB")).astype(np.float32)
+    pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+    reach = max(1, round(max(pixels.shape[:2]) / 400))
+    for number, mask in enumerate(masks):
+        covered = mask.pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+        color = np.array(COLORS[number % len(COLORS)], np.float32)
+        pixels[covered] = pixels[covered] * (1 - TINT) + color * TINT
+        edge = covered & ~_shrunk(covered, reach)
+        pixels[edge] = color
+    tinted = Image.fromarray(pixels.astype(np.uint8))
+    return _with_text(tinted, masks, text)
+
+
+def _shrunk(mask: NDArray[np.bool_], reach: int) -> NDArray[np.bool_]:
+    """The pixels of a mask that are further than `reach` from its border, along rows and columns."""
+    inner = mask.copy()
+    for axis in (0, 1):
+        for step in range(1, reach + 1):
+            for sign in (-1, 1):
+                moved = np.roll(mask, sign * step, axis)
+                border = slice(None, step) if sign > 0 else slice(-step, None)
+                moved[(border, slice(None)) if axis == 0 else (slice(None), border)] = False
+                inner &= moved
+    return inner
+
+
+def _with_text(picture: Image.Image, masks: Sequence[Mask], text: str) -> Image.Image:
+    size = max(16, picture.width // 36)
+    font = ImageFont.load_default(size)
+    colors = _word_colors(masks, text)
+    space, pad, line = font.getlength(" "), size // 2, int(size * 1.45)
+    places: list[tuple[float, int, str, tuple[int, int, int]]] = []
+    x, y = float(pad), pad
+    for word, color in colors:
+        width = font.getlength(word)
+        if x > pad and x + width > picture.width - pad:
+            x, y = float(pad), y + line
+        places.append((x, y, word, color))
+        x += width + space
+    whole = Image.new("RGB", (picture.width, picture.height + y + line + pad), PAPER)
+    whole.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(whole)
+    for x, y, word, color in places:
+        draw.text((x, picture.height + y), word, fill=color, font=font)
+        if color != INK:
+            bottom = picture.height + y + int(size * 1.2)
+            draw.line((x, bottom, x + font.getlength(word), bottom), fill=color, width=max(1, size // 12))
+    return whole
+
+
+def _word_colors(masks: Sequence[Mask], text: str) -> list[tuple[str, tuple[int, int, int]]]:
+    """The words of the text with the color of the mask that each is tied to. Masks without words follow as numbers."""
+    words = []
+    for found in re.finditer(r"\S+", text):
+        owner = next((n for n, m in enumerate(masks) if m.span[0] <= found.start() < m.span[1]), None)
+        words.append((found.group(), INK if owner is None else COLORS[owner % len(COLORS)]))
+    for number, mask in enumerate(masks):
+        if not mask.phrase:
+            words.append((f"mask {number}", COLORS[number % len(COLORS)]))
+    return words
