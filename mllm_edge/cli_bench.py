@@ -1,15 +1,16 @@
-"""The commands that measure and plan: bench, compare, plan."""
+"""The commands that measure and plan: bench, compare, eval, plan."""
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mllm_edge.errors import OutOfTolerance
-from mllm_edge.options import Loading, needs, verb
+from mllm_edge.errors import BadInput, OutOfTolerance
+from mllm_edge.options import BundleFolder, Loading, needs, verb
 from mllm_edge.show import Screen
 
 
@@ -70,6 +71,64 @@ def compare(
     if fail_above is not None and (worse := [ratio for ratio in ratios if ratio.ratio > fail_above]):
         named = ", ".join(f"{ratio.measure} of {ratio.bundle} ({ratio.ratio:.2f})" for ratio in worse)
         raise OutOfTolerance(f"worse than {fail_above:g}: {named}; see the table")
+
+
+@verb(
+    "eval glamm.bundle scenes-referring -n 500",
+    "eval glamm.bundle GranDf_HA_GCG_val.json --images val --out answers.jsonl --resume",
+    "eval glamm.bundle refs.json --instances instances.json --images train2014 --split val --teacher-forced",
+)
+def eval_(
+    screen: Screen,
+    loading: Loading,
+    bundle: BundleFolder,
+    dataset: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATASET",
+            help="scenes-referring, scenes-grounded, scenes-regions, or a JSON file like GranD-f's or RefCOCO's.",
+            show_default=False,
+        ),
+    ],
+    number: Annotated[
+        int | None, typer.Option("-n", "--number", help="Cases; by default 500 scenes, all of a file.")
+    ] = None,
+    split: Annotated[str, typer.Option(metavar="NAME", help="Of the scenes or references.")] = "",
+    images: Annotated[Path, typer.Option(metavar="DIR", help="Where a file's pictures are.")] = Path(),
+    instances: Annotated[Path | None, typer.Option(metavar="FILE", help="COCO's annotations of references.")] = None,
+    regions: Annotated[bool, typer.Option("--regions", help="References: ask what their boxes hold.")] = False,
+    teacher_forced: Annotated[
+        bool, typer.Option("--teacher-forced", help="References: give the answer, judge the mask alone.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE.jsonl", help="Keep the answers.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the answers that --out has.")] = False,
+) -> None:
+    """Measure quality on a data set. Mask and text scores, with the paper's numbers beside."""
+    from mllm_edge.evaluate import cases
+    from mllm_edge.evaluate.run import evaluate
+    from mllm_edge.evaluate.show import score_table
+
+    if resume and not out:
+        raise BadInput("--resume goes with --out, the file that holds the answers; add it")
+    if dataset in cases.SCENES:
+        data = cases.scenes(dataset, 500 if number is None else number, split or "test")
+    else:
+        data = cases.files(Path(dataset), images, instances, split or "val", regions)
+    if number is not None:
+        data = dataclasses.replace(data, cases=data.cases[:number])
+    screen.kept = f"the answers so far are in {out}, go on with --resume" if out else ""
+    with screen.steps() as report, loading.open(bundle) as model:
+        begun = time.monotonic()
+        result = evaluate(
+            model,
+            data,
+            out,
+            resume,
+            teacher_forced,
+            lambda done, total: report(data.name, 1, 1, None, done / total),
+        )
+        report(data.name, 1, 1, time.monotonic() - begun)
+    screen.result({"bundle": str(bundle), **result}, score_table(str(bundle), result))
 
 
 @verb(

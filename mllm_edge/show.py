@@ -339,10 +339,11 @@ def parity_table(rows: Sequence[Parity]) -> Table:
 
 
 def timing_table(answer: Answer) -> Table:
-    """What an answer cost."""
-    made = table("", *answer.timings, "peak memory", right=(*answer.timings, "peak memory"))
+    """What an answer cost; parts that took no time are left out."""
+    timings = {name: ms for name, ms in answer.timings.items() if ms > 0}
+    made = table("", *timings, "peak memory", right=(*timings, "peak memory"))
     peak = answer.memory["peak_rss"]
-    made.add_row(*(f"{ms:.1f} ms" for ms in answer.timings.values()), "" if peak is None else f"{peak:.0f} MB")
+    made.add_row(*(f"{ms:.1f} ms" for ms in timings.values()), "" if peak is None else f"{peak:.0f} MB")
     return made
 
 

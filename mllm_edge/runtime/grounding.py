@@ -18,9 +18,9 @@ from mllm_edge.bundle import Manifest, Prompt
 from mllm_edge.errors import BadInput
 from mllm_edge.runtime.answer import Mask
 from mllm_edge.runtime.image_encoder import ImageEncoder, Picture
-from mllm_edge.runtime.late import LateLanguageModel
+from mllm_edge.runtime.late import LateLanguageModel, LateStage
 from mllm_edge.runtime.masks import at_full_size, box_of, confidence
-from mllm_edge.runtime.stage import Array, Floats, LanguageModel, Stage
+from mllm_edge.runtime.stage import Array, Floats, LanguageModel
 from mllm_edge.runtime.text import Completion, Watch
 from mllm_edge.runtime.text_stream import TextStream
 
@@ -39,7 +39,7 @@ class Phrase:
 class Grounding:
     """Masks of one bundle's answers."""
 
-    def __init__(self, manifest: Manifest, stages: Mapping[str, Stage], encoder: ImageEncoder, lm: LanguageModel):
+    def __init__(self, manifest: Manifest, stages: Mapping[str, LateStage], encoder: ImageEncoder, lm: LanguageModel):
         if SEG not in lm.control_tokens:
             raise BadInput(f"the bundle's language model has no token {SEG}; export the bundle again")
         if manifest.language_model.state_positions.get(SEG) != "before":
@@ -77,9 +77,11 @@ class Grounding:
         timings: dict[str, float],
     ) -> list[Mask]:
         """One mask per state of the completion, all decoded in one call."""
+        stage = self._stages[self._decoder.name]
+        stage.load()
         start = time.perf_counter()
         states: Floats = np.stack(completion.states)
-        logits = self._stages[self._decoder.name](**{self._embedding: embedding, STATES: states})[LOGITS]
+        logits = stage(**{self._embedding: embedding, STATES: states})[LOGITS]
         decoded = time.perf_counter()
         timings[self._decoder.name] = 1000 * (decoded - start)
         found = [self._mask(one, span, completion.text, picture) for one, span in zip(logits, spans, strict=True)]

@@ -13,9 +13,10 @@ from PIL import Image
 from mllm_edge.bundle import Manifest
 from mllm_edge.errors import BadInput
 from mllm_edge.runtime.images import pixel_hash
+from mllm_edge.runtime.late import LateStage
 from mllm_edge.runtime.preprocess import preprocess
 from mllm_edge.runtime.regions import Box, normalized
-from mllm_edge.runtime.stage import Array, Floats, Stage
+from mllm_edge.runtime.stage import Array, Floats
 
 EMBEDS = "image_embeds"  # the tensor that is spliced into the language model's input
 BOXES, REGION_EMBEDS = "boxes", "region_embeds"
@@ -41,7 +42,7 @@ class ImageEncoder:
     Safe to be called from two threads; one waits for the other.
     """
 
-    def __init__(self, manifest: Manifest, stages: Mapping[str, Stage]):
+    def __init__(self, manifest: Manifest, stages: Mapping[str, LateStage]):
         self._stages = stages
         self._makers = {spec.name: entry for entry in manifest.stages for spec in entry.outputs}
         self._pixels = {step.input: step for step in manifest.preprocessing}
@@ -73,8 +74,10 @@ class ImageEncoder:
         places = normalized(boxes, picture.image.size)
         names = [spec.name for spec in entry.inputs if spec.name != BOXES]
         inputs = {BOXES: places, **{name: self.tensor(picture, name, timings) for name in names}}
+        stage = self._stages[entry.name]
+        stage.load()
         start = time.perf_counter()
-        embeds = self._stages[entry.name](**inputs)[REGION_EMBEDS]
+        embeds = stage(**inputs)[REGION_EMBEDS]
         _add(timings, entry.name, start)
         return [
             Region(f"{picture.key}:{tuple(place)}", row[None], picture.image)
@@ -116,6 +119,7 @@ class ImageEncoder:
             if spec.name not in arrays:
                 self._run(image, spec.name, arrays, timings)
         stage = self._stages[entry.name]
+        stage.load()
         start = time.perf_counter()
         arrays |= stage(**{spec.name: arrays[spec.name] for spec in entry.inputs})
         _add(timings, entry.name, start)

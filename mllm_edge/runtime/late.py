@@ -26,8 +26,8 @@ class LateStage:
         return self._engine is not None
 
     def load(self) -> None:
-        """Make the engine now, where it is going to be kept."""
-        if self._keep:
+        """Make the engine now."""
+        with self._lock:
             self._ready()
 
     def _ready(self) -> Stage:

@@ -64,7 +64,7 @@ def load(
             engine = functools.partial(STAGE_ENGINES[entry.engine], bundle.locate(folder, entry.file), entry, options)
             stages[entry.name] = stage = LateStage(entry, engine, place.keep_stages)
             opened.callback(stage.close)
-            if entry.name in first:
+            if entry.name in first and place.keep_stages:
                 stage.load()
         decoder = manifest.language_model
         file = bundle.locate(folder, decoder.file)

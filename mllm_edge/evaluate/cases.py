@@ -1,0 +1,182 @@
+"""What a bundle is asked, and what the right answer is: scenes of ours, or files like RefCOCO's and GranD-f's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mllm_edge.errors import BadInput
+from mllm_edge.recipes.grounded import CAPTION_QUESTIONS, REGION_QUESTIONS, SEGMENT_TURNS, region_caption
+from mllm_edge.recipes.readers import GroundedEntry, Reference, read_grandf, read_refcoco
+from mllm_edge.recipes.scenes import boxes, grounded_caption, masks, referring_expressions, render, sample_scene
+from mllm_edge.recipes.segmentation import decode_segmentation
+from mllm_edge.runtime.images import load_image
+
+Mask = NDArray[np.bool_]
+SCENES = {"scenes-referring": "referring", "scenes-grounded": "grounded", "scenes-regions": "regions"}
+SIZE = 320  # pixels of a scene
+REGION_QUESTION, REFERRING_QUESTION, GROUNDED_QUESTION = REGION_QUESTIONS[0], SEGMENT_TURNS[0][0], CAPTION_QUESTIONS[-1]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The right answer: texts that would do, and masks with the words that they are tied to."""
+
+    texts: list[str] = field(default_factory=list)
+    masks: list[Mask] = field(default_factory=list)
+    phrases: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question. The picture is opened and the truth made when they are asked for."""
+
+    name: str
+    question: str
+    open: Callable[[], Image.Image]
+    truth: Callable[[Image.Image], Truth]
+    boxes: list[tuple[float, ...]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Cases of one kind: "referring" (a mask), "grounded" (a text with masks) or "regions" (a text about a box)."""
+
+    name: str
+    kind: str
+    cases: list[Case]
+
+
+def scenes(name: str, number: int, split: str) -> DataSet:
+    """`number` scenes of a split that no recipe trains on.
+
+    Raises:
+        BadInput: an unknown name or split.
+    """
+    if split not in ("test", "validation", "held_out"):
+        raise BadInput(f"there is no split {split!r} to evaluate on; use test, validation or held_out")
+    kind = SCENES[name]
+    make = {"referring": _scene_referring, "grounded": _scene_grounded, "regions": _scene_regions}[kind]
+    return DataSet(f"{name} ({split})", kind, [make(split, index) for index in range(number)])
+
+
+def _scene_picture(split: str, index: int) -> Callable[[], Image.Image]:
+    return lambda: Image.fromarray(render(sample_scene(split, index), SIZE))
+
+
+def _scene_referring(split: str, index: int) -> Case:
+    scene = sample_scene(split, index)
+    expression, target = referring_expressions(scene, np.random.default_rng([61, index]))[0]
+    return Case(
+        f"{split} {index}",
+        REFERRING_QUESTION.format(expression),
+        _scene_picture(split, index),
+        lambda _: Truth(masks=[masks(scene, SIZE)[target]], phrases=[expression]),
+    )
+
+
+def _scene_grounded(split: str, index: int) -> Case:
+    scene = sample_scene(split, index)
+    caption = grounded_caption(scene, np.random.default_rng(0), form=len(CAPTION_QUESTIONS) - 1)
+
+    def truth(_: Image.Image) -> Truth:
+        visible = masks(scene, SIZE)
+        names = [" ".join(scene.objects[number].pair) for _, _, number in caption.spans]
+        return Truth([caption.text], [visible[number] for _, _, number in caption.spans], names)
+
+    return Case(f"{split} {index}", GROUNDED_QUESTION, _scene_picture(split, index), truth)
+
+
+def _scene_regions(split: str, index: int) -> Case:
+    scene = sample_scene(split, index)
+    target = int(np.random.default_rng([67, index]).integers(len(scene.objects)))
+    box = tuple(float(value) for value in boxes(scene, SIZE)[target])
+    text = region_caption(scene.objects[target])
+    return Case(f"{split} {index}", REGION_QUESTION, _scene_picture(split, index), lambda _: Truth([text]), [box])
+
+
+def files(path: Path, images: Path, instances: Path | None, split: str, regions: bool) -> DataSet:
+    """Cases out of a file in the layout of GranD-f, or of RefCOCO's references as JSON.
+
+    Args:
+        path: the file.
+        images: the folder of the pictures.
+        instances: COCO's annotations that came with references.
+        split: which references.
+        regions: ask what a reference's box holds, instead of where the words point to.
+
+    Raises:
+        BadInput: neither layout, or a malformed file.
+    """
+    first = _first_entry(path)
+    if "groundings" in first:
+        return DataSet(path.name, "grounded", [_grounded(entry, images) for entry in read_grandf(path)])
+    if "ref_id" not in first:
+        raise BadInput(f"{path} is neither GranD-f's (groundings) nor RefCOCO's (ref_id) layout; see docs/glamm.md")
+    if instances is None:
+        raise BadInput(f"{path} holds references; add --instances with the COCO annotations that came with them")
+    references = read_refcoco(path, instances, split)
+    name = f"{path.name} ({split})"
+    if regions:
+        return DataSet(name, "regions", [_region(reference, images) for reference in references])
+    return DataSet(name, "referring", list(_referring(references, images)))
+
+
+def _first_entry(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path} is neither a set of ours ({', '.join(SCENES)}) nor a file ({error.strerror})") from None
+    except ValueError as error:
+        raise BadInput(f"{path} is not valid JSON ({error}); check that it was copied whole") from None
+    if not isinstance(data, list) or not data or not isinstance(data[0], dict):
+        raise BadInput(f"{path} is no list of objects; give GranD-f's or RefCOCO's layout")
+    return data[0]
+
+
+def _grounded(entry: GroundedEntry, images: Path) -> Case:
+    def truth(picture: Image.Image) -> Truth:
+        found = []
+        for _, _, number in entry.spans:
+            whole = np.zeros((picture.height, picture.width), np.bool_)
+            for segmentation in entry.segmentations[number]:
+                whole |= decode_segmentation(segmentation, picture.height, picture.width)
+            found.append(whole)
+        return Truth([entry.caption], found, [entry.caption[start:end] for start, end, _ in entry.spans])
+
+    return Case(entry.file_name, GROUNDED_QUESTION, lambda: load_image(images / entry.file_name), truth)
+
+
+def _referring(references: list[Reference], images: Path) -> Iterator[Case]:
+    for reference in references:
+        if reference.object.segmentation is None:
+            raise BadInput(f"reference {reference.id} has no segmentation; use instances with masks")
+        for number, sentence in enumerate(reference.sentences):
+            yield _one_referring(reference, sentence, number, images)
+
+
+def _one_referring(reference: Reference, sentence: str, number: int, images: Path) -> Case:
+    form: Any = reference.object.segmentation
+
+    def truth(picture: Image.Image) -> Truth:
+        return Truth(masks=[decode_segmentation(form, picture.height, picture.width)], phrases=[sentence])
+
+    question = REFERRING_QUESTION.format(sentence)
+    return Case(f"{reference.id} {number}", question, lambda: load_image(images / reference.image.file_name), truth)
+
+
+def _region(reference: Reference, images: Path) -> Case:
+    return Case(
+        str(reference.id),
+        REGION_QUESTION,
+        lambda: load_image(images / reference.image.file_name),
+        lambda _: Truth(list(reference.sentences)),
+        [reference.object.box],
+    )

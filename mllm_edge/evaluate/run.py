@@ -1,0 +1,107 @@
+"""Asks a bundle every case of a data set, keeps the answers in a file, and goes on from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mllm_edge.errors import BadInput
+from mllm_edge.evaluate.cases import Case, DataSet
+from mllm_edge.evaluate.scores import Prediction, score
+from mllm_edge.recipes.segmentation import decode_segmentation
+from mllm_edge.runtime import Model
+
+TEACHER_FORCED = "Sure, it is [SEG]."
+MAX_TOKENS = 512
+
+
+def evaluate(
+    model: Model,
+    data: DataSet,
+    out: Path | None,
+    resume: bool,
+    teacher_forced: bool,
+    report: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Ask and count.
+
+    Args:
+        model: a loaded bundle.
+        data: what is asked.
+        out: JSON lines of the answers, written as they come; the first line says whose they are.
+        resume: go on from `out`.
+        teacher_forced: referring expressions get their answer, and only the mask is the bundle's.
+        report: called with how many cases of how many are done.
+
+    Returns:
+        `dataset`, `kind`, `cases` and `scores` (percent).
+
+    Raises:
+        BadInput: `out` is there already, or holds another bundle's or data set's answers; an unusable case.
+        MissingPackage: a package that counts is not installed.
+    """
+    if teacher_forced and data.kind != "referring":
+        raise BadInput("--teacher-forced goes with referring expressions; leave it out")
+    if not data.cases:
+        raise BadInput(f"{data.name} has no cases; check the file and the split")
+    title = {
+        "bundle": model.manifest.language_model.sha256,
+        "stages": {stage.name: stage.sha256 for stage in model.manifest.stages},
+        "dataset": data.name,
+        "cases": len(data.cases),
+        "teacher_forced": teacher_forced,
+    }
+    done = _begun(out, title, resume) if out else {}
+    report(len(done), len(data.cases))
+    answers = []
+    for number, case in enumerate(data.cases, start=1):
+        picture = case.open()
+        if case.name not in done:
+            done[case.name] = _ask(model, case, picture, teacher_forced)
+            if out:
+                with out.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps({"case": case.name, **done[case.name]}) + "\n")
+            report(number, len(data.cases))
+        answers.append((case.truth(picture), _prediction(done[case.name])))
+    return {"dataset": data.name, "kind": data.kind, "cases": len(answers), "scores": score(data.kind, answers)}
+
+
+def _ask(model: Model, case: Case, picture: Any, teacher_forced: bool) -> dict[str, Any]:
+    answer = model.generate(
+        case.question,
+        picture,
+        case.boxes or None,
+        teacher_forced=TEACHER_FORCED if teacher_forced else None,
+        max_tokens=min(MAX_TOKENS, model.language_model.context // 2),
+        temperature=0.0,
+    )
+    return {"text": answer.text, "masks": [{"phrase": mask.phrase, "rle": mask.rle} for mask in answer.masks]}
+
+
+def _prediction(entry: dict[str, Any]) -> Prediction:
+    masks = [decode_segmentation(mask["rle"], *mask["rle"]["size"]) for mask in entry["masks"]]
+    return Prediction(entry["text"], masks, [mask["phrase"] for mask in entry["masks"]])
+
+
+def _begun(out: Path, title: dict[str, Any], resume: bool) -> dict[str, dict[str, Any]]:
+    """The answers that are in the file; it is begun where there is none."""
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(title) + "\n", encoding="utf-8")
+        return {}
+    if not resume:
+        raise BadInput(f"{out} is there already; go on from it with --resume, or give another --out")
+    text = out.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]  # a killed run may leave half a line
+    lines = whole.splitlines()
+    try:
+        if not lines or json.loads(lines[0]) != title:
+            raise BadInput(f"{out} holds the answers of another bundle or data set; give another --out")
+        entries = [json.loads(line) for line in lines[1:]]
+        done = {entry["case"]: {"text": entry["text"], "masks": entry["masks"]} for entry in entries}
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{out} is damaged ({error}); give another --out") from None
+    out.write_text(whole, encoding="utf-8")
+    return done

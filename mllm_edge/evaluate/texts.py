@@ -1,0 +1,94 @@
+"""Text scores: exact match, METEOR (nltk's, without WordNet), CIDEr-D."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from mllm_edge.errors import MissingPackage
+
+LONGEST = 4  # n-grams
+SIGMA = 6.0  # of CIDEr-D's penalty for another length
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words without punctuation, as the COCO caption evaluation compares them."""
+    return re.findall(r"[\w']+", text.lower())
+
+
+def exact(found: str, wanted: Sequence[str]) -> bool:
+    """Whether a text is one of those wanted, but for case, white space and punctuation."""
+    return words(found) in [words(text) for text in wanted]
+
+
+def meteor(found: str, wanted: Sequence[str]) -> float:
+    """METEOR (Banerjee & Lavie 2005) with equal words and equal stems, without synonyms: their lexicon is a download
+    that the evaluation does without, so that scores lie a little below the original's.
+
+    Raises:
+        MissingPackage: nltk is not installed.
+    """
+    try:
+        from nltk.translate.meteor_score import meteor_score  # type: ignore[import-untyped]
+    except ModuleNotFoundError:
+        raise MissingPackage("nltk", "eval") from None
+    return float(meteor_score([words(text) for text in wanted], words(found), wordnet=_NoSynonyms()))
+
+
+class _NoSynonyms:
+    """Stands where nltk takes WordNet."""
+
+    def synsets(self, word: str) -> list[str]:
+        return []
+
+
+def cider(found: Sequence[str], wanted: Sequence[Sequence[str]]) -> float:
+    """CIDEr-D of a whole set (Vedantam et al. 2015): mean over n of the similarity of n-gram vectors, times 10.
+
+    N-grams that many pictures' references have weigh little (tf-idf), so one set's score cannot be compared with
+    another's. No kept Python package has it without Java; a test compares this one with hand-computed values.
+
+    Args:
+        found: a text per picture.
+        wanted: its references.
+    """
+    references = [[_grams(text) for text in texts] for texts in wanted]
+    frequency: Counter[tuple[str, ...]] = Counter()
+    for grams in references:
+        frequency.update({gram for counts in grams for gram in counts})
+    pictures = math.log(max(len(found), 1))
+
+    def vectors(counts: Counter[tuple[str, ...]]) -> list[dict[tuple[str, ...], float]]:
+        found: list[dict[tuple[str, ...], float]] = [{} for _ in range(LONGEST)]
+        for gram, count in counts.items():
+            found[len(gram) - 1][gram] = count * (pictures - math.log(max(1, frequency[gram])))
+        return found
+
+    scores = []
+    for text, grams in zip(found, references, strict=True):
+        counts = _grams(text)
+        mine, length = vectors(counts), _bigrams(counts)
+        each = [_similarity(mine, vectors(other), length - _bigrams(other)) for other in grams]
+        scores.append(10 * sum(each) / len(each) if each else 0.0)
+    return sum(scores) / len(scores) if scores else 0.0
+
+
+def _similarity(a: list[dict[tuple[str, ...], float]], b: list[dict[tuple[str, ...], float]], longer: int) -> float:
+    total = 0.0
+    for mine, other in zip(a, b, strict=True):
+        shared = sum(min(value, other[gram]) * other[gram] for gram, value in mine.items() if gram in other)
+        sizes = math.sqrt(sum(v * v for v in mine.values())) * math.sqrt(sum(v * v for v in other.values()))
+        total += shared / sizes if sizes else 0.0
+    return total / LONGEST * math.exp(-(longer**2) / (2 * SIGMA**2))
+
+
+def _grams(text: str) -> Counter[tuple[str, ...]]:
+    parts = words(text)
+    return Counter(tuple(parts[i : i + n]) for n in range(1, LONGEST + 1) for i in range(len(parts) - n + 1))
+
+
+def _bigrams(counts: Counter[tuple[str, ...]]) -> int:
+    """The length that the reference code compares: the number of bigrams."""
+    return sum(count for gram, count in counts.items() if len(gram) == 2)
