@@ -147,7 +147,7 @@ def ap50(answers: Sequence[tuple[Truth, Prediction]]) -> float:
         gold = COCO()
         gold.dataset = {
             "info": {},
-            "images": [{"id": number} for number in range(len(answers))],
+            "images": [_size(number, *answer) for number, answer in enumerate(answers)],
             "categories": [{"id": 1}],
             "annotations": [{**entry, "id": number} for number, entry in enumerate(truths, start=1)],
         }
@@ -157,6 +157,11 @@ def ap50(answers: Sequence[tuple[Truth, Prediction]]) -> float:
         judge.accumulate()
         judge.summarize()
     return max(0.0, float(judge.stats[1]))
+
+
+def _size(number: int, truth: Truth, prediction: Prediction) -> dict[str, int]:
+    height, width = next((mask.shape for mask in [*truth.masks, *prediction.masks]), (1, 1))
+    return {"id": number, "height": height, "width": width}
 
 
 def _coco(mask: Mask, image: int) -> dict[str, Any]:
