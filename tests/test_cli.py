@@ -34,6 +34,7 @@ VERBS = [
     "doctor",
     "bench",
     "compare",
+    "eval",
     "plan",
 ]
 
@@ -161,7 +162,8 @@ def test_loading_options_reach_the_engines(folder: Path, call: Call) -> None:
 def test_text_bundles_refuse_boxes_and_folders(option: str, value: str, folder: Path, call: Call) -> None:
     said = call("run", folder, "the", option, value)
     assert said.code == 2
-    assert said.error.endswith(f"leave out {option}")
+    assert "leave" in said.error
+    assert option in said.error
 
 
 def test_a_bad_picture_is_found_before_the_bundle_is_loaded(

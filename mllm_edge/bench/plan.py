@@ -26,8 +26,8 @@ from mllm_edge.export.cost import (
 )
 from mllm_edge.export.merging import embedding_stage
 from mllm_edge.models.interface import ExportPlan, LlamaDims
+from mllm_edge.runtime.budget import KV_BYTES
 
-KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 1.0625}
 TEXT = 64  # tokens of text around the picture
 WORK_GB = 0.3  # Python, the engines' code and working memory
 LEAST_CONTEXT = 512  # a smaller context is not proposed

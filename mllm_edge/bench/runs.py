@@ -169,7 +169,7 @@ def _result(
     manifest, answers = model.manifest, [answer for answer, _ in runs]
     tokens = answers[0].tokens
     prefilled = tokens.prompt - (model.language_model.bos is not None)
-    stages = [stage for stage in answers[0].timings if stage not in ("load", "decode", "total")]
+    stages = [stage for stage in answers[0].timings if stage not in ("load", "late_load", "decode", "total")]
     precisions = [*dict.fromkeys(stage.precision for stage in manifest.stages), manifest.language_model.precision]
     stages_ms = {stage: _spread([answer.timings[stage] for answer in answers]) for stage in stages}
     decode = _spread([gen_tokens / seconds for _, seconds in runs])

@@ -65,7 +65,7 @@ def stage_bytes(entry: StageEntry) -> int:
 
 def language_model_bytes(entry: LanguageModelEntry, options: Options) -> int:
     """Memory of the language model with its whole context in use."""
-    cache = 2 * entry.layers * entry.kv_width * KV_BYTES[options.kv_type] * options.context
+    cache = 2 * entry.layers * entry.kv_width * KV_BYTES.get(options.kv_type, 4.0) * options.context
     return int(entry.bytes + cache) + SCRATCH
 
 

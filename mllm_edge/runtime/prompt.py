@@ -94,7 +94,7 @@ def _split(spans: list[Span], prompt: Prompt, images: int, boxes: int) -> list[P
     if prompt.box:
         _check_count(sum(span.text.count(prompt.box) for span in spans), prompt.box, boxes, "box")
     elif boxes:
-        raise BadInput("this bundle takes no boxes; ask without them")
+        raise BadInput("this bundle takes no boxes; leave them out (--box)")
     return pieces
 
 

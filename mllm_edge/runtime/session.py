@@ -203,7 +203,8 @@ class Model:
                 continue
             masks = work.finish(item, self._pipeline.forget) if work else []
             timings |= item.timings
-            timings["late_load"] = self._late_ms() - loaded
+            if (late := self._late_ms() - loaded) > 0:
+                timings["late_load"] = late
             timings["total"] = 1000 * (time.perf_counter() - start)
             tokens = Tokens(positions, image_positions, len(item.ids), item.ids)
             memory = {"peak_rss": peak_rss(), "peak_device": None}

@@ -45,6 +45,9 @@ class Spy:
     def __init__(self, stage: Any, name: str, log: list[Any]):
         self.stage, self.name, self.log, self.spec = stage, name, log, stage.spec
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stage, name)
+
     def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
         self.log.append(self.name)
         out: dict[str, np.ndarray] = self.stage(**arrays)
