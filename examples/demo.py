@@ -1,8 +1,8 @@
-"""`make demo`: export the LLaVA that ships with the package, draw a picture and ask about it.
+"""`make demo`: export the LLaVA and the GLaMM that ship with the package, draw a picture and ask about it.
 
     python examples/demo.py
 
-What it makes lies in build/demo/. The bundle is exported once; delete the folder to begin again.
+What it makes lies in build/demo/. The bundles are exported once; delete the folder to begin again.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ from rich.text import Text
 
 import mllm_edge
 from mllm_edge.cli import main as mllm_edge_command
+from mllm_edge.recipes.grounded import CAPTION_QUESTIONS
 from mllm_edge.recipes.scenes import SHORT, Question, Scene, questions, render, sample_scene
+from mllm_edge.runtime.overlay import COLORS, write_pictures
 
+GROUNDED_QUESTION = CAPTION_QUESTIONS[-1]
 FOLDER = Path("build/demo")
-BUNDLE = FOLDER / "llava.bundle"
+BUNDLE, GLAMM = FOLDER / "llava.bundle", FOLDER / "glamm.bundle"
+ANSWER = FOLDER / "answer"
 PICTURE = FOLDER / "scene.png"
 SCENE = sample_scene("test", 9)  # a split that no recipe trains on
 KINDS = ("what", "count", "where", "yesno")
@@ -47,10 +51,13 @@ def in_characters(picture: Image.Image, columns: int = 48) -> Text:
 def main() -> int:
     console = Console()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    if not (BUNDLE / "bundle.json").is_file():
-        console.print(f"Exporting LLaVA tiny to {BUNDLE}: ONNX and GGUF, checked against PyTorch. A minute, once.")
-        if code := mllm_edge_command(["export", "llava", "--target", "cpu", "-o", str(BUNDLE)]):
-            return code
+    for system, bundle in (("llava", BUNDLE), ("glamm", GLAMM)):
+        if not (bundle / "bundle.json").is_file():
+            console.print(
+                f"Exporting {system} tiny to {bundle}: ONNX and GGUF, checked against PyTorch. A minute, once."
+            )
+            if code := mllm_edge_command(["export", system, "--target", "cpu", "-o", str(bundle)]):
+                return code
     picture = Image.fromarray(render(SCENE, 336))
     picture.save(PICTURE)
     if console.is_terminal:
@@ -67,7 +74,29 @@ def main() -> int:
     console.print(f"The picture is {PICTURE}. It was encoded for the first question only. Ask another:")
     line = f'.venv/bin/mllm-edge run {BUNDLE} "{asked(SCENE)[0].question}" --image {PICTURE}'
     console.print(line, soft_wrap=True, highlight=False)
+    show_masks(console, picture)
     return 0
+
+
+def show_masks(console: Console, picture: Image.Image) -> None:
+    """GLaMM's answer: its phrases in the colors of their masks, and the picture under them."""
+    with mllm_edge.load(GLAMM) as model:
+        answer = model.generate(GROUNDED_QUESTION, image=picture)
+    overlay, *_ = write_pictures(answer, picture, ANSWER)
+    text = Text(answer.text)
+    for number, mask in enumerate(answer.masks):
+        red, green, blue = COLORS[number % len(COLORS)]
+        text.stylize(f"bold rgb({red},{green},{blue})", *mask.span)
+    console.print(f"\nGLaMM, asked for a description with masks ({len(answer.masks)} of them):")
+    console.print(text)
+    if console.is_terminal:
+        with Image.open(overlay) as drawn:
+            console.print(in_characters(drawn.crop((0, 0, drawn.width, drawn.width))))
+    console.print(f"The picture with its masks is {overlay}. Ask for one thing:")
+    item = SCENE.objects[0]
+    question = f"Please segment the {item.color} {item.shape} in this image."
+    line = f'.venv/bin/mllm-edge run {GLAMM} "{question}" --image {PICTURE} --out {FOLDER / "mask"}'
+    console.print(line, soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

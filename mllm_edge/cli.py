@@ -209,6 +209,8 @@ def run(
     with loading.open(bundle) as model:
         if out and not model.gives_masks:
             raise BadInput(f"{bundle} ({', '.join(model.manifest.tasks)}) answers with text alone; leave out --out")
+        if loading.memory_budget:
+            screen.aside(str(model.residence))
         pieces = model.stream(question, pictures, boxes, raw=raw, teacher_forced=teacher_forced, **vars(decoding))
         answer = _shown(screen, pieces, stream and not screen.as_json)
     if not stream or screen.as_json:

@@ -28,6 +28,12 @@ class Residence:
     keep_language_model: bool
     peak: int
 
+    def __str__(self) -> str:
+        kept = "everything stays in memory" if self.keep_stages else "stages are let go behind their use"
+        if not self.keep_language_model:
+            kept += ", and the language model while masks are made"
+        return f"{kept}; at most about {budget_text(self.peak)}"
+
 
 def residence(manifest: Manifest, options: Options, budget: int | None) -> Residence:
     """The fastest way to stay under a budget in bytes of resident memory; without one everything stays.

@@ -72,7 +72,7 @@ def load(
         language_model: LanguageModel = make() if place.keep_language_model else LateLanguageModel(make)
         opened.callback(language_model.close)
         load_ms = 1000 * (time.perf_counter() - start)
-        return Model(manifest, stages, language_model, load_ms, opened.pop_all())
+        return Model(manifest, stages, language_model, load_ms, opened.pop_all(), place)
 
 
 def _needed_for(manifest: Manifest, tensor: str) -> set[str]:

@@ -14,6 +14,7 @@ from PIL import Image
 from mllm_edge.bundle import Manifest
 from mllm_edge.errors import BadInput
 from mllm_edge.runtime.answer import Answer, Tokens, peak_rss
+from mllm_edge.runtime.budget import Residence
 from mllm_edge.runtime.grounding import LOGITS, SEG, Grounding, MaskWork
 from mllm_edge.runtime.image_encoder import ImageEncoder, Picture, Region
 from mllm_edge.runtime.images import ImageSource, load_image
@@ -61,6 +62,7 @@ class Model:
         stages: stages by name; one that not every question needs is loaded by the first that does.
         language_model: the stage that steps.
         load_ms: milliseconds that loading took.
+        residence: which parts stay in memory.
     """
 
     def __init__(
@@ -70,7 +72,9 @@ class Model:
         language_model: LanguageModel,
         load_ms: float,
         opened: contextlib.ExitStack,
+        residence: Residence,
     ):
+        self.residence = residence
         self.manifest, self.stages, self.language_model, self.load_ms = manifest, stages, language_model, load_ms
         self._encoder = ImageEncoder(manifest, stages)
         self._pipeline = TextPipeline(language_model)
