@@ -45,6 +45,7 @@ class FakeModel:
     """Answers a question in 1000, 10, 20, 30, 40, 50 ms, one after the other; half of each is prefill."""
 
     load_ms = 7.0
+    gives_masks = False
 
     def __init__(self, manifest: Any) -> None:
         self.manifest, self.language_model = manifest, FakeDecoder()
@@ -94,7 +95,8 @@ def test_progress_is_told(fake: FakeModel) -> None:
 
 def test_the_encoder_and_the_whole_prefill_run_each_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with mllm_edge.load(folder, threads=1) as model:
-        encoder, prefill = model.stages["vision_encoder"], model.language_model.prefill
+        stage, prefill = model.stages["vision_encoder"], model.language_model.prefill
+        encoder: Any = stage._engine
         encoded, read = [], []
 
         def encode(**arrays: Any) -> Any:
@@ -105,7 +107,8 @@ def test_the_encoder_and_the_whole_prefill_run_each_time(folder: Path, monkeypat
             read.append((len(embeds), keep))
             return prefill(embeds, keep)
 
-        monkeypatch.setitem(model.stages, "vision_encoder", encode)
+        encode.close = encoder.close  # type: ignore[attr-defined]
+        monkeypatch.setattr(stage, "_engine", encode)
         monkeypatch.setattr(model.language_model, "prefill", prefilled)
         result = measured(model, repeat=2)
     assert len(encoded) == 3

@@ -1,7 +1,8 @@
 """Speed and memory of loaded bundles.
 
 Every repetition shows a picture that the model has not seen and asks after an unrelated prompt, so that each stage and
-the prefill really run. Decoding is timed on its own, for a given number of tokens whatever they say.
+the prefill really run; where answers have masks, one mask is cut out, too. Decoding is timed on its own, for a given
+number of tokens whatever they say.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ from mllm_edge.bench.result import Environment, Limits, Result, Spread, from_doc
 from mllm_edge.bundle import read
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.runtime.answer import peak_rss
+from mllm_edge.runtime.grounding import SEG
 from mllm_edge.runtime.images import load_image
 
 if TYPE_CHECKING:
@@ -154,7 +157,21 @@ def _once(model: Model, picture: NDArray[np.uint8], gen_tokens: int) -> tuple[An
     token = answer.tokens.ids[0]
     for _ in range(gen_tokens):
         token = int(decoder.step(token).logits.argmax())
-    return answer, time.perf_counter() - begun
+    decoded = time.perf_counter() - begun
+    return replace(answer, timings={**answer.timings, **_late_stages(model, picture)}), decoded
+
+
+def _late_stages(model: Model, picture: NDArray[np.uint8]) -> dict[str, float]:
+    """Milliseconds of what only some answers need: one mask, and one region."""
+    asked = []
+    if model.gives_masks:
+        asked.append(model.generate(PROMPT, picture, teacher_forced=SEG, max_tokens=1))
+    if model.manifest.prompt.box:
+        height, width = picture.shape[:2]
+        whole = (0, 0, width, height)
+        asked.append(model.generate(model.manifest.prompt.box, picture, [whole], max_tokens=1))
+    names = [*model.stages, "masks"]
+    return {name: ms for answer in asked for name, ms in answer.timings.items() if name in names and ms > 0}
 
 
 def _result(
