@@ -36,14 +36,16 @@ from mllm_edge.recipes.language import plain_attention, read_vocabulary
 from mllm_edge.recipes.llava import add_lora, single_turns
 from mllm_edge.recipes.mask_losses import bce_loss, dice_loss, mean_iou, upscaled
 from mllm_edge.recipes.recipe import Recipe
-from mllm_edge.recipes.scenes import render, sample_scene
+from mllm_edge.recipes.scenes import Scene, render, sample_scene
 from mllm_edge.runtime.preprocess import preprocess
 
 SHARES = {"chat": 0.15, "region": 0.40, "segment": 0.45}  # of the optimizer steps, as the original has them
 WEIGHTS = {"ce": 1.0, "bce": 2.0, "dice": 0.5}
 DIALOGUES = 0.15  # share of pictures whose turns are one conversation
 LIMIT = 1536  # ids of a sample
-TURNS = 8  # about one picture
+TURNS = 8  # about one picture, of which `CAPTIONS` are grounded captions where it is about segments
+CAPTIONS = 2
+SEVERAL = 3  # objects that a scene has at least, where `data.several` asks for such scenes
 FROZEN = ("vision_encoder", "connector", "mask_encoder", "mask_head.prompt_encoder")
 
 
@@ -108,17 +110,19 @@ class GlammTask:
         self.dims: GlammDims = CONFIGS[recipe.config]
         self.files = GroundedFiles.from_recipe(recipe.data)
         self.shares = _shares(recipe.data.get("shares", SHARES), self.files)
-        llava, sam, self.tokenizer = starting_parts(recipe, self.dims)
+        self.turns = int(recipe.data.get("turns", TURNS)), int(recipe.data.get("captions", CAPTIONS))
+        self.several = float(recipe.data.get("several", 0.0))
+        tensors, self.tokenizer = starting_parts(recipe, self.dims)
         known = read_vocabulary(self.tokenizer)
         added = {token: self.dims.added_id(token) for token in ADDED}
         self.vocabulary = Vocabulary(known.encode, known.specials, known.bos, known.pad, added)
-        self.model = GlammModel(self._assemble({**llava, **sam}))
+        self.model = GlammModel(self._assemble(tensors))
 
     def _assemble(self, tensors: dict[str, Tensor]) -> Glamm:
         glamm = Glamm(self.dims)
         plain_attention(glamm.language_model)
         missing, unknown = glamm.load_state_dict(tensors, strict=False)
-        learned = ("region_encoder.", "mask_head.projection.")
+        learned = ("region_encoder.", "mask_head.projection.")  # begin at random
         lacking = [name for name in missing if not name.startswith(learned)]
         if unknown or lacking:
             raise BadInput(f"the parts do not make a GLaMM of config {self.recipe.config}: {(lacking or unknown)[0]}")
@@ -153,15 +157,22 @@ class GlammTask:
         self, split: str, index: int, kind: str, rng: np.random.Generator
     ) -> tuple[Image.Image, list[GroundedTurn]]:
         """A scene's picture and turns of one kind about it."""
-        scene = sample_scene(split, index, self.recipe.seed)
+        scene = self._scene(index, rng) if split == "train" else sample_scene(split, index, self.recipe.seed)
         size = self.dims.mask_encoder.image_size
         picture = Image.fromarray(render(scene, size))
         if kind == "region":
             return picture, region_turns(scene, rng, size)
         if kind == "segment":
-            return picture, segment_turns(scene, rng, TURNS, size)
-        turns = single_turns(scene, rng, TURNS, colors=True)
+            return picture, segment_turns(scene, rng, *self.turns, size)
+        turns = single_turns(scene, rng, self.turns[0], colors=True)
         return picture, [GroundedTurn(question.removeprefix("<image>\n"), answer) for question, answer in turns]
+
+    def _scene(self, index: int, rng: np.random.Generator) -> Scene:
+        """One of four scenes that no other sample sees; with the chance `data.several` the first of several objects."""
+        scenes = [sample_scene("train", 4 * index + offset, self.recipe.seed) for offset in range(4)]
+        if rng.random() < self.several:
+            return next((scene for scene in scenes if len(scene.objects) >= SEVERAL), scenes[0])
+        return scenes[0]
 
     def encode(self, picture: Image.Image, turns: list[GroundedTurn], dialogue: bool) -> GlammSample:
         """Turns about a picture as one conversation, or as branches that each are the only one."""
@@ -214,7 +225,10 @@ class GlammTask:
                     exact.append(float(result["token_accuracy"]) == 1.0)
                 else:
                     ious.append(float(result["iou"]))
-        return {"validation_region_exact": round(np.mean(exact), 4), "validation_mask_iou": round(np.mean(ious), 4)}
+        return {
+            "validation_region_exact": round(float(np.mean(exact)), 4),
+            "validation_mask_iou": round(float(np.mean(ious)), 4),
+        }
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         from mllm_edge.models.glamm_layouts import save_glamm
@@ -227,15 +241,21 @@ class GlammTask:
         save_glamm(folder / "checkpoint", self.recipe.config, self.dims, names, self.tokenizer, dtype)
 
 
-def starting_parts(recipe: Recipe, dims: GlammDims) -> tuple[dict[str, Tensor], dict[str, Tensor], Path]:
-    """LLaVA's tensors with rows for the added tokens, SAM's tensors, and the folder of the tokenizer.
+def starting_parts(recipe: Recipe, dims: GlammDims) -> tuple[dict[str, Tensor], Path]:
+    """The tensors to begin with, and the folder of the tokenizer.
 
-    `init.llava` is the name of a shipped LLaVA or any LLaVA checkpoint, `init.sam` the folder of a run of
-    `sam-pretrain` or a file in SAM's own layout.
+    `init.glamm` is a GLaMM checkpoint. Without it `init.llava` is the name of a shipped LLaVA or any LLaVA checkpoint,
+    whose tables get rows for the added tokens, and `init.sam` the folder of a run of `sam-pretrain` or a file in SAM's
+    own layout.
     """
-    from mllm_edge.models import llava
+    from mllm_edge.models import glamm, llava
     from mllm_edge.models.glamm_layouts import read_sam
 
+    if "glamm" in recipe.init:
+        begun = glamm.resolve(recipe.init["glamm"], None)
+        if begun.dims != dims:
+            raise BadInput(f"{recipe.init['glamm']} is not of config {recipe.config}; give a checkpoint of it")
+        return {name: begun.tensors[name].float() for name in glamm.tensor_shapes(dims)}, begun.tokenizer
     missing = [part for part in ("llava", "sam") if part not in recipe.init]
     if missing:
         raise BadInput(f"the recipe's init names no {missing[0]}; add init.{missing[0]}=PATH")
@@ -245,7 +265,7 @@ def starting_parts(recipe: Recipe, dims: GlammDims) -> tuple[dict[str, Tensor], 
         table = tensors[f"language_model.{name}"]
         fresh = torch.randn(len(ADDED), table.shape[1]) * table.std(dim=0) + table.mean(dim=0)
         tensors[f"language_model.{name}"] = torch.cat([table, fresh])
-    return tensors, read_sam(Path(recipe.init["sam"])), checkpoint.tokenizer
+    return {**tensors, **read_sam(Path(recipe.init["sam"]))}, checkpoint.tokenizer
 
 
 def _shares(shares: dict[str, float], files: GroundedFiles | None) -> dict[str, float]:

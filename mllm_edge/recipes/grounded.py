@@ -21,7 +21,6 @@ from mllm_edge.recipes.scenes.phrases import capitalized, full_description, with
 
 SEG, PHRASE, PHRASE_END, BOX = "[SEG]", "<p>", "</p>", "<bbox>"
 KINDS = ("chat", "region", "segment")
-CAPTIONS = 2  # of a scene's turns about segments, so many are grounded captions
 JITTER = 0.08  # how far a box's sides are off in training, in its own size
 
 _INTERLEAVED = "Please respond with interleaved segmentation masks for the corresponding parts of the answer."
@@ -72,10 +71,11 @@ def region_caption(item: SceneObject) -> str:
     return capitalized(with_article(str(full_description(item)))) + "."
 
 
-def segment_turns(scene: Scene, rng: np.random.Generator, number: int, size: int) -> list[GroundedTurn]:
-    """Grounded captions and referring expressions of a scene, each worded once; masks are `size` pixels a side."""
+def segment_turns(scene: Scene, rng: np.random.Generator, number: int, captions: int, size: int) -> list[GroundedTurn]:
+    """Up to `number` questions about a scene, the first `captions` of them for grounded captions, the others with
+    referring expressions; masks are `size` pixels a side."""
     visible = masks(scene, size)
-    turns = [grounded_turn(scene, rng, int(form), size) for form in rng.permutation(len(CAPTION_QUESTIONS))[:CAPTIONS]]
+    turns = [grounded_turn(scene, rng, int(form), size) for form in rng.permutation(len(CAPTION_QUESTIONS))[:captions]]
     for expression, index in referring_expressions(scene, rng)[: number - len(turns)]:
         question, answer = pick(rng, SEGMENT_TURNS)
         turns.append(GroundedTurn(question.format(expression), answer, [visible[index]]))
