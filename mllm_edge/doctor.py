@@ -32,7 +32,7 @@ FEATURES = (
     *("avx2", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve"),
 )
-EXTRAS = ("runtime", "export", "train")  # `cuda` and `bench` are advised where they would help
+EXTRAS = ("runtime", "export", "train", "eval")  # `cuda` and `bench` are advised where they would help
 INSTEAD = {"onnxruntime": "onnxruntime-gpu"}
 # What importing an engine whose libraries are missing or damaged raises.
 BROKEN = (ImportError, OSError, RuntimeError)

@@ -204,7 +204,8 @@ def plan_tables(plan: Plan) -> list[Table]:
         if with_measured:
             known = part.measured_ms
             cells += ["", ""] if known is None else [f"{known:.1f}", f"{part.expected_ms / known:.2f}"]
-        times.add_row(part.name if part.name != "decode" else "decode, a token", *cells)
+        name = f"{part.name} (when asked for)" if part.late else part.name
+        times.add_row(name if name != "decode" else "decode, a token", *cells)
     limit, expected = plan.first_token_ms
     times.add_row("time to first token", "", "", f"{limit:.1f}", f"{expected:.1f}", *[""] * (2 * with_measured))
     return [pairs("plan", rows), times]

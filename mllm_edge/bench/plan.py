@@ -27,6 +27,7 @@ from mllm_edge.export.cost import (
 from mllm_edge.export.merging import embedding_stage
 from mllm_edge.models.interface import ExportPlan, LlamaDims
 from mllm_edge.runtime.budget import KV_BYTES
+from mllm_edge.runtime.image_encoder import EMBEDS, needed_for
 
 TEXT = 64  # tokens of text around the picture
 WORK_GB = 0.3  # Python, the engines' code and working memory
@@ -47,7 +48,8 @@ class Settings:
 class Part:
     """A stage, the prefill of a picture and its question, or the decoding of one token.
 
-    `measured_ms` is what a benchmark on the same machine gave, None without one.
+    `measured_ms` is what a benchmark on the same machine gave, None without one. `late` stages run for some answers
+    only, behind the first token or before a question about a region.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Part:
     limit_ms: float
     expected_ms: float
     measured_ms: float | None = None
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Plan:
     @property
     def first_token_ms(self) -> tuple[float, float]:
         """Limit and expectation of the time to the first token of a picture and a question."""
-        before = [part for part in self.parts if part.name != "decode"]
+        before = [part for part in self.parts if part.name != "decode" and not part.late]
         return sum(part.limit_ms for part in before), sum(part.expected_ms for part in before)
 
 
@@ -127,6 +130,7 @@ def plan(system: str, config: str, chosen: Settings, device: Device, measured: R
     free = device.memory_gb - device.reserved_gb
     files = _files(stages, dims, chosen)
     full = _full(files, dims, chosen)
+    early = needed_for(EMBEDS, lowered.stages)
     tokens = measured.prompt_tokens if measured else _image_tokens(lowered) + TEXT
     return Plan(
         system=system,
@@ -140,7 +144,10 @@ def plan(system: str, config: str, chosen: Settings, device: Device, measured: R
         free_gb=round(free, 3),
         fits=full <= free,
         advice="" if full <= free else _advice(stages, dims, chosen, free),
-        parts=_parts(stages, files, dims, chosen, tokens, device, measured),
+        parts=[
+            replace(part, late=part.name in files and part.name not in early)
+            for part in _parts(stages, files, dims, chosen, tokens, device, measured)
+        ],
     )
 
 

@@ -7,10 +7,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from PIL import Image
 
-from mllm_edge.bundle import Manifest
+from mllm_edge.bundle import Manifest, TensorSpec
 from mllm_edge.errors import BadInput
 from mllm_edge.runtime.images import pixel_hash
 from mllm_edge.runtime.late import LateStage
@@ -21,6 +22,17 @@ from mllm_edge.runtime.stage import Array, Floats
 EMBEDS = "image_embeds"  # the tensor that is spliced into the language model's input
 BOXES, REGION_EMBEDS = "boxes", "region_embeds"
 CACHE_BYTES = 64 << 20  # about three pictures of a 7B GLaMM, seven of a 7B LLaVA
+
+
+class Wired(Protocol):
+    """What has named inputs and outputs: a bundle's stage, or one that is to be exported."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def inputs(self) -> list[TensorSpec]: ...
+    @property
+    def outputs(self) -> list[TensorSpec]: ...
 
 
 @dataclass(frozen=True)
@@ -130,6 +142,15 @@ class ImageEncoder:
 
         while len(self._cache) > 1 and held() > CACHE_BYTES:
             self._cache.popitem(last=False)
+
+
+def needed_for(tensor: str, stages: Sequence[Wired]) -> set[str]:
+    """Names of the stages that a tensor is made by."""
+    makers = {spec.name: stage for stage in stages for spec in stage.outputs}
+    if tensor not in makers:
+        return set()
+    maker = makers[tensor]
+    return {maker.name}.union(*(needed_for(spec.name, stages) for spec in maker.inputs))
 
 
 def _add(timings: dict[str, float], name: str, start: float) -> None:

@@ -12,7 +12,7 @@ from mllm_edge import bundle
 from mllm_edge.bundle import Manifest
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.runtime.budget import residence
-from mllm_edge.runtime.image_encoder import EMBEDS
+from mllm_edge.runtime.image_encoder import EMBEDS, needed_for
 from mllm_edge.runtime.late import LateLanguageModel, LateStage
 from mllm_edge.runtime.session import Model
 from mllm_edge.runtime.stage import LANGUAGE_MODEL_ENGINES, STAGE_ENGINES, LanguageModel, Options, check_engines
@@ -57,7 +57,7 @@ def load(
     check_engines(manifest.stages, manifest.language_model)
     options = _options(manifest, target, threads, kv_type, context, memory_budget)
     place = residence(manifest, options, memory_budget)
-    first = _needed_for(manifest, EMBEDS)
+    first = needed_for(EMBEDS, manifest.stages)
     with contextlib.ExitStack() as opened:
         stages: dict[str, LateStage] = {}
         for entry in manifest.stages:
@@ -73,15 +73,6 @@ def load(
         opened.callback(language_model.close)
         load_ms = 1000 * (time.perf_counter() - start)
         return Model(manifest, stages, language_model, load_ms, opened.pop_all(), place)
-
-
-def _needed_for(manifest: Manifest, tensor: str) -> set[str]:
-    """The stages that a tensor is made by."""
-    makers = {spec.name: entry for entry in manifest.stages for spec in entry.outputs}
-    if tensor not in makers:
-        return set()
-    entry = makers[tensor]
-    return {entry.name}.union(*(_needed_for(manifest, spec.name) for spec in entry.inputs))
 
 
 def _options(

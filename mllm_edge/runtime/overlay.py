@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -79,16 +80,16 @@ def _shrunk(mask: NDArray[np.bool_], reach: int) -> NDArray[np.bool_]:
 def _with_text(picture: Image.Image, masks: Sequence[Mask], text: str) -> Image.Image:
     size = max(16, picture.width // 36)
     font = ImageFont.load_default(size)
-    colors = _word_colors(masks, text)
     space, pad, line = font.getlength(" "), size // 2, int(size * 1.45)
     places: list[tuple[float, int, str, tuple[int, int, int]]] = []
     x, y = float(pad), pad
-    for word, color in colors:
+    for word, color, apart in _colored(masks, text):
         width = font.getlength(word)
-        if x > pad and x + width > picture.width - pad:
+        x += space * apart
+        if apart and x + width > picture.width - pad:
             x, y = float(pad), y + line
         places.append((x, y, word, color))
-        x += width + space
+        x += width
     whole = Image.new("RGB", (picture.width, picture.height + y + line + pad), PAPER)
     whole.paste(picture, (0, 0))
     draw = ImageDraw.Draw(whole)
@@ -100,13 +101,20 @@ def _with_text(picture: Image.Image, masks: Sequence[Mask], text: str) -> Image.
     return whole
 
 
-def _word_colors(masks: Sequence[Mask], text: str) -> list[tuple[str, tuple[int, int, int]]]:
-    """The words of the text with the color of the mask that each is tied to. Masks without words follow as numbers."""
-    words = []
+def _colored(masks: Sequence[Mask], text: str) -> list[tuple[str, tuple[int, int, int], bool]]:
+    """The words of the text with the color of the mask that each is tied to, and whether a space stands before them.
+
+    Punctuation behind a phrase is a word of its own. Masks without words follow as numbers.
+    """
+    ends = sorted({mask.span[1] for mask in masks})
+    words: list[tuple[str, tuple[int, int, int], bool]] = []
     for found in re.finditer(r"\S+", text):
-        owner = next((n for n, m in enumerate(masks) if m.span[0] <= found.start() < m.span[1]), None)
-        words.append((found.group(), INK if owner is None else COLORS[owner % len(COLORS)]))
+        cuts = [found.start(), *(end for end in ends if found.start() < end < found.end()), found.end()]
+        for start, end in pairwise(cuts):
+            owner = next((n for n, m in enumerate(masks) if m.span[0] <= start < m.span[1]), None)
+            color = INK if owner is None else COLORS[owner % len(COLORS)]
+            words.append((text[start:end], color, start == found.start() and start > 0))
     for number, mask in enumerate(masks):
         if not mask.phrase:
-            words.append((f"mask {number}", COLORS[number % len(COLORS)]))
+            words.append((f"mask {number}", COLORS[number % len(COLORS)], True))
     return words
