@@ -44,8 +44,22 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class BuiltEngine(FileEntry):
+    """A TensorRT engine of a stage: the package that built it, its version, the GPUs that it is for ("sm_89"), and the
+    SHA-256 of the graph that it was built from."""
+
+    package: str
+    version: str
+    capabilities: list[str]
+    graph: str
+
+
+@dataclass(frozen=True)
 class StageEntry(FileEntry):
     """One sub-network and the engine that runs it. Stages are wired to each other by tensor names.
+
+    A stage of engine "tensorrt" has its graph as `file`, and `engines` that were built from it; where there are none,
+    the device has to build its own.
 
     `flops` counts the floating-point operations of its products, `activation_bytes` the most that its graph holds
     between nodes; 0 where nobody counted.
@@ -59,6 +73,7 @@ class StageEntry(FileEntry):
     data_files: list[FileEntry] = field(default_factory=list)
     flops: int = 0
     activation_bytes: int = 0
+    engines: list[BuiltEngine] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -189,7 +204,7 @@ class Manifest:
 
     def files(self) -> list[FileEntry]:
         """Every file that must be in the folder."""
-        stages = [entry for stage in self.stages for entry in (stage, *stage.data_files)]
+        stages = [entry for stage in self.stages for entry in (stage, *stage.data_files, *stage.engines)]
         return [*stages, self.language_model, *self.extra_files]
 
     def stage(self, name: str) -> StageEntry:

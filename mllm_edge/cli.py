@@ -102,6 +102,7 @@ def train(
     "export SYSTEM --target cpu",
     "export SYSTEM --target cpu --weights HUB_ID --quant q4_k_m -o small.bundle",
     "export SYSTEM --target cuda --weights random --config 1b",
+    "export SYSTEM --target trt --device sm_86,sm_89,sm_120",
 )
 def export(
     screen: Screen,
@@ -122,6 +123,12 @@ def export(
     quant: Annotated[
         str, typer.Option(metavar="f32|f16|q8_0|q6_k|q5_k_m|q4_k_m", help="Of the language model.")
     ] = "q8_0",
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="sm_89,...|orin|orin-nano|thor", help="GPUs to build TensorRT engines for.", show_default=False
+        ),
+    ] = "",
     merge_tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Merge a picture's most similar tokens until N are left.")
     ] = None,
@@ -137,7 +144,7 @@ def export(
     screen.kept = "finished steps are kept, the same command goes on where it stopped"
     begun = time.monotonic()
     options: dict[str, Any] = {"target": target, "precision": precision, "quant": quant, "out": out, "force": force}
-    options |= {"merge_tokens": merge_tokens, "mmproj": mmproj}
+    options |= {"merge_tokens": merge_tokens, "mmproj": mmproj, "devices": [name for name in device.split(",") if name]}
     with screen.steps() as report:
         folder = write_bundle(system, weights, config, **options, report=report)
     seconds, manifest = time.monotonic() - begun, _manifest(folder)

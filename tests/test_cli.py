@@ -68,7 +68,7 @@ def test_version(call: Call) -> None:
         (["run"], "missing argument 'BUNDLE'; see: mllm-edge run --help"),
         (["export", "lava"], "there is no system 'lava'; did you mean 'llava'?"),
         (["train", "lm-pretrian"], "there is no recipe 'lm-pretrian'; did you mean 'lm-pretrain'?"),
-        (["export", "llava", "--target", "trt"], "target trt comes with a later version; use --target cuda, or cpu"),
+        (["export", "llava", "--target", "trt"], "target trt needs --device"),
         (["inspect", "nowhere"], "nowhere is not a bundle (it has no bundle.json); make one with: mllm-edge export"),
         (["bench", "b", "-o", "xml"], "there is no output form 'xml'; use md, csv, json, jsonl"),
     ],

@@ -8,14 +8,15 @@ import datetime
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mllm_edge
 from mllm_edge import bundle, models
-from mllm_edge.bundle import EmbeddingTable, FileEntry, LanguageModelEntry, Manifest, StageEntry
+from mllm_edge.bundle import BuiltEngine, EmbeddingTable, FileEntry, LanguageModelEntry, Manifest, StageEntry
 from mllm_edge.errors import BadInput
+from mllm_edge.export import tensorrt
 from mllm_edge.export.cost import BYTES_PER_WEIGHT, stage_flops, weight_count
 from mllm_edge.export.footprint import activation_bytes
 from mllm_edge.export.gguf import export_language_model
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEFAULT_PRECISION = {"cpu": "fp32", "cuda": "fp16"}
+DEFAULT_PRECISION = {"cpu": "fp32", "cuda": "fp16", "trt": "fp16"}
+ENGINE = ".engine"
 CALIBRATION_PICTURES = {"fp32": 0, "fp16": 8, "int8": 32}  # other pictures than those of the verification
 
 
@@ -45,6 +47,7 @@ def export(
     quant: str = "q8_0",
     out: str | Path | None = None,
     force: bool = False,
+    devices: Sequence[str] = (),
     merge_tokens: int | None = None,
     mmproj: bool = False,
     check: bool = True,
@@ -59,12 +62,14 @@ def export(
         system: a name from the registry.
         weights: "random", a folder or a hub id; "" takes the weights of `config` that come with the package.
         config: of shipped or "random" weights; by default the smallest.
-        target: "cpu" or "cuda".
-        precision: of the stages, "fp32", "fp16" or "int8"; by default fp32 for cpu and fp16 for cuda. A stage that is
-            not made for it takes the last of those that it is made for.
+        target: "cpu", "cuda" or "trt".
+        precision: of the stages, "fp32", "fp16" or "int8"; by default fp32 for cpu and fp16 for the others. A stage
+            that is not made for it takes the last of those that it is made for.
         quant: of the language model: "f32", "f16", "q8_0", "q6_k", "q5_k_m" or "q4_k_m".
         out: the bundle's folder; by default `<system>-<config>.bundle` in the working directory.
         force: replace a bundle that is already there.
+        devices: of target trt: compute capabilities such as "sm_89", for which TensorRT-RTX builds engines here, and
+            boards ("orin"), which build their own.
         merge_tokens: how many tokens a picture takes, fewer than the checkpoint's: the most similar ones become their
             mean (`kernels/token_merge.py`).
         mmproj: also write llama.cpp's multimodal projector file.
@@ -81,6 +86,7 @@ def export(
         MllmEdgeError: the disk is full, or a stage cannot be lowered.
     """
     precision = _check_options(target, precision, quant)
+    capabilities = _check_devices(target, devices)
     module = models.get(system).load_module()
     checkpoint = module.resolve(weights, config)
     if mmproj and not hasattr(module, "write_mmproj"):
@@ -92,8 +98,9 @@ def export(
         plan = with_merged_tokens(plan, merge_tokens)
     final = Path(out or f"{system}-{checkpoint.config}.bundle")
     with disk_full_explained(final.parent), Workplace(final, force) as place:
-        job = _Job(place, checkpoint, plan, precision, quant, _Clock(report, len(plan.stages) + 1 + mmproj + check))
-        manifest = job.manifest(target)
+        clock = _Clock(report, len(plan.stages) + 1 + mmproj + check)
+        job = _Job(place, checkpoint, plan, target, capabilities, precision, quant, clock)
+        manifest = job.manifest()
         if mmproj:
             manifest.extra_files.append(job.extra_file("mmproj", "mmproj.gguf", module.write_mmproj))
         bundle.write(manifest, place.folder)
@@ -106,15 +113,27 @@ def export(
 
 
 def _check_options(target: str, precision: str | None, quant: str) -> str:
-    if target == "trt":
-        raise BadInput("target trt comes with a later version; use --target cuda, or cpu")
     if target not in DEFAULT_PRECISION:
-        raise BadInput(f"unknown target {target!r}; use cpu or cuda")
+        raise BadInput(f"unknown target {target!r}; use {', '.join(DEFAULT_PRECISION)}")
     if precision is not None and precision not in PRECISIONS:
         raise BadInput(f"unknown precision {precision!r}; use one of {', '.join(PRECISIONS)}")
     if quant not in BYTES_PER_WEIGHT:
         raise BadInput(f"unknown quantization {quant!r}; use one of {', '.join(BYTES_PER_WEIGHT)}")
     return precision or DEFAULT_PRECISION[target]
+
+
+def _check_devices(target: str, devices: Sequence[str]) -> list[str]:
+    """The compute capabilities that engines are built for here; none where boards build their own."""
+    if target != "trt":
+        if devices:
+            raise BadInput(f"--device goes with --target trt; leave it out for target {target}")
+        return []
+    if not devices:
+        raise BadInput(
+            "target trt needs --device: compute capabilities of GPUs (sm_86,sm_89,sm_120), or a board that builds its "
+            f"own engines ({', '.join(tensorrt.BOARDS)})"
+        )
+    return tensorrt.check_devices(devices)[0]
 
 
 class _Clock:
@@ -142,18 +161,20 @@ class _Job:
     place: Workplace
     checkpoint: Checkpoint
     plan: ExportPlan
+    target: str
+    capabilities: list[str]
     precision: str
     quant: str
     clock: _Clock
 
-    def manifest(self, target: str) -> Manifest:
+    def manifest(self) -> Manifest:
         """Lower all stages and the language model."""
         self.place.need(_language_model_bytes(self.plan.language_model.dims, self.quant), "the language model")
         stages = [self._stage(stage) for stage in self.plan.stages]
         return Manifest(
             system=self.checkpoint.system,
             config=self.checkpoint.config,
-            target=target,
+            target=self.target,
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             tool_version=mllm_edge.__version__,
             licences=self.plan.licences,
@@ -190,24 +211,43 @@ class _Job:
             feeds = samples.inputs(stage) if precision != "fp32" else []
             data_files = export_stage(dataclasses.replace(stage, module=lambda: module), path, precision, feeds)
             details = {"flops": stage_flops(module, stage.inputs), "activation_bytes": activation_bytes(path)}
-            return Finished([self.place.entry(file) for file in (path, *data_files)], details)
+            engines = [self._engine(stage, path)] if self.capabilities else []
+            return Finished([self.place.entry(file) for file in (path, *data_files, *engines)], details)
 
         shapes = [dataclasses.asdict(spec) for spec in (*stage.inputs, *stage.outputs)]
         pixels = [dataclasses.asdict(step) for step in self.plan.preprocessing]
-        key = self._made_from(precision=precision, shapes=shapes, preprocessing=pixels)
+        built = {"devices": self.capabilities, "version": tensorrt.version("rtx")} if self.capabilities else {}
+        key = self._made_from(precision=precision, shapes=shapes, preprocessing=pixels, **built)
         with self.clock.step(stage.name):
             finished = self.place.step(stage.name, key, build)
-        file, *data_files = finished.files
+        files = [entry for entry in finished.files if not entry.file.endswith(ENGINE)]
         return StageEntry(
-            **dataclasses.asdict(file),
+            **dataclasses.asdict(files[0]),
             name=stage.name,
-            engine="onnx",
+            engine="tensorrt" if self.target == "trt" else "onnx",
             precision=precision,
             inputs=stage.inputs,
             outputs=stage.outputs,
-            data_files=data_files,
+            data_files=files[1:],
+            engines=[
+                BuiltEngine(
+                    **dataclasses.asdict(entry),
+                    package=tensorrt.KINDS["rtx"].package,
+                    version=tensorrt.version("rtx"),
+                    capabilities=self.capabilities,
+                    graph=files[0].sha256,
+                )
+                for entry in finished.files
+                if entry.file.endswith(ENGINE)
+            ],
             **finished.details,
         )
+
+    def _engine(self, stage: StageExport, path: Path) -> Path:
+        """Build a stage's engine beside its graph."""
+        file = path.with_suffix(ENGINE)
+        file.write_bytes(tensorrt.build(path, stage.inputs, stage.outputs, self.capabilities))
+        return file
 
     def _language_model(self, lm: LanguageModelExport) -> LanguageModelEntry:
         key = self._made_from(quant=self.quant, state_positions=lm.state_positions)

@@ -76,10 +76,13 @@ def verify(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, pictures: Seq
     assert_same_tokens(folder / manifest.language_model.file, checkpoint.tokenizer)
     samples = Samples(plan, pictures)
     # The KV cache's type is chosen at run time and not what is measured here; read() has checked the hashes.
-    options = Options(manifest.target, False, usable_cores(), "f32", _context(plan))
+    target = (
+        None if manifest.target != "trt" else "cpu"
+    )  # engines need their GPU; the graphs that they are made of do not
+    options = Options(target or manifest.target, False, usable_cores(), "f32", _context(plan))
     rows = [_stage_row(folder, manifest.stage(stage.name), stage, samples, options) for stage in plan.stages]
     if _fits(plan.language_model.dims):
-        with load(folder, kv_type="f32", context=_context(plan), verify_hash=False) as model:
+        with load(folder, target, kv_type="f32", context=_context(plan), verify_hash=False) as model:
             reference = _reference(checkpoint)
             rows += _language_rows(model, manifest, plan, samples, pictures, reference)
             rows += mask_rows(model, manifest, plan, samples, pictures, reference)

@@ -258,7 +258,7 @@ def export_plan(checkpoint: Checkpoint) -> ExportPlan:
                 part("mask_head.", lambda: MaskHead(dims)),
                 [embedding, states],
                 [TensorSpec("mask_logits", "float32", ["masks", 4 * grid, 4 * grid])],
-                precisions=("fp32", "fp16"),
+                precisions=("fp32",),  # small, and masks suffer in half precision (nanosam keeps its own so)
             ),
         ],
         language_model=LanguageModelExport(

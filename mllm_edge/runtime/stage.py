@@ -119,13 +119,25 @@ def _onnx(path: Path, entry: StageEntry, options: Options) -> Stage:
     return OnnxStage(path, entry, options)
 
 
+def _graph_of_engine(path: Path, entry: StageEntry, options: Options) -> Stage:
+    if options.target == "trt":
+        raise MllmEdgeError(
+            f"{path.name}: this version builds TensorRT engines and does not run them yet; load the bundle with target "
+            "cpu or cuda, which run the same graph by ONNX Runtime"
+        )
+    return _onnx(path, entry, options)
+
+
 def _gguf(path: Path, entry: LanguageModelEntry, options: Options) -> LanguageModel:
     from mllm_edge.runtime.llama import LlamaLanguageModel
 
     return LlamaLanguageModel(path, entry, options)
 
 
-STAGE_ENGINES: dict[str, Callable[[Path, StageEntry, Options], Stage]] = {"onnx": _onnx}
+STAGE_ENGINES: dict[str, Callable[[Path, StageEntry, Options], Stage]] = {
+    "onnx": _onnx,
+    "tensorrt": _graph_of_engine,
+}
 LANGUAGE_MODEL_ENGINES: dict[str, Callable[[Path, LanguageModelEntry, Options], LanguageModel]] = {"gguf": _gguf}
 
 

@@ -260,7 +260,7 @@ def test_lock_of_a_dead_process_is_taken_over(toy, out):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": "trt"}, "later version"),
+        ({"target": "trt"}, "needs --device"),
         ({"target": "tpu"}, "cpu or cuda"),
         ({"precision": "fp8"}, "fp32, fp16, int8"),
         ({"quant": "q3"}, "q4_k_m"),

@@ -1,0 +1,106 @@
+"""TensorRT-RTX builds engines here, without a GPU; what they hold can be read back only with one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import onnx
+import pytest
+
+import mllm_edge
+from mllm_edge import bundle
+from mllm_edge.bundle import TensorSpec
+from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
+from mllm_edge.export import tensorrt
+from mllm_edge.export.onnx import export_stage
+from mllm_edge.models import glamm, llava
+from mllm_edge.models.interface import StageExport
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install 'mllm-edge[rtx]'")
+
+GPUS = ["sm_86", "sm_89", "sm_120"]
+
+
+def stages() -> list[tuple[str, StageExport]]:
+    plans = {
+        "llava tiny": llava.export_plan(llava.resolve("", None)),
+        "glamm tiny": glamm.export_plan(glamm.resolve("", None)),
+    }
+    found = [(f"{name} {stage.name}", stage) for name, plan in plans.items() for stage in plan.stages]
+    full = {stage.name: stage for stage in glamm.export_plan(glamm.resolve("random", "7b-lite")).stages}
+    return [*found, ("CLIP-L/14-336", full["vision_encoder"]), ("SAM ViT-B", full["mask_encoder"])]
+
+
+@pytest.mark.parametrize(("name", "stage"), stages(), ids=[name for name, _ in stages()])
+def test_every_stage_builds_for_three_gpus(name: str, stage: StageExport, tmp_path: Path) -> None:
+    path = tmp_path / f"{stage.name}.onnx"
+    # fp16 lays the typed casts into the graph; at full size tracing alone is slow enough.
+    export_stage(stage, path, "fp16" if "tiny" in name and "fp16" in stage.precisions else "fp32")
+    told: list[float] = []
+    engine = tensorrt.build(path, stage.inputs, stage.outputs, GPUS, progress=told.append)
+    assert len(engine) > 100_000
+    assert told == sorted(told)
+    assert 0 < told[-1] <= 1
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StageExport]:
+    stage = llava.export_plan(llava.resolve("", None)).stages[1]
+    path = tmp_path_factory.mktemp("small") / "connector.onnx"
+    export_stage(stage, path, "fp32")
+    return path, stage
+
+
+def test_a_node_that_the_parser_refuses_is_named(small: tuple[Path, StageExport], tmp_path: Path) -> None:
+    model = onnx.load(small[0])
+    model.graph.node[0].op_type = "Blorp"
+    onnx.save(model, tmp_path / "connector.onnx")
+    with pytest.raises(MllmEdgeError, match=rf"connector: TensorRT cannot read {model.graph.node[0].name} \(Blorp"):
+        tensorrt.build(tmp_path / "connector.onnx", small[1].inputs, small[1].outputs, ["sm_89"])
+
+
+def test_a_network_that_is_not_the_manifests_is_refused(small: tuple[Path, StageExport]) -> None:
+    other = [TensorSpec("image_embeds", "float32", [1, 2, 3])]
+    with pytest.raises(MllmEdgeError, match="TensorRT's network gives"):
+        tensorrt.build(small[0], small[1].inputs, other, ["sm_89"])
+
+
+@pytest.mark.parametrize(
+    ("target", "devices", "reason"),
+    [
+        ("trt", [], "needs --device"),
+        ("trt", ["sm_12"], "no device that engines can be made for; use .*sm_89"),
+        ("trt", ["tx2"], "a board that builds its own: orin"),
+        ("cpu", ["sm_89"], "goes with --target trt"),
+    ],
+)
+def test_devices_that_cannot_be(target: str, devices: list[str], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=reason):
+        mllm_edge.export("llava", target=target, devices=devices, out=tmp_path / "x.bundle")
+
+
+def test_without_the_package_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tensorrt.KINDS, "rtx", dataclasses.replace(tensorrt.KINDS["rtx"], module="no_such_package"))
+    with pytest.raises(MissingPackage, match=r"mllm-edge\[rtx\]"):
+        tensorrt.check_devices(["sm_89"])
+
+
+def test_a_bundle_of_engines(tmp_path: Path) -> None:
+    folder = mllm_edge.export("llava", target="trt", devices=["sm_89", "orin"], out=tmp_path / "l.bundle")
+    manifest = bundle.read(folder)
+    assert manifest.target == "trt"
+    for stage in manifest.stages:
+        assert (stage.engine, stage.precision) == ("tensorrt", "fp16")
+        (engine,) = stage.engines
+        assert (engine.capabilities, engine.package, engine.graph) == (["sm_89"], "tensorrt-rtx", stage.sha256)
+        assert (folder / engine.file).stat().st_size == engine.bytes
+    with pytest.raises(MllmEdgeError, match="load the bundle with target cpu or cuda"):
+        mllm_edge.load(folder, threads=1)
+    with mllm_edge.load(folder, "cpu", threads=1) as model:
+        assert model.generate("What is in the picture?", max_tokens=2).tokens.generated
+
+
+def test_a_board_builds_its_own(tmp_path: Path) -> None:
+    folder = mllm_edge.export("llava", target="trt", devices=["orin"], out=tmp_path / "l.bundle")
+    assert [stage.engines for stage in bundle.read(folder).stages] == [[], []]
