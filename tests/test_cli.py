@@ -68,7 +68,10 @@ def test_version(call: Call) -> None:
         (["run"], "missing argument 'BUNDLE'; see: mllm-edge run --help"),
         (["export", "lava"], "there is no system 'lava'; did you mean 'llava'?"),
         (["train", "lm-pretrian"], "there is no recipe 'lm-pretrian'; did you mean 'lm-pretrain'?"),
-        (["export", "llava", "--target", "trt"], "target trt needs --device"),
+        (
+            ["export", "llava", "--target", "cpu", "--device", "orin"],
+            "--device goes with --target trt; leave it out for target cpu",
+        ),
         (["inspect", "nowhere"], "nowhere is not a bundle (it has no bundle.json); make one with: mllm-edge export"),
         (["bench", "b", "-o", "xml"], "there is no output form 'xml'; use md, csv, json, jsonl"),
     ],
@@ -286,6 +289,7 @@ def test_export_passes_its_options_and_reports_steps(
     words = ["export", "llava", "--target", "cuda", "--weights", "random", "--config", "1b", "--precision", "fp16"]
     said = call(*words, "--quant", "q4_k_m", "-o", "x.bundle", "--merge-tokens", "10", "--mmproj", "--force")
     assert given == {
+        "devices": [],
         "system": "llava",
         "weights": "random",
         "config": "1b",

@@ -261,7 +261,7 @@ def test_lock_of_a_dead_process_is_taken_over(toy, out):
     ("options", "message"),
     [
         ({"target": "trt"}, "needs --device"),
-        ({"target": "tpu"}, "cpu or cuda"),
+        ({"target": "tpu"}, "use cpu, cuda, trt"),
         ({"precision": "fp8"}, "fp32, fp16, int8"),
         ({"quant": "q3"}, "q4_k_m"),
         ({"mmproj": True}, "without --mmproj"),
