@@ -61,12 +61,13 @@ def _grounded(answers: Sequence[tuple[Truth, Prediction]]) -> dict[str, float]:
     mious = [miou(prediction.masks, truth.masks) for truth, prediction in answers]
     found = sum(matches(truth, prediction) for truth, prediction in answers)
     wanted = sum(len(truth.masks) for truth, _ in answers)
-    named = [_names_all(truth, prediction) for truth, prediction in answers]
+    named = [_named(truth, prediction) for truth, prediction in answers]
     return {
         "miou": float(np.mean(mious)),
         "recall": found / max(wanted, 1),
         "ap50": ap50(answers),
-        "all_named": float(np.mean(named)),
+        "named": sum(named) / max(wanted, 1),
+        "all_named": float(np.mean([n == len(truth.phrases) for n, (truth, _) in zip(named, answers, strict=True)])),
         **_texts(answers),
     }
 
@@ -117,15 +118,16 @@ def word_overlap(a: str, b: str) -> float:
     return 2 * shared / (len(one) + len(other)) if shared else 0.0
 
 
-def _names_all(truth: Truth, prediction: Prediction) -> bool:
-    """Whether the answer names every object: each phrase's words are in a phrase of the answer of its own."""
+def _named(truth: Truth, prediction: Prediction) -> int:
+    """How many objects the answer names: all words of the object's phrase are in a phrase of the answer of its own."""
     left = [set(words(phrase)) for phrase in prediction.phrases]
+    number = 0
     for phrase in sorted(truth.phrases, key=lambda text: -len(words(text))):
         owner = next((names for names in left if set(words(phrase)) <= names), None)
-        if owner is None:
-            return False
-        left.remove(owner)
-    return True
+        if owner is not None:
+            number += 1
+            left.remove(owner)
+    return number
 
 
 def ap50(answers: Sequence[tuple[Truth, Prediction]]) -> float:

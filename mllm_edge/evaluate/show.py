@@ -16,6 +16,7 @@ NAMES = {
     "miou": "mIoU",
     "recall": "mask recall",
     "ap50": "AP50",
+    "named": "objects named",
     "all_named": "all objects named",
     "exact": "exact",
     "meteor": "METEOR (no synonyms)",

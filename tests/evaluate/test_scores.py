@@ -54,5 +54,5 @@ def test_all_objects_must_be_named_each_by_a_phrase_of_its_own() -> None:
     truth = Truth(["t"], [mask(0), mask(1)], ["red star", "red star"])
     one = Prediction("a red star", [mask(0)], ["a red star"])
     both = Prediction("a red star and another red star", [mask(0), mask(1)], ["a small red star", "another red star"])
-    assert score("grounded", [(truth, one)])["all_named"] == 0
-    assert score("grounded", [(truth, both)])["all_named"] == 100
+    scores = score("grounded", [(truth, one), (truth, both)])
+    assert (scores["named"], scores["all_named"]) == (75, 50)
