@@ -18,11 +18,10 @@ from rich.text import Text
 
 import mllm_edge
 from mllm_edge.cli import main as mllm_edge_command
-from mllm_edge.recipes.grounded import CAPTION_QUESTIONS
+from mllm_edge.recipes.grounded import GROUNDED_QUESTION
 from mllm_edge.recipes.scenes import SHORT, Question, Scene, questions, render, sample_scene
 from mllm_edge.runtime.overlay import COLORS, write_pictures
 
-GROUNDED_QUESTION = CAPTION_QUESTIONS[-1]
 FOLDER = Path("build/demo")
 BUNDLE, GLAMM = FOLDER / "llava.bundle", FOLDER / "glamm.bundle"
 ANSWER = FOLDER / "answer"

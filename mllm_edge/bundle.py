@@ -281,21 +281,30 @@ def check(manifest: Manifest, folder: Path) -> None:
     for entry in manifest.files():
         locate(folder, entry.file)
     produced: dict[str, tuple[TensorSpec, str]] = {}
+    given = {step.input for step in manifest.preprocessing} | {"boxes", "seg_states"}  # of pictures, users, the decoder
     for stage in manifest.stages:
         if stage.engine not in ENGINES:
             raise BadInput(f"{stage.file} asks for engine {stage.engine!r}; known: {', '.join(ENGINES)}")
         for spec in stage.inputs:
             if spec.name in produced:
                 _same_dims(spec, stage.file, *produced[spec.name])
+            elif spec.name not in given:
+                raise BadInput(f"nothing before {stage.file} gives its input {spec.name}; export the bundle again")
         produced.update({spec.name: (spec, stage.file) for spec in stage.outputs})
     lm = manifest.language_model
-    if "image_embeds" in produced:
-        spec, file = produced["image_embeds"]
-        if spec.shape[-1] != lm.hidden_width:
+    states = {
+        spec.name: (spec, stage.file) for stage in manifest.stages for spec in stage.inputs if spec.name == "seg_states"
+    }
+    for name, (spec, file) in {**produced, **states}.items():
+        if name in ("image_embeds", "region_embeds", "seg_states") and spec.shape[-1] != lm.hidden_width:
             raise BadInput(
-                f"{file} gives embeddings of width {spec.shape[-1]} but {lm.file} takes {lm.hidden_width}; "
+                f"{file} gives or takes {name} of width {spec.shape[-1]} but {lm.file} takes {lm.hidden_width}; "
                 "export both from the same checkpoint"
             )
+    if len(manifest.prompt.phrase) not in (0, 2) or (manifest.prompt.box and "region_embeds" not in produced):
+        raise BadInput(
+            f"{folder / MANIFEST}: the prompt's phrases or boxes are not what the stages give; export it again"
+        )
     if lm.embedding.shape != [lm.vocabulary, lm.hidden_width]:
         raise BadInput(f"{lm.file}: embedding {lm.embedding.shape} is not [{lm.vocabulary}, {lm.hidden_width}]")
     for step in manifest.preprocessing:

@@ -219,8 +219,9 @@ def run(
         if loading.memory_budget:
             screen.aside(str(model.residence))
         pieces = model.stream(question, pictures, boxes, raw=raw, teacher_forced=teacher_forced, **vars(decoding))
-        answer = _shown(screen, pieces, stream and not screen.as_json)
-    if not stream or screen.as_json:
+        stream = stream and not screen.as_json and teacher_forced is None
+        answer = _shown(screen, pieces, stream)
+    if not stream:
         screen.result(answer.to_json(), answer.text)
     _write_masks(screen, answer, pictures, out)
     screen.times(answer)
@@ -252,10 +253,9 @@ def chat(
                 elif command == "/box":
                     boxes += _boxes([argument.strip()])
                 elif text:
-                    asked, boxes = boxes, []
-                    answer = _shown(screen, dialogue.stream(text, pictures, asked), not screen.as_json)
+                    answer = _shown(screen, dialogue.stream(text, pictures, boxes), not screen.as_json)
                     turns.append({"prompt": text, **answer.to_json()})
-                    pictures = []
+                    pictures, boxes = [], []
                     _write_masks(screen, answer, looked_at, out and out / f"turn_{len(turns)}")
                     screen.times(answer)
     if screen.as_json:

@@ -170,7 +170,7 @@ def _late_stages(model: Model, picture: NDArray[np.uint8]) -> dict[str, float]:
         height, width = picture.shape[:2]
         whole = (0, 0, width, height)
         asked.append(model.generate(model.manifest.prompt.box, picture, [whole], max_tokens=1))
-    names = [*model.stages, "masks"]
+    names = {stage.name for stage in model.manifest.stages} | {"masks"}
     return {name: ms for answer in asked for name, ms in answer.timings.items() if name in names and ms > 0}
 
 

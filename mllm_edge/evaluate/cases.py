@@ -12,8 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mllm_edge.bundle import sha256
 from mllm_edge.errors import BadInput
-from mllm_edge.recipes.grounded import CAPTION_QUESTIONS, REGION_QUESTIONS, SEGMENT_TURNS, region_caption
+from mllm_edge.recipes.grounded import (
+    CAPTION_QUESTIONS,
+    GROUNDED_QUESTION,
+    REGION_QUESTIONS,
+    SEGMENT_TURNS,
+    region_caption,
+)
 from mllm_edge.recipes.readers import GroundedEntry, Reference, read_grandf, read_refcoco
 from mllm_edge.recipes.scenes import boxes, grounded_caption, masks, referring_expressions, render, sample_scene
 from mllm_edge.recipes.segmentation import decode_segmentation
@@ -22,7 +29,7 @@ from mllm_edge.runtime.images import load_image
 Mask = NDArray[np.bool_]
 SCENES = {"scenes-referring": "referring", "scenes-grounded": "grounded", "scenes-regions": "regions"}
 SIZE = 320  # pixels of a scene
-REGION_QUESTION, REFERRING_QUESTION, GROUNDED_QUESTION = REGION_QUESTIONS[0], SEGMENT_TURNS[0][0], CAPTION_QUESTIONS[-1]
+REGION_QUESTION, REFERRING_QUESTION = REGION_QUESTIONS[0], SEGMENT_TURNS[0][0]
 
 
 @dataclass(frozen=True)
@@ -47,11 +54,15 @@ class Case:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Cases of one kind: "referring" (a mask), "grounded" (a text with masks) or "regions" (a text about a box)."""
+    """Cases of one kind: "referring" (a mask), "grounded" (a text with masks) or "regions" (a text about a box).
+
+    `digest` is the SHA-256 of the file that they come from, "" of scenes.
+    """
 
     name: str
     kind: str
     cases: list[Case]
+    digest: str = ""
 
 
 def scenes(name: str, number: int, split: str) -> DataSet:
@@ -115,9 +126,9 @@ def files(path: Path, images: Path, instances: Path | None, split: str, regions:
     Raises:
         BadInput: neither layout, or a malformed file.
     """
-    first = _first_entry(path)
+    first, digest = _first_entry(path), sha256(path)
     if "groundings" in first:
-        return DataSet(path.name, "grounded", [_grounded(entry, images) for entry in read_grandf(path)])
+        return DataSet(path.name, "grounded", [_grounded(e, images) for e in read_grandf(path)], digest)
     if "ref_id" not in first:
         raise BadInput(f"{path} is neither GranD-f's (groundings) nor RefCOCO's (ref_id) layout; see docs/glamm.md")
     if instances is None:
@@ -125,8 +136,8 @@ def files(path: Path, images: Path, instances: Path | None, split: str, regions:
     references = read_refcoco(path, instances, split)
     name = f"{path.name} ({split})"
     if regions:
-        return DataSet(name, "regions", [_region(reference, images) for reference in references])
-    return DataSet(name, "referring", list(_referring(references, images)))
+        return DataSet(name, "regions", [_region(reference, images) for reference in references], digest)
+    return DataSet(name, "referring", list(_referring(references, images)), digest)
 
 
 def _first_entry(path: Path) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mllm_edge.errors import BadInput
-from mllm_edge.evaluate.cases import Case, DataSet
+from mllm_edge.evaluate.cases import Case, DataSet, Truth
 from mllm_edge.evaluate.scores import Prediction, score
 from mllm_edge.recipes.segmentation import decode_segmentation
 from mllm_edge.runtime import Model
@@ -47,6 +47,8 @@ def evaluate(
     if not data.cases:
         raise BadInput(f"{data.name} has no cases; check the file and the split")
     title = {
+        "kind": data.kind,
+        "digest": data.digest,
         "bundle": model.manifest.language_model.sha256,
         "stages": {stage.name: stage.sha256 for stage in model.manifest.stages},
         "dataset": data.name,
@@ -55,17 +57,21 @@ def evaluate(
     }
     done = _begun(out, title, resume) if out else {}
     report(len(done), len(data.cases))
-    answers = []
-    for number, case in enumerate(data.cases, start=1):
-        picture = case.open()
-        if case.name not in done:
-            done[case.name] = _ask(model, case, picture, teacher_forced)
-            if out:
-                with out.open("a", encoding="utf-8") as stream:
-                    stream.write(json.dumps({"case": case.name, **done[case.name]}) + "\n")
-            report(number, len(data.cases))
-        answers.append((case.truth(picture), _prediction(done[case.name])))
-    return {"dataset": data.name, "kind": data.kind, "cases": len(answers), "scores": score(data.kind, answers)}
+
+    def answers() -> Iterator[tuple[Truth, Prediction]]:
+        for number, case in enumerate(data.cases, start=1):
+            picture = case.open()
+            told = done.get(case.name)
+            if told is None:
+                told = _ask(model, case, picture, teacher_forced)
+                if out:
+                    with out.open("a", encoding="utf-8") as stream:
+                        stream.write(json.dumps({"case": case.name, **told}) + "\n")
+                report(number, len(data.cases))
+            yield case.truth(picture), _prediction(told)
+
+    scores = score(data.kind, answers())
+    return {"dataset": data.name, "kind": data.kind, "cases": len(data.cases), "scores": scores}
 
 
 def _ask(model: Model, case: Case, picture: Any, teacher_forced: bool) -> dict[str, Any]:
@@ -103,5 +109,6 @@ def _begun(out: Path, title: dict[str, Any], resume: bool) -> dict[str, dict[str
         done = {entry["case"]: {"text": entry["text"], "masks": entry["masks"]} for entry in entries}
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{out} is damaged ({error}); give another --out") from None
-    out.write_text(whole, encoding="utf-8")
+    with out.open("r+b") as stream:
+        stream.truncate(len(whole.encode()))
     return done

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,53 +36,71 @@ class Prediction:
     phrases: list[str]
 
 
-def score(kind: str, answers: Sequence[tuple[Truth, Prediction]]) -> dict[str, float]:
-    """All scores of a kind of data set, in percent."""
+def score(kind: str, answers: Iterable[tuple[Truth, Prediction]]) -> dict[str, float]:
+    """All scores of a kind of data set, in percent. Answers are looked at once, one after the other."""
     shares = {"referring": _referring, "grounded": _grounded, "regions": _regions}[kind](answers)
     return {name: round(100 * value, 2) for name, value in shares.items()}
 
 
-def _referring(answers: Sequence[tuple[Truth, Prediction]]) -> dict[str, float]:
+def _referring(answers: Iterable[tuple[Truth, Prediction]]) -> dict[str, float]:
     """cIoU (all intersections over all unions), gIoU (mean IoU, 1 where both are empty), and answers that have a mask.
     The first mask of an answer counts."""
     shared = united = 0
-    each = []
+    each, answered = [], []
     for truth, prediction in answers:
         wanted = truth.masks[0]
         found = prediction.masks[0] if prediction.masks else np.zeros_like(wanted)
         shared += np.count_nonzero(found & wanted)
         united += np.count_nonzero(found | wanted)
         each.append(iou(found, wanted))
-    answered = [bool(prediction.masks) for _, prediction in answers]
+        answered.append(bool(prediction.masks))
     return {"ciou": shared / max(united, 1), "giou": float(np.mean(each)), "answered": float(np.mean(answered))}
 
 
-def _grounded(answers: Sequence[tuple[Truth, Prediction]]) -> dict[str, float]:
-    mious = [miou(prediction.masks, truth.masks) for truth, prediction in answers]
-    found = sum(matches(truth, prediction) for truth, prediction in answers)
-    wanted = sum(len(truth.masks) for truth, _ in answers)
-    named = [_named(truth, prediction) for truth, prediction in answers]
+def _grounded(answers: Iterable[tuple[Truth, Prediction]]) -> dict[str, float]:
+    mious, all_named = [], []
+    found = named = wanted = 0
+    judge, texts = Ap50(), _Texts()
+    for truth, prediction in answers:
+        mious.append(miou(prediction.masks, truth.masks))
+        found += matches(truth, prediction)
+        wanted += len(truth.masks)
+        named += (number := _named(truth, prediction))
+        all_named.append(number == len(truth.phrases))
+        judge.add(truth, prediction)
+        texts.add(truth, prediction)
     return {
         "miou": float(np.mean(mious)),
         "recall": found / max(wanted, 1),
-        "ap50": ap50(answers),
-        "named": sum(named) / max(wanted, 1),
-        "all_named": float(np.mean([n == len(truth.phrases) for n, (truth, _) in zip(named, answers, strict=True)])),
-        **_texts(answers),
+        "ap50": judge.value(),
+        "named": named / max(wanted, 1),
+        "all_named": float(np.mean(all_named)),
+        **texts.scores(),
     }
 
 
-def _regions(answers: Sequence[tuple[Truth, Prediction]]) -> dict[str, float]:
-    right = [exact(prediction.text, truth.texts) for truth, prediction in answers]
-    return {"exact": float(np.mean(right)), **_texts(answers)}
+def _regions(answers: Iterable[tuple[Truth, Prediction]]) -> dict[str, float]:
+    right, texts = [], _Texts()
+    for truth, prediction in answers:
+        right.append(exact(prediction.text, truth.texts))
+        texts.add(truth, prediction)
+    return {"exact": float(np.mean(right)), **texts.scores()}
 
 
-def _texts(answers: Sequence[tuple[Truth, Prediction]]) -> dict[str, float]:
-    found, wanted = [prediction.text for _, prediction in answers], [truth.texts for truth, _ in answers]
-    return {
-        "meteor": float(np.mean([meteor(text, texts) for text, texts in zip(found, wanted, strict=True)])),
-        "cider": cider(found, wanted),
-    }
+class _Texts:
+    """Texts with those that would do."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+        self.wanted: list[list[str]] = []
+
+    def add(self, truth: Truth, prediction: Prediction) -> None:
+        self.found.append(prediction.text)
+        self.wanted.append(truth.texts)
+
+    def scores(self) -> dict[str, float]:
+        pairs = zip(self.found, self.wanted, strict=True)
+        return {"meteor": float(np.mean([meteor(*pair) for pair in pairs])), "cider": cider(self.found, self.wanted)}
 
 
 def miou(found: Sequence[Mask], wanted: Sequence[Mask]) -> float:
@@ -130,40 +148,45 @@ def _named(truth: Truth, prediction: Prediction) -> int:
     return number
 
 
-def ap50(answers: Sequence[tuple[Truth, Prediction]]) -> float:
-    """COCO's AP at IoU 0.5, all masks of one class with score 1, by pycocotools.
+class Ap50:
+    """COCO's AP at IoU 0.5, all masks of one class with score 1, by pycocotools. Masks are kept as run lengths."""
 
-    Raises:
-        MissingPackage: pycocotools is not installed.
-    """
-    try:
-        from pycocotools.coco import COCO  # type: ignore[import-untyped]
-        from pycocotools.cocoeval import COCOeval  # type: ignore[import-untyped]
-    except ModuleNotFoundError:
-        raise MissingPackage("pycocotools", "eval") from None
-    truths = [_coco(mask, number) for number, (truth, _) in enumerate(answers) for mask in truth.masks]
-    found = [{**_coco(mask, number), "score": 1.0} for number, (_, p) in enumerate(answers) for mask in p.masks]
-    if not truths or not found:
-        return 0.0
-    with contextlib.redirect_stdout(io.StringIO()):
-        gold = COCO()
-        gold.dataset = {
-            "info": {},
-            "images": [_size(number, *answer) for number, answer in enumerate(answers)],
-            "categories": [{"id": 1}],
-            "annotations": [{**entry, "id": number} for number, entry in enumerate(truths, start=1)],
-        }
-        gold.createIndex()
-        judge = COCOeval(gold, gold.loadRes(found), "segm")
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
-    return max(0.0, float(judge.stats[1]))
+    def __init__(self) -> None:
+        self._sizes: list[dict[str, int]] = []
+        self._truths: list[dict[str, Any]] = []
+        self._found: list[dict[str, Any]] = []
 
+    def add(self, truth: Truth, prediction: Prediction) -> None:
+        """The masks of one more picture."""
+        number = len(self._sizes)
+        height, width = next((mask.shape for mask in [*truth.masks, *prediction.masks]), (1, 1))
+        self._sizes.append({"id": number, "height": height, "width": width})
+        self._truths += [_coco(mask, number) for mask in truth.masks]
+        self._found += [{**_coco(mask, number), "score": 1.0} for mask in prediction.masks]
 
-def _size(number: int, truth: Truth, prediction: Prediction) -> dict[str, int]:
-    height, width = next((mask.shape for mask in [*truth.masks, *prediction.masks]), (1, 1))
-    return {"id": number, "height": height, "width": width}
+    def value(self) -> float:
+        """The score, 0..1. Raises MissingPackage when pycocotools is not installed."""
+        try:
+            from pycocotools.coco import COCO  # type: ignore[import-untyped]
+            from pycocotools.cocoeval import COCOeval  # type: ignore[import-untyped]
+        except ModuleNotFoundError:
+            raise MissingPackage("pycocotools", "eval") from None
+        if not self._truths or not self._found:
+            return 0.0
+        with contextlib.redirect_stdout(io.StringIO()):
+            gold = COCO()
+            gold.dataset = {
+                "info": {},
+                "images": self._sizes,
+                "categories": [{"id": 1}],
+                "annotations": [{**entry, "id": number} for number, entry in enumerate(self._truths, start=1)],
+            }
+            gold.createIndex()
+            judge = COCOeval(gold, gold.loadRes(self._found), "segm")
+            judge.evaluate()
+            judge.accumulate()
+            judge.summarize()
+        return max(0.0, float(judge.stats[1]))
 
 
 def _coco(mask: Mask, image: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ SIGMA = 6.0  # of CIDEr-D's penalty for another length
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words without punctuation, as the COCO caption evaluation compares them."""
+    """Lower-case words without punctuation."""
     return re.findall(r"[\w']+", text.lower())
 
 

@@ -133,7 +133,7 @@ def _check_devices(target: str, devices: Sequence[str]) -> list[str]:
             "target trt needs --device: compute capabilities of GPUs (sm_86,sm_89,sm_120), or a board that builds its "
             f"own engines ({', '.join(tensorrt.BOARDS)})"
         )
-    return tensorrt.check_devices(devices)[0]
+    return tensorrt.capabilities(devices)
 
 
 class _Clock:
@@ -211,14 +211,14 @@ class _Job:
             feeds = samples.inputs(stage) if precision != "fp32" else []
             data_files = export_stage(dataclasses.replace(stage, module=lambda: module), path, precision, feeds)
             details = {"flops": stage_flops(module, stage.inputs), "activation_bytes": activation_bytes(path)}
-            engines = [self._engine(stage, path)] if self.capabilities else []
+            engines = [self._engine(stage, path, tell)] if self.capabilities else []
             return Finished([self.place.entry(file) for file in (path, *data_files, *engines)], details)
 
         shapes = [dataclasses.asdict(spec) for spec in (*stage.inputs, *stage.outputs)]
         pixels = [dataclasses.asdict(step) for step in self.plan.preprocessing]
-        built = {"devices": self.capabilities, "version": tensorrt.version("rtx")} if self.capabilities else {}
+        built = {"devices": self.capabilities, "version": tensorrt.version()} if self.capabilities else {}
         key = self._made_from(precision=precision, shapes=shapes, preprocessing=pixels, **built)
-        with self.clock.step(stage.name):
+        with self.clock.step(stage.name) as tell:
             finished = self.place.step(stage.name, key, build)
         files = [entry for entry in finished.files if not entry.file.endswith(ENGINE)]
         return StageEntry(
@@ -232,8 +232,8 @@ class _Job:
             engines=[
                 BuiltEngine(
                     **dataclasses.asdict(entry),
-                    package=tensorrt.KINDS["rtx"].package,
-                    version=tensorrt.version("rtx"),
+                    package=tensorrt.PACKAGE,
+                    version=tensorrt.version(),
                     capabilities=self.capabilities,
                     graph=files[0].sha256,
                 )
@@ -243,10 +243,10 @@ class _Job:
             **finished.details,
         )
 
-    def _engine(self, stage: StageExport, path: Path) -> Path:
+    def _engine(self, stage: StageExport, path: Path, tell: Callable[[float], None]) -> Path:
         """Build a stage's engine beside its graph."""
         file = path.with_suffix(ENGINE)
-        file.write_bytes(tensorrt.build(path, stage.inputs, stage.outputs, self.capabilities))
+        file.write_bytes(tensorrt.build(path, stage.inputs, stage.outputs, self.capabilities, tell))
         return file
 
     def _language_model(self, lm: LanguageModelExport) -> LanguageModelEntry:

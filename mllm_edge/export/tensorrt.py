@@ -1,16 +1,12 @@
 """TensorRT engines out of a stage's ONNX file, strongly typed: precision is the graph's, not a flag of the builder.
 
-Two packages offer the same builder. TensorRT-RTX builds ahead of time, on any x86 machine and without a GPU, for the
-compute capabilities that are named. TensorRT builds on the device, for the GPU that is there. What differs between
-them, and between their versions, is `KINDS`.
+TensorRT-RTX builds ahead of time, on any x86 machine and without a GPU, for the compute capabilities that are named.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,66 +15,48 @@ import numpy as np
 from mllm_edge.bundle import TensorSpec
 from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
 
-# Boards whose engines are built on the board, and their compute capability.
-BOARDS = {"orin": "sm_87", "orin-nano": "sm_87", "thor": "sm_110"}
+MODULE, PACKAGE, EXTRA = "tensorrt_rtx", "tensorrt-rtx", "rtx"
+BOARDS = ("orin", "orin-nano", "thor")  # their engines are built on the board
 FREE_AXIS = (1, 4, 16)  # least, usual and greatest length of an axis that may vary
 
 
-@dataclass(frozen=True)
-class Kind:
-    """One of the packages: its module, the extra that installs it, whether it builds for GPUs that are not there."""
-
-    module: str
-    package: str
-    extra: str
-    ahead: bool
-
-
-KINDS = {
-    "rtx": Kind("tensorrt_rtx", "tensorrt-rtx", "rtx", ahead=True),
-    "tensorrt": Kind("tensorrt", "tensorrt", "trt", ahead=False),
-}
-
-
-def check_devices(devices: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split `--device` into compute capabilities to build for now, and boards that build for themselves.
+def capabilities(devices: Sequence[str]) -> list[str]:
+    """The compute capabilities among `--device`, for which engines are built here.
 
     Raises:
-        BadInput: a name that is neither, or that TensorRT-RTX does not build for.
+        BadInput: a name that is neither a board nor a capability that TensorRT-RTX builds for.
         MissingPackage: an engine is asked for and TensorRT-RTX is not installed.
     """
-    boards = [name for name in devices if name in BOARDS]
-    capabilities = [name for name in devices if name not in BOARDS]
-    if capabilities:
-        known = {f"sm_{name[2:]}" for name in dir(load("rtx").ComputeCapability) if name.startswith("SM")}
-        for name in capabilities:
+    wanted = [name for name in devices if name not in BOARDS]
+    if wanted:
+        known = {f"sm_{name[2:]}" for name in dir(load().ComputeCapability) if name.startswith("SM")}
+        for name in wanted:
             if name not in known:
                 raise BadInput(
                     f"{name!r} is no device that engines can be made for; use {', '.join(sorted(known))} (comma "
                     f"separated), or a board that builds its own: {', '.join(BOARDS)}"
                 )
-    return capabilities, boards
+    return wanted
 
 
-def load(kind: str) -> Any:
+def load() -> Any:
     """The package's module. Raises MissingPackage with the line that installs it."""
     try:
-        return importlib.import_module(KINDS[kind].module)
+        return importlib.import_module(MODULE)
     except ModuleNotFoundError:
-        raise MissingPackage(KINDS[kind].package, KINDS[kind].extra) from None
+        raise MissingPackage(PACKAGE, EXTRA) from None
 
 
-def version(kind: str) -> str:
+def version() -> str:
     """The package's version."""
-    return str(load(kind).__version__)
+    return str(load().__version__)
 
 
 def build(
     onnx: Path,
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
-    capabilities: Sequence[str],
-    kind: str = "rtx",
+    gpus: Sequence[str],
     progress: Callable[[float], None] = lambda _: None,
 ) -> bytes:
     """A serialized engine of an ONNX file.
@@ -87,8 +65,7 @@ def build(
         onnx: the file; weights beside it are found.
         inputs: what the graph must take. Axes that may vary get a profile (`FREE_AXIS`).
         outputs: what it must give.
-        capabilities: "sm_89" and the like, for a package that builds ahead; others build for the GPU that is there.
-        kind: one of `KINDS`.
+        gpus: their compute capabilities, such as "sm_89".
         progress: told the share that is done.
 
     Raises:
@@ -96,7 +73,7 @@ def build(
             fails (with TensorRT's own reason).
         MissingPackage: the package is not installed.
     """
-    trt = load(kind)
+    trt = load()
     reasons: list[str] = []
     logger = _logger(trt, reasons)
     builder = trt.Builder(logger)
@@ -107,10 +84,9 @@ def build(
     _check("takes", onnx.stem, trt, [network.get_input(i) for i in range(network.num_inputs)], inputs)
     _check("gives", onnx.stem, trt, [network.get_output(i) for i in range(network.num_outputs)], outputs)
     config = builder.create_builder_config()
-    if KINDS[kind].ahead:
-        config.num_compute_capabilities = len(capabilities)
-        for index, name in enumerate(capabilities):
-            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{name.removeprefix('sm_')}"), index)
+    config.num_compute_capabilities = len(gpus)
+    for index, name in enumerate(gpus):
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{name.removeprefix('sm_')}"), index)
     _add_profile(builder, config, inputs)
     config.progress_monitor = _monitor(trt, progress)
     engine = builder.build_serialized_network(network, config)

@@ -235,7 +235,7 @@ def mask_rows(
         wanted = [state for state, token in zip(states, tokens, strict=True) if token == seg]
         answer = model.generate(plan.question, picture, max_tokens=ANSWER, temperature=0.0, repeat_penalty=1.0)
         same.append(answer.tokens.ids == tokens)
-        if not exact:
+        if not exact and wanted:
             answer = model.generate(plan.question, picture, teacher_forced=tokens, max_tokens=1)
         if len(answer.masks) != len(wanted):
             ious.append(0.0)

@@ -26,11 +26,6 @@ from mllm_edge.models.llava import preprocessing as clip_preprocessing
 ADDED = ("<im_start>", "<im_end>", "<bbox>", "<point>", "[SEG]", "<p>", "</p>")
 SAM_MEAN = (123.675, 116.28, 103.53)  # on 0..255
 SAM_STD = (58.395, 57.12, 57.375)
-# Asks for an answer with masks; the first wording of the paper's grounded captions.
-GROUNDED_QUESTION = (
-    "Could you please give me a detailed description of the image? "
-    "Please respond with interleaved segmentation masks for the corresponding parts of the answer."
-)
 EXAMPLE_BOXES = np.array([[0.1, 0.2, 0.5, 0.7], [0.0, 0.0, 1.0, 1.0], [0.6, 0.55, 0.9, 0.8]], np.float32)
 
 
@@ -203,6 +198,7 @@ def export_plan(checkpoint: Checkpoint) -> ExportPlan:
     """What export lowers: CLIP with its taps, connector, region encoder, SAM's encoder, and the mask decoder with the
     projection in front of it."""
     from mllm_edge.export.tokenizer import lead, read_tokenizer
+    from mllm_edge.recipes.grounded import GROUNDED_QUESTION
 
     dims: GlammDims = checkpoint.dims
     llava, vision = dims.llava, dims.llava.vision

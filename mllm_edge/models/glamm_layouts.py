@@ -133,31 +133,31 @@ def _published(folder: Path, config: dict[str, Any]) -> tuple[GlammDims, Tensors
     assert isinstance(llava.vision, VitDims)
     last = llava.vision.layers - 1  # hidden state -2, and every third before it
     taps = tuple(range(last - 9, last + 1, 3))
-    sam, decoder = _sam_dims(tensors, folder), _decoder_dims(tensors)
-    llava = dataclasses.replace(llava, fit="crop", template="glamm")
-    return GlammDims(llava, taps, sam, decoder, _region_dims(tensors)), tensors, folders
-
-
-def _sam_dims(tensors: Tensors, folder: Path) -> SamDims:
-    """Every dim of SAM's encoder shows in the shape of a tensor."""
     try:
-        width, _, patch, _ = tensors.shape("mask_encoder.patch_embed.proj.weight")
-        grid = tensors.shape("mask_encoder.pos_embed")[1]
-        layers = _count(tensors, r"mask_encoder\.blocks\.(\d+)\.")
-        reach = [tensors.shape(f"mask_encoder.blocks.{i}.attn.rel_pos_h") for i in range(layers)]
-        return SamDims(
-            image_size=grid * patch,
-            patch_size=patch,
-            width=width,
-            layers=layers,
-            heads=width // reach[0][1],
-            mlp_width=tensors.shape("mask_encoder.blocks.0.mlp.lin1.weight")[0],
-            window=(min(length for length, _ in reach) + 1) // 2,
-            global_layers=tuple(i for i, (length, _) in enumerate(reach) if length == 2 * grid - 1),
-            out_width=tensors.shape("mask_encoder.neck.0.weight")[0],
-        )
+        sam, decoder, region = _sam_dims(tensors), _decoder_dims(tensors), _region_dims(tensors)
     except (KeyError, ValueError) as error:
-        raise BadInput(f"{folder} lacks SAM's {error}; give the complete checkpoint") from None
+        raise BadInput(f"{folder} lacks tensors of SAM or of the region encoder ({error}); give all of it") from None
+    llava = dataclasses.replace(llava, fit="crop", template="glamm")
+    return GlammDims(llava, taps, sam, decoder, region), tensors, folders
+
+
+def _sam_dims(tensors: Tensors) -> SamDims:
+    """Every dim of SAM's encoder shows in the shape of a tensor."""
+    width, _, patch, _ = tensors.shape("mask_encoder.patch_embed.proj.weight")
+    grid = tensors.shape("mask_encoder.pos_embed")[1]
+    layers = _count(tensors, r"mask_encoder\.blocks\.(\d+)\.")
+    reach = [tensors.shape(f"mask_encoder.blocks.{i}.attn.rel_pos_h") for i in range(layers)]
+    return SamDims(
+        image_size=grid * patch,
+        patch_size=patch,
+        width=width,
+        layers=layers,
+        heads=width // reach[0][1],
+        mlp_width=tensors.shape("mask_encoder.blocks.0.mlp.lin1.weight")[0],
+        window=(min(length for length, _ in reach) + 1) // 2,
+        global_layers=tuple(i for i, (length, _) in enumerate(reach) if length == 2 * grid - 1),
+        out_width=tensors.shape("mask_encoder.neck.0.weight")[0],
+    )
 
 
 def _decoder_dims(tensors: Tensors) -> MaskDecoderDims:

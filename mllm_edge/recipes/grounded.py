@@ -31,6 +31,7 @@ CAPTION_QUESTIONS: tuple[str, ...] = (
     f"Can you provide a thorough description of this image? {_INTERLEAVED}",
     f"Could you please give me a detailed description of the image? {_INTERLEAVED}",
 )
+GROUNDED_QUESTION = CAPTION_QUESTIONS[-1]  # the one that asks for everything
 # Questions with their answers. The original draws both independently; a small model's choice would then be a toss-up.
 SEGMENT_TURNS: tuple[tuple[str, str], ...] = (
     ("Please segment {} in this image.", f"Sure, it is {SEG}."),

@@ -23,7 +23,6 @@ from mllm_edge.runtime.preprocess import longest_side
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 MOST = 3  # expressions of one picture in a conversation, as the original has them
-KEYS = ("refs", "instances", "split", "grandf", "images")
 
 
 @dataclass(frozen=True)

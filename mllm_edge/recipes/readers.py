@@ -313,6 +313,8 @@ def _reference(entry: dict[str, Any], images: Mapping[int, CocoImage], where: st
         spot = f"{where}, sentence {i}"
         raw = typed(dict, raw, spot, "it")
         sentences.append(field(str, raw, "sent" if "sent" in raw else "raw", spot).strip())
+    if not sentences:
+        raise refusal(where, 'its "sentences" are empty', "add one or drop the entry")
     return Reference(field(int, entry, "ref_id", where), image, item, tuple(sentences))
 
 

@@ -59,8 +59,9 @@ class Mask:
 class Answer:
     """An answer and what it cost.
 
-    `timings` are milliseconds: `load` is the bundle's loading, `total` runs from the call to the last token and so
-    does not contain it. A stage that did not run, because the picture was known, took 0. `memory` is in MB (10^6).
+    `timings` are milliseconds: `load` is the bundle's loading, `total` runs from the call to the last token or mask and
+    so does not contain it. The mask encoder runs while tokens are written, so parts may sum to more than `total`.
+    A stage that did not run, because the picture was known, took 0. `memory` is in MB (10^6).
     """
 
     text: str

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mllm_edge.bundle import LanguageModelEntry, Manifest, StageEntry
 from mllm_edge.errors import BadInput
+from mllm_edge.runtime.image_encoder import EMBEDS, REGION_EMBEDS, needed_for
 from mllm_edge.runtime.stage import Options
 
 KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
@@ -47,19 +48,24 @@ def residence(manifest: Manifest, options: Options, budget: int | None) -> Resid
     largest = max(stages.values(), default=0)
     busy = max((entry.activation_bytes for entry in manifest.stages), default=0)
     kept = sum(stages.values()) - sum(entry.activation_bytes for entry in manifest.stages) + busy
+    # What the prompt is made of runs while the language model is there: it tokenizes first.
+    early = needed_for(EMBEDS, manifest.stages) | needed_for(REGION_EMBEDS, manifest.stages)
+    beside = language_model + max((stages[name] for name in early), default=0)
+    least = max(beside, largest)
     ways = [
         Residence(True, True, base + int((language_model + kept) * MARGIN)),
         Residence(False, True, base + int((language_model + largest) * MARGIN)),
-        Residence(False, False, base + int(max(language_model, largest) * MARGIN)),
+        Residence(False, False, base + int(least * MARGIN)),
     ]
     for way in ways:
         if budget is None or way.peak <= budget:
             return way
-    name = max(stages, key=lambda stage: stages[stage]) if largest > language_model else manifest.language_model.name
+    parts = {**stages, manifest.language_model.name: language_model}
+    heaviest = sorted(parts, key=lambda name: -parts[name])[:2]
     raise BadInput(
-        f"this bundle cannot stay under {budget_text(budget or 0)}: {name} alone takes "
-        f"{budget_text(max(language_model, largest))}, the process {budget_text(base)}, in all "
-        f"{budget_text(ways[-1].peak)}; export it smaller (--quant, --precision) or lower --context"
+        f"this bundle cannot stay under {budget_text(budget or 0)}: it takes {budget_text(ways[-1].peak)} at least ("
+        + " and ".join(f"{name} {budget_text(parts[name])}" for name in heaviest)
+        + f", the process {budget_text(base)}); export it smaller (--quant, --precision) or lower --context"
     )
 
 

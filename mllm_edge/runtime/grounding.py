@@ -58,7 +58,7 @@ class Grounding:
 
     def phrases(self, completion: Completion) -> list[Phrase]:
         """The phrase of each [SEG] of an answer."""
-        return phrases(completion.kept, self._lm, self._prompt)
+        return phrases(completion.kept, self._lm, self._prompt, completion.strip)
 
     def begin(self, picture: Picture | None, timings: dict[str, float]) -> MaskWork:
         """What to do for one answer about a picture."""
@@ -138,16 +138,16 @@ class MaskWork:
         return self._grounding.masks(self._picture, embedding, completion, spans, self._timings)
 
 
-def phrases(ids: Sequence[int], lm: LanguageModel, prompt: Prompt) -> list[Phrase]:
+def phrases(ids: Sequence[int], lm: LanguageModel, prompt: Prompt, strip: bool = True) -> list[Phrase]:
     """The phrase of each [SEG] of an answer's ids, in order.
 
     A mask belongs to the last phrase that closed before it and has none yet. An open phrase ends where its [SEG]
     stands; a phrase that opens again begins there; a closing tag alone means nothing. A [SEG] without a phrase has an
-    empty one.
+    empty one. `strip` is the completion's.
     """
     tokens = {token: text for text, token in lm.control_tokens.items()}
     opening, closing = prompt.phrase or ("", "")
-    stream = TextStream((), strip=True)
+    stream = TextStream((), strip)
     found: list[Phrase] = []
     begun: int | None = None
     last: Phrase | None = None

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from mllm_edge.bundle import StageEntry
+from mllm_edge.errors import MllmEdgeError
 from mllm_edge.runtime.stage import Array, Floats, LanguageModel, Stage, Step
 
 
@@ -18,6 +19,7 @@ class LateStage:
         self.load_ms = 0.0  # all loading so far
         self._make, self._keep = make, keep
         self._engine: Stage | None = None
+        self._closed = False
         self._lock = threading.Lock()
 
     @property
@@ -31,6 +33,8 @@ class LateStage:
             self._ready()
 
     def _ready(self) -> Stage:
+        if self._closed:
+            raise MllmEdgeError(f"stage {self.spec.name} is closed; load the bundle again")
         if self._engine is None:
             start = time.perf_counter()
             self._engine = self._make()
@@ -44,10 +48,14 @@ class LateStage:
                 return self._ready()(**arrays)
             finally:
                 if not self._keep:
-                    self.close()
+                    self._release()
 
     def close(self) -> None:
-        """Free the engine; the next call makes it again."""
+        """Free the engine for good."""
+        self._closed = True
+        self._release()
+
+    def _release(self) -> None:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -66,6 +74,7 @@ class LateLanguageModel:
         self.width, self.bos = self._engine.width, self._engine.bos
         self._control = dict(self._engine.control_tokens)
         self.want_hidden = False
+        self._closed = False
 
     @property
     def control_tokens(self) -> Mapping[str, int]:
@@ -79,6 +88,8 @@ class LateLanguageModel:
             self._engine = None
 
     def _ready(self) -> LanguageModel:
+        if self._closed:
+            raise MllmEdgeError("the language model is closed; load the bundle again")
         if self._engine is None:
             self._engine = self._make()
         self._engine.want_hidden = self.want_hidden
@@ -103,4 +114,5 @@ class LateLanguageModel:
         return self._ready().step(token)
 
     def close(self) -> None:
+        self._closed = True
         self.release()

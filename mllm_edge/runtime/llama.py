@@ -108,6 +108,7 @@ class LlamaLanguageModel:
     def piece(self, token: int) -> bytes:
         """The UTF-8 bytes of a token; nothing for a control token."""
         self._check_open()
+        self._check_token(token)
         room = 64
         while True:
             buffer = ctypes.create_string_buffer(room)
@@ -119,6 +120,7 @@ class LlamaLanguageModel:
     def is_end(self, token: int) -> bool:
         """Whether the token ends an answer."""
         self._check_open()
+        self._check_token(token)
         return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
 
     def embed(self, ids: Sequence[int]) -> Floats:
@@ -151,8 +153,7 @@ class LlamaLanguageModel:
     def step(self, token: int) -> Step:
         """Append one token. Raises MllmEdgeError when the context is full or the token unknown."""
         self._check_open()
-        if not 0 <= token < self.vocabulary:
-            raise MllmEdgeError(f"token ids must be below {self.vocabulary}; got {token}")
+        self._check_token(token)
         self._check_room(self._length() + 1)
         return self._decode(token=token, hidden=self.want_hidden)
 
@@ -185,6 +186,10 @@ class LlamaLanguageModel:
     def _check_room(self, positions: int) -> None:
         if positions > self.context:
             raise MllmEdgeError(f"{positions} positions do not fit the context of {self.context}; load a larger one")
+
+    def _check_token(self, token: int) -> None:
+        if not 0 <= token < self.vocabulary:  # llama.cpp would end the process
+            raise MllmEdgeError(f"token ids must be below {self.vocabulary}; got {token}")
 
     def _check_open(self) -> None:
         if not self._free_model.alive:

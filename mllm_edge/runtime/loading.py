@@ -72,7 +72,9 @@ def load(
         language_model: LanguageModel = make() if place.keep_language_model else LateLanguageModel(make)
         opened.callback(language_model.close)
         load_ms = 1000 * (time.perf_counter() - start)
-        return Model(manifest, stages, language_model, load_ms, opened.pop_all(), place)
+        model = Model(manifest, stages, language_model, load_ms, opened, place)
+        model.opened = opened.pop_all()
+        return model
 
 
 def _options(

@@ -78,7 +78,7 @@ class Model:
         self.manifest, self.stages, self.language_model, self.load_ms = manifest, stages, language_model, load_ms
         self._encoder = ImageEncoder(manifest, stages)
         self._pipeline = TextPipeline(language_model)
-        self._opened = opened
+        self.opened = opened
         self._grounding: Grounding | None = None
         if any(spec.name == LOGITS for stage in manifest.stages for spec in stage.outputs):
             self._grounding = Grounding(manifest, stages, self._encoder, language_model)
@@ -154,7 +154,7 @@ class Model:
 
     def close(self) -> None:
         """Free every engine. A second call does nothing."""
-        self._opened.close()
+        self.opened.close()
 
     def __enter__(self) -> Self:
         return self
@@ -186,6 +186,7 @@ class Model:
         """Read `history` and a new turn, then decode. `cut` gives the turn's pieces for a number of pictures and one of
         boxes."""
         start = time.perf_counter()
+        boxes = None if boxes is None else [tuple(box) for box in boxes]
         pictures = _pictures(image)
         loaded = self._late_ms()
         timings = {"load": self.load_ms, "preprocess": 1000 * (time.perf_counter() - start)}
@@ -229,9 +230,12 @@ class Model:
         if isinstance(given, str):
             before, _ = answer_parts(self.manifest.prompt)
             given = piece_ids([Span(before + given, True)], self.language_model, self.manifest.prompt)
+        given = [int(token) for token in given]
+        if any(not 0 <= token < self.language_model.vocabulary for token in given):
+            raise BadInput("the forced answer has a region or an unknown token id; leave it out")
         if work.watch.token not in given:
             raise BadInput(f"the forced answer {teacher_forced!r} has no {SEG}; put one where a mask is wanted")
-        yield self._pipeline.forced(script, list(given), decoding, work.watch)
+        yield self._pipeline.forced(script, given, decoding, work.watch)
 
     def _pieces(self, prompt: str, raw: bool, pictures: int, boxes: int) -> list[Piece]:
         template = self.manifest.prompt
@@ -278,6 +282,9 @@ class Chat:
     def __init__(self, model: Model, decoding: Decoding):
         self._model, self._decoding = model, decoding
         self._history: Script = []
+        # Once, and not behind an answer, when the language model may have been let go.
+        _, after = answer_parts(model.manifest.prompt)
+        self._after = piece_ids([Span(after, True)], model.language_model, model.manifest.prompt)
 
     def ask(self, text: str, image: Images = None, boxes: Boxes = None) -> Answer:
         """Ask, perhaps about new pictures; earlier turns and their pictures are remembered. See `Model.generate`."""
@@ -305,6 +312,8 @@ class Chat:
         _, after = answer_parts(self._model.manifest.prompt)
         if completion.tail and completion.tail == after:
             return completion.ids  # the model closed it itself, token by token
+        if not completion.rest:
+            return completion.kept + self._after
         ending = [Span(completion.rest, False), Span(after, True)]
         return completion.kept + piece_ids(ending, self._model.language_model, self._model.manifest.prompt)
 

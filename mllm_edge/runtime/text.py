@@ -47,7 +47,8 @@ class Completion:
 
     `kept` are the ids that make up the text (no end token, no stop string). Where a token spans the end of the text,
     `rest` is its part that belongs to it. `tail` is what was generated after the text: a stop string, or nothing.
-    `states` are those that foretold a watched token, float32 [D] each.
+    `states` are those that foretold a watched token of the text, float32 [D] each; `strip` says whether white space
+    before the first word was dropped.
     """
 
     text: str
@@ -57,6 +58,7 @@ class Completion:
     tail: str
     timings: dict[str, float]
     states: list[Floats] = field(default_factory=list)
+    strip: bool = True
 
 
 def script_keys(script: Script) -> list[Key]:
@@ -161,7 +163,8 @@ class TextPipeline:
             yield shown
         decoded = 1000 * (time.perf_counter() - prefilled - waited)
         completion = self._complete(stream, ids, ends, {"prefill": 1000 * (prefilled - start), "decode": decoded})
-        yield replace(completion, states=states)
+        told = completion.kept.count(watch.token) if watch else 0  # a stop string may take some away
+        yield replace(completion, states=states[:told], strip=decoding.strip)
 
     def forced(self, script: Script, ids: list[int], decoding: Decoding, watch: Watch) -> Completion:
         """An answer that is given (teacher forcing): read `ids` and keep what foretells the watched token."""
@@ -179,7 +182,7 @@ class TextPipeline:
             text.feed(self._model.piece(token), joined=before in decoding.added)
         text.finish()
         timings = {"prefill": 1000 * (time.perf_counter() - start), "decode": 0.0}
-        return Completion(text.text, ids, ids, "", "", timings, states)
+        return Completion(text.text, ids, ids, "", "", timings, states, decoding.strip)
 
     def _complete(self, stream: TextStream, ids: list[int], ends: list[int], timings: dict[str, float]) -> Completion:
         whole = sum(end <= stream.size for end in ends)

@@ -56,7 +56,11 @@ class TextStream:
 
     def finish(self) -> str:
         """The answer is over: release what was held back. A character cut in the middle becomes U+FFFD."""
-        return "" if self.stopped else self._release(len(self._held), final=True)
+        if self.stopped:
+            return ""
+        found = [at for at in map(self._held.find, self._stop) if at >= 0]  # what a control token held back
+        self.stopped = bool(found)
+        return self._release(min(found, default=len(self._held)), final=True)
 
     def _doubtful(self) -> int:
         """Length of the longest end of what is held that could begin a stop string."""

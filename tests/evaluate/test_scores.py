@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mllm_edge.evaluate.cases import Truth
-from mllm_edge.evaluate.scores import Prediction, ap50, matches, miou, score, word_overlap
+from mllm_edge.evaluate.scores import Ap50, Prediction, matches, miou, score, word_overlap
 
 
 def mask(*columns: int) -> np.ndarray:
@@ -41,13 +41,20 @@ def test_word_overlap_leaves_articles_out() -> None:
     assert word_overlap("a", "the") == 0
 
 
+def ap50(*answers: tuple[Truth, Prediction]) -> float:
+    judge = Ap50()
+    for answer in answers:
+        judge.add(*answer)
+    return judge.value()
+
+
 def test_ap50_of_one_found_one_missed_and_one_too_many() -> None:
     truth = Truth(masks=[mask(0, 1), mask(4, 5)], phrases=["", ""])
-    half = ap50([(truth, Prediction("", [mask(0, 1)], [""]))])
+    half = ap50((truth, Prediction("", [mask(0, 1)], [""])))
     # Precision 1 up to recall 1/2: 51 of COCO's 101 recall points.
     assert half == pytest.approx(51 / 101)
-    assert ap50([(truth, Prediction("", [mask(0, 1), mask(4, 5)], ["", ""]))]) == pytest.approx(1)
-    assert ap50([(truth, Prediction("", [], []))]) == 0
+    assert ap50((truth, Prediction("", [mask(0, 1), mask(4, 5)], ["", ""]))) == pytest.approx(1)
+    assert ap50((truth, Prediction("", [], []))) == 0
 
 
 def test_all_objects_must_be_named_each_by_a_phrase_of_its_own() -> None:

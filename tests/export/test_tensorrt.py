@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import onnx
@@ -81,9 +80,9 @@ def test_devices_that_cannot_be(target: str, devices: list[str], reason: str, tm
 
 
 def test_without_the_package_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tensorrt.KINDS, "rtx", dataclasses.replace(tensorrt.KINDS["rtx"], module="no_such_package"))
+    monkeypatch.setattr(tensorrt, "MODULE", "no_such_package")
     with pytest.raises(MissingPackage, match=r"mllm-edge\[rtx\]"):
-        tensorrt.check_devices(["sm_89"])
+        tensorrt.capabilities(["sm_89"])
 
 
 def test_a_bundle_of_engines(tmp_path: Path) -> None:

@@ -126,7 +126,8 @@ def test_points_and_boxes_give_transformers_masks(reference):
 
 
 def test_an_embedding_stands_where_a_point_would(reference):
-    """GLaMM's prompt: the embedding of a box's corners given as such makes the mask that the box makes."""
+    """GLaMM's prompt is an embedding; that of a box's corners makes transformers' mask of the box, alone or among
+    others."""
     prompts = load(PromptEncoder(DECODER), part(reference, "prompt_encoder."))
     decoder = load(MaskDecoder(DECODER), part(reference, "mask_decoder."))
     embedding = torch.randn(1, 32, 10, 10)
@@ -136,5 +137,7 @@ def test_an_embedding_stands_where_a_point_would(reference):
         alone = decoder(embedding, corners, prompts)
         among = decoder(embedding, torch.cat([torch.randn(2, 2, 32), corners]), prompts)[2:]
         many = decoder(embedding.expand(3, -1, -1, -1), torch.cat([corners] * 3), prompts)
+    expected = masks(reference, image_embeddings=embedding, input_boxes=box[None])
+    assert torch.allclose(alone, expected, atol=1e-3 * float(expected.abs().max()))
     assert torch.allclose(alone, among, atol=1e-3)
     assert torch.allclose(many, alone.expand(3, -1, -1), atol=1e-3)

@@ -8,6 +8,7 @@ import pytest
 
 import mllm_edge
 from mllm_edge import bundle
+from mllm_edge.bundle import TensorSpec
 from mllm_edge.errors import BadInput
 from mllm_edge.runtime import budget, loading
 from mllm_edge.runtime.late import LateLanguageModel
@@ -38,7 +39,6 @@ def manifest(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> bundle.Manif
         (None, True, True, 7.5),  # all weights, and the activations of the one at work
         (7.5, True, True, 7.5),
         (7.4, False, True, 6.5),  # the language model and the larger stage
-        (6.4, False, False, 4.0),  # the language model alone is the largest
     ],
 )
 def test_the_fastest_way_that_fits(
@@ -49,8 +49,24 @@ def test_the_fastest_way_that_fits(
 
 
 def test_what_cannot_fit_is_refused_at_once_with_its_size(manifest: bundle.Manifest) -> None:
-    with pytest.raises(BadInput, match=r"cannot stay under 2\.8G: language_model alone takes 3\.7G"):
-        budget.residence(manifest, OPTIONS, 3 * GIGA)
+    with pytest.raises(
+        BadInput, match=r"cannot stay under 5\.6G: it takes 6\.1G at least \(language_model 3\.7G and c"
+    ):
+        budget.residence(manifest, OPTIONS, 6 * GIGA)
+
+
+def test_masks_may_be_made_when_the_language_model_has_gone(manifest: bundle.Manifest) -> None:
+    late = replace(
+        manifest.stages[1],
+        name="mask_encoder",
+        bytes=5 * GIGA,
+        inputs=[TensorSpec("mask_pixel_values", "float32", [1])],
+        outputs=[TensorSpec("image_embedding", "float32", [1])],
+    )
+    three = replace(manifest, stages=[*manifest.stages, late])
+    # Alone 5.5; the language model beside the larger of the others 4 + 2.5.
+    way = budget.residence(three, OPTIONS, 7 * GIGA)
+    assert (way.keep_stages, way.keep_language_model, way.peak / GIGA) == (False, False, 6.5)
 
 
 @pytest.mark.parametrize(("text", "size"), [("6G", 6 << 30), ("1.5g", 3 << 29), ("512M", 512 << 20), ("100", 100)])
