@@ -93,15 +93,17 @@ def activation_peaks(path: Path, calibration: Iterable[dict[str, np.ndarray]]) -
 
 
 def _float_nodes(graph: onnx.GraphProto) -> list[str]:
-    """Names of the products of two activations and of the convolutions that read a graph input."""
+    """Names of the products of two activations or with stacked matrices (SAM's relative positions), for which there is
+    no integer kernel, and of the convolutions that read a graph input."""
     inputs = {value.name for value in graph.input}
-    weights = {tensor.name for tensor in graph.initializer}
-    return [
-        node.name
-        for node in graph.node
-        if node.op_type in QUANTIZED
-        and (node.input[1] not in weights or (node.op_type == "Conv" and node.input[0] in inputs))
-    ]
+    ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+
+    def stays_float(node: onnx.NodeProto) -> bool:
+        if node.input[1] not in ranks:
+            return True
+        return node.input[0] in inputs if node.op_type == "Conv" else ranks[node.input[1]] != 2
+
+    return [node.name for node in graph.node if node.op_type in QUANTIZED and stays_float(node)]
 
 
 def _fuse_biases(source: Path, path: Path, external_data: bool) -> None:
