@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllm_edge.errors import BadInput
-from mllm_edge.recipes.readers import decode_segmentation, read_coco, read_llava, read_refcoco
+from mllm_edge.recipes.readers import read_coco, read_grandf, read_llava, read_refcoco
+from mllm_edge.recipes.segmentation import decode_segmentation
 
 CONVERSATION = {
     "id": "000000033471",
@@ -338,3 +339,47 @@ def test_refcoco_refusals(tmp_path, keys, value, parts):
 def test_pickles_are_never_opened(tmp_path, name):
     instances = write(tmp_path, INSTANCES, "instances.json")
     refused(write(tmp_path, "[]", name), ["pickle", "convert it to JSON"], read_refcoco, instances, "train")
+
+
+GRANDF = [
+    {
+        "file_name": "nine.jpg",
+        "caption": '"A dog beside a ball."',
+        "groundings": {
+            "a ball": {"token_positives": [13, 19], "rle_masks": [{"size": [6, 8], "counts": [0, 6, 42]}]},
+            "nothing": None,
+            "A dog": {"token_positives": [0, 5], "rle_masks": []},
+        },
+    },
+    {"file_name": "bare.jpg", "caption": "Nothing.", "groundings": {}},
+]
+
+
+def test_grandf_in_the_order_of_the_text(tmp_path: Path) -> None:
+    (entry,) = read_grandf(write(tmp_path, GRANDF))  # pictures without a grounding are left out
+    assert entry.caption == "A dog beside a ball."
+    assert entry.spans == ((0, 5, 1), (13, 19, 0))
+    assert [len(forms) for forms in entry.segmentations] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "reason"),
+    [
+        ([0, "caption"], 7, '"caption" is 7'),
+        ([0, "groundings", "a ball", "token_positives"], [13, 99], "is no part of the caption"),
+        ([0, "groundings", "a ball", "token_positives"], [5, 5], "is no part of the caption"),
+        ([0, "groundings", "a ball", "token_positives"], [3, 9], "overlap in the caption"),
+        ([0, "groundings", "a ball", "rle_masks"], [[1, 2]], "neither polygons nor run lengths"),
+        ([0, "groundings", "a ball", "rle_masks"], ..., 'there is no "rle_masks"'),
+        ([0, "file_name"], "../nine.jpg", "give a path inside the image folder"),
+    ],
+)
+def test_malformed_grandf(tmp_path: Path, keys, value, reason) -> None:
+    with pytest.raises(BadInput, match=reason):
+        read_grandf(write(tmp_path, changed(GRANDF, keys, value)))
+
+
+def test_a_reference_without_sentences(tmp_path: Path) -> None:
+    refs = write(tmp_path, changed(REFS, [0, "sentences"], []), "refs.json")
+    with pytest.raises(BadInput, match='"sentences" are empty'):
+        read_refcoco(refs, write(tmp_path, INSTANCES), "testA")
