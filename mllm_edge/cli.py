@@ -191,8 +191,8 @@ def inspect_(screen: Screen, bundle: BundleFolder, no_verify_hash: NoVerifyHash 
 @verb(
     'run my.bundle "What is in the picture?" --image scene.png',
     'run my.bundle "What differs?" --image a.png --image b.png --stream',
-    'run glamm.bundle "Please segment the red circle in this image." --image scene.png --out answer',
-    'run glamm.bundle "What is <bbox>?" --image scene.png --box 10,20,110,90',
+    'run my.bundle "Please segment the red circle in this image." --image scene.png --out answer',
+    'run my.bundle "What is <bbox>?" --image scene.png --box 10,20,110,90',
     'run my.bundle "USER: <image> Caption: ASSISTANT:" --image scene.png --raw --json',
 )
 def run(

@@ -74,9 +74,9 @@ def compare(
 
 
 @verb(
-    "eval glamm.bundle scenes-referring -n 500",
-    "eval glamm.bundle GranDf_HA_GCG_val.json --images val --out answers.jsonl --resume",
-    "eval glamm.bundle refs.json --instances instances.json --images train2014 --split val --teacher-forced",
+    "eval my.bundle scenes-referring -n 500",
+    "eval my.bundle GranDf_HA_GCG_val.json --images val --out answers.jsonl --resume",
+    "eval my.bundle refs.json --instances instances.json --images train2014 --split val --teacher-forced",
 )
 def eval_(
     screen: Screen,

@@ -48,12 +48,12 @@ LANGUAGE_MODEL_TOLERANCE: dict[str, dict[str, float]] = {
     "q4_k_m": {"cosine": 0.95, "relative_max": 0.5, "top1": 0.5},
 }
 EXACT = ({"fp32"}, {"f32", "f16"})
-AT_LEAST = ("cosine", "top1", "agreement", "tokens", "mask_iou")
+AT_LEAST = ("cosine", "top1", "agreement", "same_tokens", "mask_iou")
 
 TOKENS = 16
 PICTURES = 4
 ANSWER = 256  # most tokens of an answer with masks
-MASK_TOLERANCE = {True: {"tokens": 1.0, "mask_iou": 0.99}, False: {"mask_iou": 0.97}}  # exact parts, others
+MASK_TOLERANCE = {True: {"same_tokens": 1.0, "mask_iou": 0.99}, False: {"mask_iou": 0.97}}  # exact parts, others
 
 
 def verify(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, pictures: Sequence[np.ndarray]) -> list[Parity]:
@@ -184,7 +184,7 @@ def _language_rows(
     top1 = np.mean([a.argmax(-1) == b.argmax(-1) for a, b in logits])
     measured = {**_worst([compare(a, b) for a, b in logits]), "top1": float(top1)}
     quant = manifest.language_model.precision
-    agreement = {"compared": float(TOKENS), "agreement": min(greedy)}
+    agreement = {"tokens": float(TOKENS), "agreement": min(greedy)}
     return [
         parity("language_model", measured, LANGUAGE_MODEL_TOLERANCE[quant]),
         parity("end_to_end", agreement, {"agreement": 1.0} if _exact(manifest) else {}),
@@ -247,7 +247,7 @@ def mask_rows(
                 iou(mask.pixels, at_full_size(one, frame, (width, height)) > 0)
                 for mask, one in zip(answer.masks, logits, strict=True)
             ]
-    measured = {"masks": float(len(ious) - 1), "tokens": float(np.mean(same)), "mask_iou": float(min(ious))}
+    measured = {"masks": float(len(ious) - 1), "same_tokens": float(np.mean(same)), "mask_iou": float(min(ious))}
     return [parity("masks", measured, MASK_TOLERANCE[exact])]
 
 

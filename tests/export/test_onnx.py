@@ -125,10 +125,36 @@ def test_unknown_precision_is_refused(tmp_path):
         export_stage(stage(tiny_vit()), tmp_path / "a.onnx", "bf16")
 
 
-def test_free_axis_is_refused(tmp_path):
-    pixels = TensorSpec("pixel_values", "float32", [1, 3, "height", SIZE])
-    with pytest.raises(BadInput, match="pixel_values has a free axis"):
-        export_stage(stage(tiny_vit(), inputs=[pixels]), tmp_path / "a.onnx", "fp32")
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_an_axis_that_may_vary(tmp_path, length):
+    module = nn.Sequential(nn.Linear(8, 4), nn.GELU())
+    rows, out = TensorSpec("rows", "float32", ["rows", 8]), TensorSpec("out", "float32", ["rows", 4])
+    export_stage(stage(module, inputs=[rows], outputs=[out]), tmp_path / "a.onnx", "fp32")
+    feed = {"rows": np.random.default_rng(0).standard_normal((length, 8)).astype(np.float32)}
+    with torch.no_grad():
+        expected = module(torch.from_numpy(feed["rows"])).numpy()
+    np.testing.assert_allclose(run(tmp_path / "a.onnx", feed), expected, atol=1e-6)
+
+
+def test_int8_leaves_stacked_matrices_in_float(tmp_path):
+    """SAM's relative positions: a product with a table of matrices has no integer kernel."""
+
+    class Stacked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.table = nn.Parameter(torch.randn(4, 8, 4))
+
+        def forward(self, x):
+            return self.linear(x).unsqueeze(2) @ self.table
+
+    module = Stacked().eval()
+    shapes = TensorSpec("x", "float32", [1, 4, 8]), TensorSpec("y", "float32", [1, 4, 1, 4])
+    feed = {"x": np.random.default_rng(0).standard_normal((1, 4, 8)).astype(np.float32)}
+    export_stage(stage(module, inputs=[shapes[0]], outputs=[shapes[1]]), tmp_path / "a.onnx", "int8", [feed])
+    with torch.no_grad():
+        expected = module(torch.from_numpy(feed["x"])).numpy()
+    np.testing.assert_allclose(run(tmp_path / "a.onnx", feed), expected, atol=0.2)
 
 
 def test_specs_that_do_not_fit_the_module_are_named(tmp_path):

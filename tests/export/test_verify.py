@@ -109,7 +109,9 @@ def toy(tmp_path, monkeypatch):
     folder.mkdir()
     toy = Toy(system, folder, {})
     write_bundle(toy, "fp32", "f32")
-    monkeypatch.setattr(verify_module, "load", lambda folder, **_: Runtime(toy.plan(), toy.spoil, toy.noise))
+    monkeypatch.setattr(
+        verify_module, "load", lambda folder, target=None, **_: Runtime(toy.plan(), toy.spoil, toy.noise)
+    )
     opened = []
 
     def engine(path, entry, options):
