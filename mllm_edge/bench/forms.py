@@ -70,6 +70,8 @@ def _rows(result: Result) -> dict[str, str]:
         return "" if share is None else f"{100 * share:.0f} % of the limit" + (LOW if is_low(stage, share) else "")
 
     def part(stage: str) -> str:
+        if stage in result.late:
+            return "when asked for"
         return f"{100 * result.stages_ms[stage].median / result.first_token_ms.median:.0f} % of the time"
 
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mllm_edge.errors import BadInput
@@ -50,7 +50,8 @@ class Result:
     `stages_ms` has `preprocess`, the stages in order and `prefill`. `first_token_ms` runs from the call to the first
     token, everything included but loading. `load_cold_ms` is the load of files that are not in the page cache, None
     where they cannot be put out of it. `share_of_limit` says for stages, `prefill` and `decode` which part of what
-    `environment.limits` allows was reached (above 1 where narrower numbers than fp32 are multiplied).
+    `environment.limits` allows was reached (above 1 where narrower numbers than fp32 are multiplied). `late` names the
+    stages that run for some answers only and are not in `first_token_ms`.
     """
 
     bundle: str
@@ -71,6 +72,7 @@ class Result:
     peak_rss_mb: float | None
     share_of_limit: dict[str, float]
     environment: Environment
+    late: list[str] = field(default_factory=list)
 
 
 SPREADS = ("first_token_ms", "prefill_tokens_per_s", "decode_tokens_per_s")

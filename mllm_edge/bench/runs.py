@@ -28,6 +28,7 @@ from mllm_edge.bundle import read
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.runtime.answer import peak_rss
 from mllm_edge.runtime.grounding import SEG
+from mllm_edge.runtime.image_encoder import EMBEDS, needed_for
 from mllm_edge.runtime.images import load_image
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 PROMPT = "Describe the picture."
 PICTURE_SIZE = 512
+LATE = ("masks",)
 ENGINES = ("onnxruntime", "onnxruntime-gpu", "llama-cpp-python")
 
 
@@ -189,6 +191,7 @@ def _result(
     stages = [stage for stage in answers[0].timings if stage not in ("load", "late_load", "decode", "total")]
     precisions = [*dict.fromkeys(stage.precision for stage in manifest.stages), manifest.language_model.precision]
     stages_ms = {stage: _spread([answer.timings[stage] for answer in answers]) for stage in stages}
+    names, early = {stage.name for stage in manifest.stages}, needed_for(EMBEDS, manifest.stages)
     decode = _spread([gen_tokens / seconds for _, seconds in runs])
     medians = {stage: spread.median for stage, spread in stages_ms.items()}
     limits = environment.limits
@@ -211,6 +214,7 @@ def _result(
         peak_rss_mb=peak,
         share_of_limit=shares(manifest, limits, medians, prefilled, decode.median) if limits else {},
         environment=environment,
+        late=[stage for stage in stages if stage in LATE or (stage in names and stage not in early)],
     )
 
 
