@@ -45,13 +45,26 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class BuiltEngine(FileEntry):
-    """A TensorRT engine of a stage: the package that built it, its version, the GPUs that it is for ("sm_89"), and the
-    SHA-256 of the graph that it was built from."""
+    """A TensorRT engine of a stage: the package that built it, its version, the GPUs that it is for ("sm_89"), what it
+    was built from (`graph_of`), and the lengths of axes that vary (`BuildSettings.profile`; none if none do)."""
 
     package: str
     version: str
     capabilities: list[str]
     graph: str
+    profile: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """How a device builds engines of the stages: the boards that the bundle was made for, the least, usual and greatest
+    length of axes that vary, the most scratch memory of a kernel in MB (10^6 bytes; 0 leaves it to TensorRT), and the
+    file beside the manifest in which measured kernel times are kept."""
+
+    devices: list[str] = field(default_factory=list)
+    profile: list[int] = field(default_factory=lambda: [1, 4, 16])
+    workspace_mb: int = 0
+    timing_cache: str = "timing.cache"
 
 
 @dataclass(frozen=True)
@@ -200,6 +213,7 @@ class Manifest:
     generation: Generation
     extra_files: list[FileEntry] = field(default_factory=list)
     parity: list[Parity] = field(default_factory=list)
+    build: BuildSettings = field(default_factory=BuildSettings)
     schema: int = SCHEMA
 
     def files(self) -> list[FileEntry]:
@@ -213,6 +227,13 @@ class Manifest:
             if stage.name == name:
                 return stage
         raise BadInput(f"the bundle has no stage {name!r}; it has {', '.join(s.name for s in self.stages)}")
+
+
+def graph_of(stage: StageEntry) -> str:
+    """What names a stage's graph and weights: the SHA-256 of its file, or of those of all its files."""
+    if not stage.data_files:
+        return stage.sha256
+    return hashlib.sha256("".join(file.sha256 for file in (stage, *stage.data_files)).encode()).hexdigest()
 
 
 def file_entry(folder: Path, file: str) -> FileEntry:
@@ -278,8 +299,13 @@ def check(manifest: Manifest, folder: Path) -> None:
     Raises:
         BadInput: names the files of both stages that disagree.
     """
-    for entry in manifest.files():
-        locate(folder, entry.file)
+    for file in (*(entry.file for entry in manifest.files()), manifest.build.timing_cache):
+        locate(folder, file)
+    build = manifest.build
+    if len(build.profile) != 3 or build.profile[0] < 1 or sorted(build.profile) != build.profile:
+        raise BadInput(f"{folder / MANIFEST}: build.profile is {build.profile}; export the bundle again")
+    if not build.timing_cache.endswith(".cache"):
+        raise BadInput(f"{folder / MANIFEST}: build.timing_cache is {build.timing_cache!r}; export the bundle again")
     produced: dict[str, tuple[TensorSpec, str]] = {}
     given = {step.input for step in manifest.preprocessing} | {"boxes", "seg_states"}  # of pictures, users, the decoder
     for stage in manifest.stages:

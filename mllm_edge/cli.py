@@ -155,6 +155,24 @@ def export(
     screen.result({"bundle": str(folder), "seconds": round(seconds, 3), "bytes": count, "parity": parity}, str(folder))
 
 
+@verb("build my.bundle", "build my.bundle --device sm_89,sm_120")
+def build(
+    screen: Screen,
+    bundle: BundleFolder,
+    device: Annotated[
+        str, typer.Option(metavar="sm_89,...", help="Build ahead for these GPUs, by TensorRT-RTX.", show_default=False)
+    ] = "",
+) -> None:
+    """Turn a bundle's stages into TensorRT engines, on the device that will run them. What is there already stays."""
+    from mllm_edge.export.build import build_bundle
+    from mllm_edge.show import engine_table
+
+    screen.kept = "finished engines are kept, the same command goes on with the others"
+    with screen.steps() as report:
+        built = build_bundle(bundle, [name for name in device.split(",") if name], report)
+    screen.result({"bundle": str(bundle), "engines": [dataclasses.asdict(one) for one in built]}, engine_table(built))
+
+
 @verb("verify my.bundle", "verify my.bundle --weights ~/checkpoint")
 def verify(
     screen: Screen,

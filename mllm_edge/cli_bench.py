@@ -38,6 +38,7 @@ def bench(
     options: dict[str, Any] = {"repeat": repeat, "image": image, "gen_tokens": gen_tokens}
     if len(bundles) == 1:
         threads = loading.threads or usable_cores()
+        options["sensor"] = measuring.sensor()
         options["limits"] = lambda: measuring.machine_limits(bundles[0])
         options["load_cold_ms"] = measuring.load_cold(bundles[0], lambda: loading.open(bundles[0]))
         with screen.steps() as report, loading.open(bundles[0]) as model:

@@ -14,18 +14,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mllm_edge
+from mllm_edge import jetson
 from mllm_edge.errors import MissingPackage
 from mllm_edge.runtime import probe
 from mllm_edge.runtime.llama_library import library
+from mllm_edge.runtime.tensorrt_packages import PACKAGES
 from mllm_edge.runtime.threads import usable_cores
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from mllm_edge.jetson import Jetson
+
+ROOT = Path("/")
 CPUINFO = Path("/proc/cpuinfo")
 MEMINFO = Path("/proc/meminfo")
-DEVICE_TREE = Path("/proc/device-tree/model")
-TEGRA_RELEASE = Path("/etc/nv_tegra_release")
 
 # CPU flags that decide how fast the engines are: x86, then ARM
 FEATURES = (
@@ -33,6 +36,7 @@ FEATURES = (
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve"),
 )
 EXTRAS = ("runtime", "export", "train", "eval")  # `cuda` and `bench` are advised where they would help
+OPTIONAL = ("onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings", "nvidia-ml-py", "mllm-edge")
 INSTEAD = {"onnxruntime": "onnxruntime-gpu"}
 # What importing an engine whose libraries are missing or damaged raises.
 BROKEN = (ImportError, OSError, RuntimeError)
@@ -79,7 +83,7 @@ class Findings:
     memory: dict[str, float]
     disk_free: float
     gpus: list[Gpu]
-    jetson: str
+    jetson: Jetson | None
     packages: dict[str, str | None]
     engines: Engines
     advice: list[Advice]
@@ -93,10 +97,10 @@ def examine() -> Findings:
     """Look at the machine and at what is installed. Loads the engines, no model and no PyTorch."""
     wanted = extras()
     packages = {name: version(name) for names in wanted.values() for name in names}
-    packages |= {name: found for name in ("onnxruntime-gpu", "tensorrt", "mllm-edge") if (found := version(name))}
+    packages |= {name: found for name in OPTIONAL if (found := version(name))}
     engines, broken = _engines()
-    gpus = _gpus()
-    advice = [*_missing(wanted), *broken, *_faster(engines, bool(gpus))]
+    gpus, board = _gpus(), jetson.find(ROOT)
+    advice = [*_missing(wanted), *broken, *_faster(engines, capability(gpus, board))]
     return Findings(
         mllm_edge=mllm_edge.__version__,
         python=f"{platform.python_version()} at {sys.executable}",
@@ -107,7 +111,7 @@ def examine() -> Findings:
         memory=memory(),
         disk_free=round(shutil.disk_usage(Path.cwd()).free / 1e6),
         gpus=gpus,
-        jetson=_jetson(),
+        jetson=board,
         packages=dict(sorted(packages.items(), key=lambda item: item[0].lower())),
         engines=engines,
         advice=advice,
@@ -146,7 +150,7 @@ def tables(findings: Findings) -> list[Table]:
         "memory": memory or "not told by this system",
         "free disk": size(1e6 * findings.disk_free),
         "GPU": "\n".join(gpus) or "none found",
-        "Jetson": findings.jetson or "no",
+        "Jetson": _board(findings.jetson, findings.memory) if findings.jetson else "no",
     }
     offload = {None: "not loaded", True: "can use a GPU", False: "CPU only"}[engines.llama_gpu_offload]
     running = {
@@ -221,35 +225,51 @@ def _amx() -> str:
     return ", ".join(tried) or "not tried yet; the first load of a quantized model does"
 
 
-def _faster(engines: Engines, has_gpu: bool) -> list[Advice]:
+def capability(gpus: list[Gpu], board: Jetson | None) -> str:
+    """The compute capability of this machine's GPU, "sm_89"; "" where there is none."""
+    if board:
+        return board.capability
+    return f"sm_{gpus[0].compute_capability.replace('.', '')}" if gpus else ""
+
+
+def build_line(gpu: str) -> str:
+    """The line that builds llama.cpp with CUDA for a GPU, "sm_87"."""
+    _, _, plain = probe.REBUILD.partition('" ')  # its flags are for x86
+    install = probe.REBUILD if platform.machine() == "x86_64" else plain
+    compiler = "" if shutil.which("nvcc") else "CUDACXX=/usr/local/cuda/bin/nvcc "
+    return f'{compiler}CMAKE_ARGS="-DGGML_CUDA=on -DCMAKE_CUDA_ARCHITECTURES={gpu.removeprefix("sm_")}" {install}'
+
+
+def _faster(engines: Engines, gpu: str) -> list[Advice]:
     advice = []
+    has_gpu = bool(gpu)
     if any(probe.verdict().crashed.values()):
         advice.append(Advice("llama.cpp's AMX code crashes, so it runs without", probe.REBUILD))
     if has_gpu and engines.onnxruntime_providers and "CUDAExecutionProvider" not in engines.onnxruntime_providers:
         line = "pip uninstall -y onnxruntime; pip install onnxruntime-gpu"
         advice.append(Advice("there is a GPU, but ONNX Runtime was built without CUDA", line))
     if has_gpu and engines.llama_gpu_offload is False:
-        advice.append(
-            Advice("there is a GPU, but llama.cpp was built without it", f'CMAKE_ARGS="-DGGML_CUDA=on" {probe.REBUILD}')
-        )
+        advice.append(Advice("there is a GPU, but llama.cpp was built without CUDA", build_line(gpu)))
+    if has_gpu and not any(package.installed for package in PACKAGES):
+        advice.append(Advice("there is a GPU, but no TensorRT for target trt", "pip install 'mllm-edge[rtx]'"))
     return advice
 
 
 def cpu_name() -> str:
-    text = _read(CPUINFO)
+    text = jetson.read(CPUINFO)
     named = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", text, re.MULTILINE)
     return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def _features() -> list[str]:
-    listed = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read(CPUINFO), re.MULTILINE)
+    listed = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", jetson.read(CPUINFO), re.MULTILINE)
     flags = set(listed[1].split()) if listed else set()
     return [feature for feature in FEATURES if feature in flags]
 
 
 def memory() -> dict[str, float]:
     """RAM and swap in MB, where the system says so (Linux)."""
-    fields = dict(re.findall(r"^(\w+):\s+(\d+) kB$", _read(MEMINFO), re.MULTILINE))
+    fields = dict(re.findall(r"^(\w+):\s+(\d+) kB$", jetson.read(MEMINFO), re.MULTILINE))
     names = {"total": "MemTotal", "available": "MemAvailable", "swap": "SwapTotal", "free_swap": "SwapFree"}
     return {name: round(int(fields[key]) * 1024 / 1e6) for name, key in names.items() if key in fields}
 
@@ -267,15 +287,12 @@ def _gpus() -> list[Gpu]:
     return [Gpu(*cells) for cells in lines if len(cells) == 4]
 
 
-def _jetson() -> str:
-    """The board and its L4T release; empty elsewhere."""
-    release = _read(TEGRA_RELEASE).splitlines()
-    board = _read(DEVICE_TREE).strip("\0\n ")
-    return ", ".join([board, *(line.lstrip("# ") for line in release[:1])]) if "NVIDIA" in board or release else ""
+def _board(board: Jetson, memory: dict[str, float]) -> str:
+    """A Jetson for people; its CPU and GPU share one memory."""
+    from mllm_edge.show import size
 
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+    told = [board.model, f"L4T {board.l4t or 'unknown'}", f"JetPack {board.jetpack or 'unknown'}"]
+    told.append(f"power mode {board.power_mode or 'unknown'}")
+    if "available" in memory:
+        told.append(f"{size(1e6 * memory['available'])} free for CPU and GPU together")
+    return ", ".join(told)

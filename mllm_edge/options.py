@@ -54,10 +54,13 @@ class Loading:
     """Options of commands that run a bundle; see `mllm_edge.load`."""
 
     target: Annotated[
-        str | None, typer.Option(metavar="cpu|cuda", help="Run there; an engine without it is an error.")
+        str | None, typer.Option(metavar="cpu|cuda|trt|ort-rtx", help="Run there; an engine without it is an error.")
     ] = None
     threads: Annotated[int | None, typer.Option(help="CPU threads; by default the physical cores.")] = None
     context: Annotated[int | None, typer.Option(help="Positions; by default the bundle's, up to 4096.")] = None
+    gpu_layers: Annotated[
+        int | None, typer.Option(help="Layers of the language model on a GPU; by default what fits.")
+    ] = None
     kv_type: Annotated[str, typer.Option(metavar="f32|f16|q8_0", help="Element type of the KV cache.")] = "f16"
     no_verify_hash: NoVerifyHash = False
     memory_budget: Annotated[

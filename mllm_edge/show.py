@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mllm_edge.bundle import Manifest, Parity, TensorSpec
+    from mllm_edge.export.build import Built
     from mllm_edge.models import SystemInfo
     from mllm_edge.runtime import Answer
 
@@ -321,8 +322,17 @@ def bundle_tables(folder: Path, manifest: Manifest) -> list[Table]:
     )
     for entry in manifest.extra_files:
         files.add_row(entry.file, "", "", "", "", size(entry.bytes), entry.sha256[:12], "")
-    shown = [pairs(str(folder), about), files]
+    shown = [pairs(str(folder), about), files, *([_engines(manifest)] if manifest.target == "trt" else [])]
     return [*shown, parity_table(manifest.parity)] if manifest.parity else shown
+
+
+def engine_table(built: Sequence[Built]) -> Table:
+    """What `mllm-edge build` did."""
+    made = table("engines", "stage", "engine", "size", "built in", right=("size", "built in"))
+    for one in built:
+        took = f"{one.seconds:.1f} s" if one.seconds else "was there"
+        made.add_row(one.stage, one.file, size(one.bytes), took)
+    return made
 
 
 def parity_table(rows: Sequence[Parity]) -> Table:
@@ -344,6 +354,18 @@ def timing_table(answer: Answer) -> Table:
     made = table("", *timings, "peak memory", right=(*timings, "peak memory"))
     peak = answer.memory["peak_rss"]
     made.add_row(*(f"{ms:.1f} ms" for ms in timings.values()), "" if peak is None else f"{peak:.0f} MB")
+    return made
+
+
+def _engines(manifest: Manifest) -> Table:
+    """TensorRT's engines: what they are for, or that the device has yet to build its own."""
+    made = table("TensorRT engines", "stage", "GPUs", "built by", "size", right=("size",))
+    for stage in manifest.stages:
+        for engine in stage.engines:
+            gpus, by = ", ".join(engine.capabilities), f"{engine.package} {engine.version}"
+            made.add_row(stage.name, gpus, by, size(engine.bytes))
+        if not stage.engines:
+            made.add_row(stage.name, "to build", "on the device: mllm-edge build", "")
     return made
 
 

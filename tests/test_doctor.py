@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from mllm_edge import cli, doctor
+from mllm_edge import cli, doctor, jetson
 from mllm_edge.runtime import probe
 
 X86 = """processor\t: 0
@@ -32,8 +33,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, file in [
         ("CPUINFO", "cpuinfo"),
         ("MEMINFO", "meminfo"),
-        ("DEVICE_TREE", "model"),
-        ("TEGRA_RELEASE", "l4t"),
+        ("ROOT", ""),
     ]:
         monkeypatch.setattr(doctor, name, tmp_path / file)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -51,17 +51,70 @@ def test_machine(machine: Path) -> None:
     assert found.features == ["avx2", "f16c", "avx512f", "amx_tile"]
     assert found.memory == {"total": 16384, "available": 8192, "swap": 2048, "free_swap": 1024}
     assert found.gpus == []
-    assert found.jetson == ""
+    assert found.jetson is None
     assert found.cores >= 1
 
 
 def test_jetson_is_an_arm_machine_with_a_release(machine: Path) -> None:
     (machine / "cpuinfo").write_text("processor : 0\nFeatures : fp asimd aes asimddp\nModel : a board\n")
-    (machine / "model").write_bytes(b"NVIDIA Jetson Orin Nano\0")
-    (machine / "l4t").write_text("# R36 (release), REVISION: 4.0\n# more\n")
+    write_board(machine, ORIN_NANO)
     found = doctor.examine()
     assert found.features == ["asimd", "asimddp"]
-    assert found.jetson == "NVIDIA Jetson Orin Nano, R36 (release), REVISION: 4.0"
+    assert found.jetson is not None and found.jetson.jetpack == "6.2"
+    shown = "".join(str(cell) for table in doctor.tables(found) for column in table.columns for cell in column.cells)
+    assert re.search(r"power mode MAXN_SUPER \(2\), [\d.]+ .B free for CPU and GPU together", shown)
+    offload = [advice.run for advice in found.advice if "GGML_CUDA" in advice.run]
+    assert all("-DCMAKE_CUDA_ARCHITECTURES=87" in line for line in offload)
+    assert bool(offload) == (not found.engines.llama_gpu_offload)
+
+
+# The files of boards, in the form that L4T writes them.
+ORIN_NANO = {
+    "proc/device-tree/model": "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super\0",
+    "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, "
+    "DATE: Wed Jan  8 01:49:37 UTC 2025\n# KERNEL_VARIANT: oot\nTARGET_USERSPACE_LIB_DIR=nvidia\n",
+    "var/lib/nvpmodel/status": "pmode:0002\n",
+    "etc/nvpmodel.conf": "< PARAM TYPE=FILE NAME=CPU_ONLINE >\nCORE_0 /sys/devices/system/cpu/cpu0/online\n"
+    "< POWER_MODEL ID=0 NAME=15W >\nCPU_ONLINE CORE_0 1\n< POWER_MODEL ID=1 NAME=25W >\n"
+    "< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n< PM_CONFIG DEFAULT=1 >\n",
+    "var/lib/dpkg/status": "Package: nvidia-container\nStatus: install ok installed\nVersion: 6.1+b1\n\n"
+    "Package: nvidia-jetpack\nStatus: install ok installed\nPriority: standard\nVersion: 6.2+b77\n",
+}
+AGX_ORIN = {
+    "proc/device-tree/model": "NVIDIA Jetson AGX Orin Developer Kit\0",
+    "etc/nv_tegra_release": "# R36 (release), REVISION: 4.0, GCID: 37537400, BOARD: generic, EABI: aarch64\n",
+    "var/lib/nvpmodel/status": "pmode:0000\n",
+}
+THOR = {
+    "proc/device-tree/model": "NVIDIA Jetson AGX Thor Developer Kit\0",
+    "etc/nv_tegra_release": "# R38 (release), REVISION: 2.0, GCID: 41844464, BOARD: generic, EABI: aarch64\n",
+}
+
+
+def write_board(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("files", "l4t", "jetpack", "mode", "capability"),
+    [
+        (ORIN_NANO, "36.4.3", "6.2", "MAXN_SUPER (2)", "sm_87"),
+        (AGX_ORIN, "36.4.0", "6.1", "0", "sm_87"),
+        (THOR, "38.2.0", "7.0", "", "sm_110"),
+    ],
+    ids=["Orin Nano", "AGX Orin", "Thor"],
+)
+def test_boards(files: dict[str, str], l4t: str, jetpack: str, mode: str, capability: str, tmp_path: Path) -> None:
+    write_board(tmp_path, files)
+    board = jetson.find(tmp_path)
+    assert board == jetson.Jetson(files["proc/device-tree/model"].strip("\0"), l4t, jetpack, mode, capability)
+
+
+def test_other_boards_are_no_jetson(tmp_path: Path) -> None:
+    write_board(tmp_path, {"proc/device-tree/model": "Raspberry Pi 5 Model B\0"})
+    assert jetson.find(tmp_path) is None
 
 
 def nvidia_smi(machine: Path, script: str) -> None:
@@ -76,7 +129,7 @@ def test_a_gpu_that_engines_cannot_use_brings_advice(machine: Path) -> None:
     assert found.gpus == [doctor.Gpu("Imaginary RTX", "8192 MiB", "590.1", "8.9")]
     lines = [advice.run for advice in found.advice]
     can_offload, providers = found.engines.llama_gpu_offload, found.engines.onnxruntime_providers
-    assert any("GGML_CUDA" in line for line in lines) == (not can_offload)
+    assert any("CUDA_ARCHITECTURES=89" in line for line in lines) == (not can_offload)
     assert any(line.endswith("onnxruntime-gpu") for line in lines) == ("CUDAExecutionProvider" not in providers)
 
 

@@ -1,6 +1,7 @@
 """Speed and memory: measure bundles, compare measurements, plan for machines that are not at hand."""
 
 from mllm_edge.bench.forms import check_form, colored, plan_tables, plotter, ratio_table, render
+from mllm_edge.bench.power import sensor
 from mllm_edge.bench.ratios import compare, read_results
 from mllm_edge.bench.result import Environment, Limits, Result, Spread, document, from_document
 from mllm_edge.bench.runs import load_cold, machine_limits, measure, measure_apart
@@ -24,4 +25,5 @@ __all__ = [
     "ratio_table",
     "read_results",
     "render",
+    "sensor",
 ]

@@ -84,6 +84,7 @@ def _rows(result: Result) -> dict[str, str]:
         "time to first token, ms": times(result.first_token_ms),
         "prefill, tokens/s": times(result.prefill_tokens_per_s),
         "decode, tokens/s": times(result.decode_tokens_per_s, limit("decode")),
+        **({"energy, J per answer": times(result.energy_j, result.power_sensor)} if result.energy_j else {}),
         "peak memory, MB": "not told" if result.peak_rss_mb is None else f"{result.peak_rss_mb:.0f}",
     }
 

@@ -51,7 +51,8 @@ class Result:
     token, everything included but loading. `load_cold_ms` is the load of files that are not in the page cache, None
     where they cannot be put out of it. `share_of_limit` says for stages, `prefill` and `decode` which part of what
     `environment.limits` allows was reached (above 1 where narrower numbers than fp32 are multiplied). `late` names the
-    stages that run for some answers only and are not in `first_token_ms`.
+    stages that run for some answers only and are not in `first_token_ms`. `energy_j` is what `power_sensor` told during
+    an answer to a picture and a question, `generated_tokens` long; None where the machine has no sensor.
     """
 
     bundle: str
@@ -73,6 +74,8 @@ class Result:
     share_of_limit: dict[str, float]
     environment: Environment
     late: list[str] = field(default_factory=list)
+    energy_j: Spread | None = None
+    power_sensor: str = ""
 
 
 SPREADS = ("first_token_ms", "prefill_tokens_per_s", "decode_tokens_per_s")
@@ -100,7 +103,7 @@ def from_document(told: Any, source: str) -> list[Result]:
 def _result(told: dict[str, Any]) -> Result:
     limits = told["environment"]["limits"]
     environment = Environment(**{**told["environment"], "limits": limits and Limits(**limits)})
-    spreads = {key: Spread(**told[key]) for key in SPREADS}
+    spreads = {key: Spread(**told[key]) for key in (*SPREADS, *(["energy_j"] if told.get("energy_j") else []))}
     stages = {stage: Spread(**values) for stage, values in told["stages_ms"].items()}
     known = {field.name for field in dataclasses.fields(Result)}
     if unknown := told.keys() - known:

@@ -7,6 +7,7 @@ number of tokens whatever they say.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 import mllm_edge
 from mllm_edge.bench.limits import measure_limits, shares
+from mllm_edge.bench.power import Meter, Sensor
 from mllm_edge.bench.result import Environment, Limits, Result, Spread, from_document
 from mllm_edge.bundle import read
 from mllm_edge.errors import BadInput, MllmEdgeError
@@ -34,6 +36,7 @@ from mllm_edge.runtime.images import load_image
 if TYPE_CHECKING:
     from mllm_edge.progress import Report
     from mllm_edge.runtime import Answer, Model
+    from mllm_edge.runtime.stage import LanguageModel
 
 PROMPT = "Describe the picture."
 PICTURE_SIZE = 512
@@ -51,6 +54,7 @@ def measure(
     repeat: int = 5,
     image: Path | None = None,
     gen_tokens: int = 32,
+    sensor: Sensor | None = None,
     report: Report = lambda *_: None,
 ) -> Result:
     """Measure a freshly loaded model, after one repetition that does not count.
@@ -64,6 +68,7 @@ def measure(
         repeat: measured repetitions.
         image: the picture; by default a drawn scene.
         gen_tokens: tokens to decode in each repetition.
+        sensor: what tells the power that is drawn meanwhile.
         report: told of each repetition.
 
     Raises:
@@ -76,11 +81,14 @@ def measure(
     for number in range(repeat + 1):
         report(name, number + 1, repeat + 1, None)
         begun = time.perf_counter()
-        runs.append(_once(model, _altered(picture, number), gen_tokens))
+        runs.append(_once(model, _altered(picture, number), gen_tokens, sensor))
         report(name, number + 1, repeat + 1, time.perf_counter() - begun)
     peak = peak_rss()
     environment = _environment(threads, model.manifest.target, limits())
-    return _result(model, name, gen_tokens, runs[1:], load_cold_ms, peak, environment)
+    result = _result(model, name, gen_tokens, runs[1:], load_cold_ms, peak, environment)
+    if sensor is None:
+        return result
+    return replace(result, energy_j=_spread([joules for _, _, joules in runs[1:]]), power_sensor=sensor.name)
 
 
 def machine_limits(bundle: Path) -> Limits | None:
@@ -144,11 +152,21 @@ def _altered(picture: NDArray[np.uint8], number: int) -> NDArray[np.uint8]:
     return altered
 
 
-def _once(model: Model, picture: NDArray[np.uint8], gen_tokens: int) -> tuple[Answer, float]:
-    """One repetition: an answer of one token, and the seconds that decoding `gen_tokens` more took."""
+def _once(
+    model: Model, picture: NDArray[np.uint8], gen_tokens: int, sensor: Sensor | None
+) -> tuple[Answer, float, float]:
+    """One repetition: an answer of one token, the seconds that decoding `gen_tokens` more took, and the joules of both
+    (0 without a sensor)."""
     decoder = model.language_model
     # No prompt begins like the strings that end an answer, so nothing of the KV cache but BOS can be kept.
     model.generate((*model.manifest.prompt.stop, ".")[0], raw=True, max_tokens=1)
+    with Meter(sensor) if sensor else contextlib.nullcontext() as meter:
+        answer, decoded = _answer(model, decoder, picture, gen_tokens)
+    answer = replace(answer, timings={**answer.timings, **_late_stages(model, picture)})
+    return answer, decoded, meter.joules if meter else 0.0
+
+
+def _answer(model: Model, decoder: LanguageModel, picture: NDArray[np.uint8], gen_tokens: int) -> tuple[Answer, float]:
     answer = model.generate(PROMPT, picture, max_tokens=1)
     if answer.tokens.prompt + gen_tokens > decoder.context:
         raise BadInput(
@@ -159,8 +177,7 @@ def _once(model: Model, picture: NDArray[np.uint8], gen_tokens: int) -> tuple[An
     token = answer.tokens.ids[0]
     for _ in range(gen_tokens):
         token = int(decoder.step(token).logits.argmax())
-    decoded = time.perf_counter() - begun
-    return replace(answer, timings={**answer.timings, **_late_stages(model, picture)}), decoded
+    return answer, time.perf_counter() - begun
 
 
 def _late_stages(model: Model, picture: NDArray[np.uint8]) -> dict[str, float]:
@@ -180,19 +197,19 @@ def _result(
     model: Model,
     name: str,
     gen_tokens: int,
-    runs: Sequence[tuple[Answer, float]],
+    runs: Sequence[tuple[Answer, float, float]],
     load_cold_ms: float | None,
     peak: float | None,
     environment: Environment,
 ) -> Result:
-    manifest, answers = model.manifest, [answer for answer, _ in runs]
+    manifest, answers = model.manifest, [answer for answer, _, _ in runs]
     tokens = answers[0].tokens
     prefilled = tokens.prompt - (model.language_model.bos is not None)
     stages = [stage for stage in answers[0].timings if stage not in ("load", "late_load", "decode", "total")]
     precisions = [*dict.fromkeys(stage.precision for stage in manifest.stages), manifest.language_model.precision]
     stages_ms = {stage: _spread([answer.timings[stage] for answer in answers]) for stage in stages}
     names, early = {stage.name for stage in manifest.stages}, needed_for(EMBEDS, manifest.stages)
-    decode = _spread([gen_tokens / seconds for _, seconds in runs])
+    decode = _spread([gen_tokens / seconds for _, seconds, _ in runs])
     medians = {stage: spread.median for stage, spread in stages_ms.items()}
     limits = environment.limits
     return Result(

@@ -14,18 +14,29 @@ from typing import TYPE_CHECKING, Any
 
 import mllm_edge
 from mllm_edge import bundle, models
-from mllm_edge.bundle import BuiltEngine, EmbeddingTable, FileEntry, LanguageModelEntry, Manifest, StageEntry
+from mllm_edge.bundle import (
+    BuildSettings,
+    BuiltEngine,
+    EmbeddingTable,
+    FileEntry,
+    LanguageModelEntry,
+    Manifest,
+    StageEntry,
+    graph_of,
+)
 from mllm_edge.errors import BadInput
-from mllm_edge.export import tensorrt
+from mllm_edge.export.build import make_engine
 from mllm_edge.export.cost import BYTES_PER_WEIGHT, stage_flops, weight_count
 from mllm_edge.export.footprint import activation_bytes
 from mllm_edge.export.gguf import export_language_model
 from mllm_edge.export.merging import with_merged_tokens
 from mllm_edge.export.onnx import PRECISIONS, export_stage
 from mllm_edge.export.samples import Samples, pictures
+from mllm_edge.export.tensorrt import BOARDS, ahead, settings
 from mllm_edge.export.verify import PICTURES, require, verify
 from mllm_edge.export.workplace import Finished, Workplace, disk_full_explained
 from mllm_edge.models.interface import Checkpoint, ExportPlan, LanguageModelExport, LlamaDims, StageExport
+from mllm_edge.runtime.tensorrt_packages import RTX
 
 if TYPE_CHECKING:
     from mllm_edge.progress import Report
@@ -33,7 +44,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_PRECISION = {"cpu": "fp32", "cuda": "fp16", "trt": "fp16"}
-ENGINE = ".engine"
 CALIBRATION_PICTURES = {"fp32": 0, "fp16": 8, "int8": 32}  # other pictures than those of the verification
 
 
@@ -87,6 +97,7 @@ def export(
     """
     precision = _check_options(target, precision, quant)
     capabilities = _check_devices(target, devices)
+    how = settings(devices)
     module = models.get(system).load_module()
     checkpoint = module.resolve(weights, config)
     if mmproj and not hasattr(module, "write_mmproj"):
@@ -98,8 +109,8 @@ def export(
         plan = with_merged_tokens(plan, merge_tokens)
     final = Path(out or f"{system}-{checkpoint.config}.bundle")
     with disk_full_explained(final.parent), Workplace(final, force) as place:
-        clock = _Clock(report, len(plan.stages) + 1 + mmproj + check)
-        job = _Job(place, checkpoint, plan, target, capabilities, precision, quant, clock)
+        clock = _Clock(report, len(plan.stages) * (2 if capabilities else 1) + 1 + mmproj + check)
+        job = _Job(place, checkpoint, plan, target, capabilities, how, precision, quant, clock)
         manifest = job.manifest()
         if mmproj:
             manifest.extra_files.append(job.extra_file("mmproj", "mmproj.gguf", module.write_mmproj))
@@ -131,9 +142,9 @@ def _check_devices(target: str, devices: Sequence[str]) -> list[str]:
     if not devices:
         raise BadInput(
             "target trt needs --device: compute capabilities of GPUs (sm_86,sm_89,sm_120), or a board that builds its "
-            f"own engines ({', '.join(tensorrt.BOARDS)})"
+            f"own engines ({', '.join(BOARDS)})"
         )
-    return tensorrt.capabilities(devices)
+    return ahead(devices)
 
 
 class _Clock:
@@ -163,6 +174,7 @@ class _Job:
     plan: ExportPlan
     target: str
     capabilities: list[str]
+    how: BuildSettings
     precision: str
     quant: str
     clock: _Clock
@@ -170,7 +182,7 @@ class _Job:
     def manifest(self) -> Manifest:
         """Lower all stages and the language model."""
         self.place.need(_language_model_bytes(self.plan.language_model.dims, self.quant), "the language model")
-        stages = [self._stage(stage) for stage in self.plan.stages]
+        stages = [self._with_engine(self._stage(stage)) for stage in self.plan.stages]
         return Manifest(
             system=self.checkpoint.system,
             config=self.checkpoint.config,
@@ -185,6 +197,7 @@ class _Job:
             preprocessing=self.plan.preprocessing,
             prompt=self.plan.prompt,
             generation=self.plan.generation,
+            build=self.how,
         )
 
     def extra_file(self, step: str, file: str, write: Callable[[Checkpoint, Path], None]) -> bundle.FileEntry:
@@ -211,43 +224,38 @@ class _Job:
             feeds = samples.inputs(stage) if precision != "fp32" else []
             data_files = export_stage(dataclasses.replace(stage, module=lambda: module), path, precision, feeds)
             details = {"flops": stage_flops(module, stage.inputs), "activation_bytes": activation_bytes(path)}
-            engines = [self._engine(stage, path, tell)] if self.capabilities else []
-            return Finished([self.place.entry(file) for file in (path, *data_files, *engines)], details)
+            return Finished([self.place.entry(file) for file in (path, *data_files)], details)
 
         shapes = [dataclasses.asdict(spec) for spec in (*stage.inputs, *stage.outputs)]
         pixels = [dataclasses.asdict(step) for step in self.plan.preprocessing]
-        built = {"devices": self.capabilities, "version": tensorrt.version()} if self.capabilities else {}
-        key = self._made_from(precision=precision, shapes=shapes, preprocessing=pixels, **built)
-        with self.clock.step(stage.name) as tell:
+        key = self._made_from(precision=precision, shapes=shapes, preprocessing=pixels)
+        with self.clock.step(stage.name):
             finished = self.place.step(stage.name, key, build)
-        files = [entry for entry in finished.files if not entry.file.endswith(ENGINE)]
         return StageEntry(
-            **dataclasses.asdict(files[0]),
+            **dataclasses.asdict(finished.files[0]),
             name=stage.name,
             engine="tensorrt" if self.target == "trt" else "onnx",
             precision=precision,
             inputs=stage.inputs,
             outputs=stage.outputs,
-            data_files=files[1:],
-            engines=[
-                BuiltEngine(
-                    **dataclasses.asdict(entry),
-                    package=tensorrt.PACKAGE,
-                    version=tensorrt.version(),
-                    capabilities=self.capabilities,
-                    graph=files[0].sha256,
-                )
-                for entry in finished.files
-                if entry.file.endswith(ENGINE)
-            ],
+            data_files=finished.files[1:],
             **finished.details,
         )
 
-    def _engine(self, stage: StageExport, path: Path, tell: Callable[[float], None]) -> Path:
-        """Build a stage's engine beside its graph."""
-        file = path.with_suffix(ENGINE)
-        file.write_bytes(tensorrt.build(path, stage.inputs, stage.outputs, self.capabilities, tell))
-        return file
+    def _with_engine(self, stage: StageEntry) -> StageEntry:
+        """The stage with its engine for the GPUs that are built for here."""
+        if not self.capabilities:
+            return stage
+
+        def build() -> Finished:
+            made = make_engine(self.place.folder, stage, self.capabilities, RTX, self.how, tell)
+            return Finished([FileEntry(made.file, made.bytes, made.sha256)], dataclasses.asdict(made))
+
+        key = {"graph": graph_of(stage), "devices": self.capabilities, "version": RTX.version, "how": repr(self.how)}
+        with self.clock.step(f"{stage.name} engine") as tell:
+            return dataclasses.replace(
+                stage, engines=[BuiltEngine(**self.place.step(f"{stage.name}.engine", key, build).details)]
+            )
 
     def _language_model(self, lm: LanguageModelExport) -> LanguageModelEntry:
         key = self._made_from(quant=self.quant, state_positions=lm.state_positions)

@@ -1,26 +1,47 @@
 """TensorRT engines out of a stage's ONNX file, strongly typed: precision is the graph's, not a flag of the builder.
 
-TensorRT-RTX builds ahead of time, on any x86 machine and without a GPU, for the compute capabilities that are named.
+TensorRT-RTX builds ahead of time, on any x86 machine and without a GPU, for the compute capabilities that are named;
+TensorRT builds for the GPU at hand. `runtime/tensorrt_packages.py` has what differs between them. No PyTorch is needed
+here: boards build, too.
 """
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mllm_edge.bundle import TensorSpec
-from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
+from mllm_edge.bundle import BuildSettings, TensorSpec
+from mllm_edge.errors import BadInput, MllmEdgeError
+from mllm_edge.runtime.tensorrt import logger, shape
+from mllm_edge.runtime.tensorrt_packages import RTX, Package
 
-MODULE, PACKAGE, EXTRA = "tensorrt_rtx", "tensorrt-rtx", "rtx"
-BOARDS = ("orin", "orin-nano", "thor")  # their engines are built on the board
-FREE_AXIS = (1, 4, 16)  # least, usual and greatest length of an axis that may vary
+# Boards build their own engines. How much scratch memory a kernel may take there, in MB: on the small one TensorRT's
+# own choice, all that is free, would have the system kill the build.
+BOARDS = {"orin-nano": 1024, "orin": 4096, "thor": 0}
 
 
-def capabilities(devices: Sequence[str]) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One engine to build.
+
+    Attributes:
+        onnx: the graph; weights beside it are found.
+        inputs: what the graph must take. Axes that may vary get a profile.
+        outputs: what it must give.
+        capabilities: of the GPUs that it is for, such as "sm_89"; none for the GPU at hand.
+    """
+
+    onnx: Path
+    inputs: Sequence[TensorSpec]
+    outputs: Sequence[TensorSpec]
+    capabilities: Sequence[str] = ()
+
+
+def ahead(devices: Sequence[str]) -> list[str]:
     """The compute capabilities among `--device`, for which engines are built here.
 
     Raises:
@@ -29,7 +50,7 @@ def capabilities(devices: Sequence[str]) -> list[str]:
     """
     wanted = [name for name in devices if name not in BOARDS]
     if wanted:
-        known = {f"sm_{name[2:]}" for name in dir(load().ComputeCapability) if name.startswith("SM")}
+        known = {f"sm_{name[2:]}" for name in dir(RTX.load().ComputeCapability) if name.startswith("SM")}
         for name in wanted:
             if name not in known:
                 raise BadInput(
@@ -39,33 +60,26 @@ def capabilities(devices: Sequence[str]) -> list[str]:
     return wanted
 
 
-def load() -> Any:
-    """The package's module. Raises MissingPackage with the line that installs it."""
-    try:
-        return importlib.import_module(MODULE)
-    except ModuleNotFoundError:
-        raise MissingPackage(PACKAGE, EXTRA) from None
-
-
-def version() -> str:
-    """The package's version."""
-    return str(load().__version__)
+def settings(devices: Sequence[str]) -> BuildSettings:
+    """Settings for the boards among `--device`; the smallest one decides."""
+    boards = [name for name in BOARDS if name in devices]
+    return BuildSettings(boards, workspace_mb=min((BOARDS[name] for name in boards if BOARDS[name]), default=0))
 
 
 def build(
-    onnx: Path,
-    inputs: Sequence[TensorSpec],
-    outputs: Sequence[TensorSpec],
-    gpus: Sequence[str],
+    work: Work,
+    package: Package,
+    how: BuildSettings,
+    timing_cache: Path | None = None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> bytes:
-    """A serialized engine of an ONNX file.
+    """A serialized engine.
 
     Args:
-        onnx: the file; weights beside it are found.
-        inputs: what the graph must take. Axes that may vary get a profile (`FREE_AXIS`).
-        outputs: what it must give.
-        gpus: their compute capabilities, such as "sm_89".
+        work: what to build.
+        package: what builds it.
+        how: profile and scratch memory.
+        timing_cache: a file that holds measured kernel times and gets those of this build, where the package has such.
         progress: told the share that is done.
 
     Raises:
@@ -73,45 +87,44 @@ def build(
             fails (with TensorRT's own reason).
         MissingPackage: the package is not installed.
     """
-    trt = load()
+    trt = package.load()
     reasons: list[str] = []
-    logger = _logger(trt, reasons)
-    builder = trt.Builder(logger)
-    network = builder.create_network(_typed(trt))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(onnx)):
-        raise MllmEdgeError(f"{onnx.stem}: TensorRT cannot read {_refused(parser)}; export it with --target cuda")
-    _check("takes", onnx.stem, trt, [network.get_input(i) for i in range(network.num_inputs)], inputs)
-    _check("gives", onnx.stem, trt, [network.get_output(i) for i in range(network.num_outputs)], outputs)
+    log = logger(trt, reasons)
+    builder = trt.Builder(log)
+    network = builder.create_network(package.network_flags())
+    parser = trt.OnnxParser(network, log)
+    stage = work.onnx.stem
+    if not parser.parse_from_file(str(work.onnx)):
+        raise MllmEdgeError(f"{stage}: TensorRT cannot read {_refused(parser)}; export it with --target cuda")
+    _check("takes", stage, trt, [network.get_input(i) for i in range(network.num_inputs)], work.inputs)
+    _check("gives", stage, trt, [network.get_output(i) for i in range(network.num_outputs)], work.outputs)
     config = builder.create_builder_config()
-    config.num_compute_capabilities = len(gpus)
-    for index, name in enumerate(gpus):
-        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{name.removeprefix('sm_')}"), index)
-    _add_profile(builder, config, inputs)
+    if work.capabilities:
+        config.num_compute_capabilities = len(work.capabilities)
+        for index, name in enumerate(work.capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{name.removeprefix('sm_')}"), index)
+    if how.workspace_mb:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, how.workspace_mb * 10**6)
+    _add_profile(builder, config, work.inputs, how.profile)
     config.progress_monitor = _monitor(trt, progress)
+    if timing_cache and package.timing_cache:
+        known = timing_cache.read_bytes() if timing_cache.is_file() else b""
+        cache = config.create_timing_cache(known)
+        config.set_timing_cache(cache, ignore_mismatch=False)  # times of another GPU are refused, then measured anew
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         reason = reasons[-1] if reasons else "no reason given"
-        raise MllmEdgeError(f"{onnx.stem}: TensorRT could not build it ({reason}); see --debug")
+        raise MllmEdgeError(f"{stage}: TensorRT could not build it ({reason}); see --debug")
+    if timing_cache and package.timing_cache:
+        replaced(timing_cache, bytes(config.get_timing_cache().serialize()))
     return bytes(engine)
 
 
-def _typed(trt: Any) -> int:
-    """The flag for a strongly typed network, where there are others (TensorRT 10)."""
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    return 0 if flag is None else 1 << int(flag)
-
-
-def _logger(trt: Any, reasons: list[str]) -> Any:
-    class Reasons(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                reasons.append(" ".join(message.split()))
-
-    return Reasons()
+def replaced(path: Path, content: bytes) -> None:
+    """Write a file in one step: what was there stays until all of it is written."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 def _monitor(trt: Any, progress: Callable[[float], None]) -> Any:
@@ -153,12 +166,11 @@ def _check(verb: str, stage: str, trt: Any, tensors: Sequence[Any], specs: Seque
         raise MllmEdgeError(f"{stage}: TensorRT's network {verb} {found}, the manifest says {wanted}; report this")
 
 
-def _add_profile(builder: Any, config: Any, inputs: Sequence[TensorSpec]) -> None:
-    if not any(isinstance(size, str) for spec in inputs for size in spec.shape):
+def _add_profile(builder: Any, config: Any, inputs: Sequence[TensorSpec], lengths: Sequence[int]) -> None:
+    varying = [spec for spec in inputs if any(isinstance(size, str) for size in spec.shape)]
+    if not varying:
         return
     profile = builder.create_optimization_profile()
-    for spec in inputs:
-        if any(isinstance(size, str) for size in spec.shape):
-            shapes = [tuple(length if isinstance(size, str) else size for size in spec.shape) for length in FREE_AXIS]
-            profile.set_shape(spec.name, *shapes)
+    for spec in varying:
+        profile.set_shape(spec.name, *(shape(spec, length) for length in lengths))
     config.add_optimization_profile(profile)

@@ -164,7 +164,7 @@ def _stage_row(folder: Path, entry: StageEntry, stage: StageExport, samples: Sam
     expected = samples.outputs(stage)
     with contextlib.closing(STAGE_ENGINES[entry.engine](bundle.locate(folder, entry.file), entry, options)) as engine:
         pairs = [
-            (engine(**feed)[name], outputs[name])
+            (np.asarray(engine(**feed)[name]), outputs[name])
             for feed, outputs in zip(samples.inputs(stage), expected, strict=True)
             for name in outputs
         ]

@@ -30,7 +30,7 @@ from mllm_edge.recipes.conversation import (
     token_loss,
     visibility,
 )
-from mllm_edge.recipes.grounded import BOX, KINDS, SEG, GroundedTurn, region_turns, segment_turns
+from mllm_edge.recipes.grounded import BOX, KINDS, SEG, GroundedTurn, caption_turns, region_turns, segment_turns
 from mllm_edge.recipes.grounded_files import GroundedFiles
 from mllm_edge.recipes.language import plain_attention, read_vocabulary
 from mllm_edge.recipes.llava import add_lora, single_turns
@@ -162,6 +162,8 @@ class GlammTask:
         picture = Image.fromarray(render(scene, size))
         if kind == "region":
             return picture, region_turns(scene, rng, size)
+        if kind == "caption":
+            return picture, caption_turns(scene, rng, self.turns[1])
         if kind == "segment":
             return picture, segment_turns(scene, rng, *self.turns, size)
         turns = single_turns(scene, rng, self.turns[0], colors=True)

@@ -20,7 +20,7 @@ from mllm_edge.recipes.scenes import (
 from mllm_edge.recipes.scenes.phrases import capitalized, full_description, with_article
 
 SEG, PHRASE, PHRASE_END, BOX = "[SEG]", "<p>", "</p>", "<bbox>"
-KINDS = ("chat", "region", "segment")
+KINDS = ("chat", "region", "segment", "caption")
 JITTER = 0.08  # how far a box's sides are off in training, in its own size
 
 _INTERLEAVED = "Please respond with interleaved segmentation masks for the corresponding parts of the answer."
@@ -89,6 +89,17 @@ def grounded_turn(scene: Scene, rng: np.random.Generator, form: int, size: int) 
     visible = masks(scene, size)
     answer = tagged(caption.text, caption.spans)
     return GroundedTurn(CAPTION_QUESTIONS[form], answer, [visible[index] for _, _, index in caption.spans])
+
+
+def caption_turns(scene: Scene, rng: np.random.Generator, number: int) -> list[GroundedTurn]:
+    """Up to `number` grounded captions as text alone, which needs no mask encoder: the fullest one, then others."""
+    full = len(CAPTION_QUESTIONS) - 1
+    forms = [full, *map(int, rng.permutation(full))][:number]
+    captions = [grounded_caption(scene, rng, form) for form in forms]
+    return [
+        GroundedTurn(CAPTION_QUESTIONS[form], tagged(found.text, found.spans))
+        for form, found in zip(forms, captions, strict=True)
+    ]
 
 
 def region_turns(scene: Scene, rng: np.random.Generator, size: int) -> list[GroundedTurn]:

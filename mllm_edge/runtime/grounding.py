@@ -81,7 +81,7 @@ class Grounding:
         stage.load()
         start = time.perf_counter()
         states: Floats = np.stack(completion.states)
-        logits = stage(**{self._embedding: embedding, STATES: states})[LOGITS]
+        logits = np.asarray(stage(**{self._embedding: embedding, STATES: states})[LOGITS])
         decoded = time.perf_counter()
         timings[self._decoder.name] = 1000 * (decoded - start)
         found = [self._mask(one, span, completion.text, picture) for one, span in zip(logits, spans, strict=True)]

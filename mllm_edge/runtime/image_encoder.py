@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 from PIL import Image
 
 from mllm_edge.bundle import Manifest, TensorSpec
@@ -89,7 +90,7 @@ class ImageEncoder:
         stage = self._stages[entry.name]
         stage.load()
         start = time.perf_counter()
-        embeds = stage(**inputs)[REGION_EMBEDS]
+        embeds = np.asarray(stage(**inputs)[REGION_EMBEDS])
         _add(timings, entry.name, start)
         return [
             Region(f"{picture.key}:{tuple(place)}", row[None], picture.image)
@@ -109,9 +110,11 @@ class ImageEncoder:
             if name not in arrays:
                 made = dict(arrays)
                 self._run(image, name, made, timings)
-                arrays |= {kept: array for kept, array in made.items() if kept in self._kept}
+                arrays |= {
+                    kept: _lasting(kept, array) for kept, array in made.items() if kept in self._kept - set(arrays)
+                }
                 self._forget()
-                return made[name]
+                return arrays.get(name, made[name])
             return arrays[name]
 
     def _from_picture(self, name: str) -> bool:
@@ -142,6 +145,14 @@ class ImageEncoder:
 
         while len(self._cache) > 1 and held() > CACHE_BYTES:
             self._cache.popitem(last=False)
+
+
+def _lasting(name: str, array: Array) -> Array:
+    """What no later picture overwrites: embeddings for the language model, which reads them from the host, and tensors
+    where they are."""
+    if isinstance(array, np.ndarray):
+        return array
+    return np.asarray(array) if name == EMBEDS else array.kept()
 
 
 def needed_for(tensor: str, stages: Sequence[Wired]) -> set[str]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from mllm_edge.bundle import LanguageModelEntry
 from mllm_edge.errors import BadInput, MllmEdgeError
-from mllm_edge.runtime import probe
+from mllm_edge.runtime import gpu_layers, probe
 from mllm_edge.runtime.embedding import EmbeddingRows
 from mllm_edge.runtime.interrupt import interruptible
 from mllm_edge.runtime.llama_library import library, recent_errors
@@ -45,8 +45,9 @@ class LlamaLanguageModel:
         self.context = options.context
         self._rows = EmbeddingRows(path, spec.embedding)
         self._llama = library()
-        self._on_gpu = _gpu(self._llama, options)
-        self._model = _load(self._llama, path, spec, self._on_gpu)
+        layers = gpu_layers.layers(self._llama, spec, options) if _gpu(self._llama, options) else 0
+        self._on_gpu = layers > 0
+        self._model = _load(self._llama, path, spec, layers)
         # Also runs when the interpreter ends, before llama.cpp's own static objects go.
         self._free_model = weakref.finalize(self, self._llama.llama_model_free, self._model)
         self._vocab = self._llama.llama_model_get_vocab(self._model)
@@ -214,9 +215,9 @@ def _gpu(llama: ModuleType, options: Options) -> bool:
     return False
 
 
-def _load(llama: ModuleType, path: Path, spec: LanguageModelEntry, on_gpu: bool) -> int:
+def _load(llama: ModuleType, path: Path, spec: LanguageModelEntry, layers_on_gpu: int) -> int:
     settings = llama.llama_model_default_params()
-    settings.n_gpu_layers = spec.layers + 1 if on_gpu else 0
+    settings.n_gpu_layers = layers_on_gpu
     settings.use_extra_bufts = probe.use_extra_buffers(path, spec.precision)
     # Repacked weights would stand in memory beside the mapped file, twice in all.
     repacked = settings.use_extra_bufts and spec.precision not in PLAIN

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mllm_edge import bundle
 from mllm_edge.bundle import Manifest
 from mllm_edge.errors import BadInput, MllmEdgeError
-from mllm_edge.runtime.budget import residence
+from mllm_edge.runtime.budget import residence, stage_bytes
 from mllm_edge.runtime.image_encoder import EMBEDS, needed_for
 from mllm_edge.runtime.late import LateLanguageModel, LateStage
 from mllm_edge.runtime.session import Model
 from mllm_edge.runtime.stage import LANGUAGE_MODEL_ENGINES, STAGE_ENGINES, LanguageModel, Options, check_engines
 from mllm_edge.runtime.threads import usable_cores
+
+if TYPE_CHECKING:
+    from mllm_edge.runtime.tensorrt import Device
 
 DEFAULT_CONTEXT = 4096  # positions, where the bundle allows more: the KV cache of a longer one must be asked for
 
@@ -29,19 +34,23 @@ def load(
     context: int | None = None,
     verify_hash: bool = True,
     memory_budget: int | None = None,
+    gpu_layers: int | None = None,
 ) -> Model:
     """Load a bundle. The manifest, its files' hashes and all dims are checked before any engine starts.
 
     Args:
         folder: the bundle.
         target: run on "cpu" or "cuda" whatever the bundle was made for; then an engine without it is an error. By
-            default the bundle's own target, and what cannot run there runs on the CPU, with a warning.
+            default the bundle's own target, and what cannot run there runs on the CPU, with a warning. "trt" runs the
+            TensorRT engines of a bundle that was made for it, and never anything instead; "ort-rtx" has ONNX Runtime's
+            TensorRT-RTX provider run the graphs.
         threads: CPU threads; by default the physical cores that this process may use.
         kv_type: element type of the KV cache: "f32", "f16" or "q8_0".
         context: positions, at most the bundle's; by default the bundle's, up to 4096.
         verify_hash: compare SHA-256 of every file.
         memory_budget: bytes that the process may have resident on a CPU. Where the whole bundle needs more, stages are
             loaded for their use and let go, and at last the language model is, too, while masks are made.
+        gpu_layers: how many layers of the language model go to the GPU; by default as many as fit its free memory.
 
     Returns:
         A `Model`; use it as a context manager or call `close`.
@@ -55,10 +64,14 @@ def load(
     folder = Path(folder)
     manifest = bundle.read(folder, verify_hash)
     check_engines(manifest.stages, manifest.language_model)
-    options = _options(manifest, target, threads, kv_type, context, memory_budget)
+    options = _options(manifest, target, threads, kv_type, context, memory_budget, gpu_layers)
     place = residence(manifest, options, memory_budget)
     first = needed_for(EMBEDS, manifest.stages)
     with contextlib.ExitStack() as opened:
+        if options.target == "trt":
+            options = dataclasses.replace(options, device=_device(manifest, folder, opened))
+        later = sum(stage_bytes(entry) for entry in manifest.stages if entry.name not in first)
+        options = dataclasses.replace(options, gpu_reserve=later)
         stages: dict[str, LateStage] = {}
         for entry in manifest.stages:
             engine = functools.partial(STAGE_ENGINES[entry.engine], bundle.locate(folder, entry.file), entry, options)
@@ -77,6 +90,15 @@ def load(
         return model
 
 
+def _device(manifest: Manifest, folder: Path, opened: contextlib.ExitStack) -> Device:
+    from mllm_edge.runtime.tensorrt import Device
+
+    device = Device(manifest)
+    opened.callback(device.close)
+    device.check(manifest, folder)
+    return device
+
+
 def _options(
     manifest: Manifest,
     target: str | None,
@@ -84,12 +106,15 @@ def _options(
     kv_type: str,
     context: int | None,
     memory_budget: int | None,
+    gpu_layers: int | None,
 ) -> Options:
     wanted, longest = target or manifest.target, manifest.language_model.context_length
-    if wanted not in bundle.TARGETS:
-        raise BadInput(f"there is no target {wanted!r}; use {', '.join(bundle.TARGETS)}")
+    if wanted not in (*bundle.TARGETS, "ort-rtx"):
+        raise BadInput(f"there is no target {wanted!r}; use {', '.join(bundle.TARGETS)} or ort-rtx")
     if wanted == "trt" and manifest.target != "trt":
         raise MllmEdgeError(f"the bundle was made for {manifest.target}; export it with --target trt")
+    if gpu_layers is not None and gpu_layers < 0:
+        raise BadInput(f"gpu_layers is {gpu_layers}; it must be 0 or more")
     if threads is not None and threads < 1:
         raise BadInput(f"threads is {threads}; it must be at least 1")
     if context is not None and not 1 <= context <= longest:
@@ -101,4 +126,5 @@ def _options(
         kv_type=kv_type,
         context=context or min(longest, DEFAULT_CONTEXT),
         lean=memory_budget is not None,
+        gpu_layers=gpu_layers,
     )

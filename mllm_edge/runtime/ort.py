@@ -1,4 +1,4 @@
-"""ONNX Runtime as an engine of stages, on CPU or CUDA."""
+"""ONNX Runtime as an engine of stages: on the CPU, by CUDA, or by TensorRT-RTX, which it drives itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from mllm_edge.runtime.stage import Array, Options, check_arrays
 if TYPE_CHECKING:
     import onnxruntime  # type: ignore[import-untyped]
 
-_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_CPU = "CPUExecutionProvider"
+# By target: the provider, what brings it, and what it needs beside.
+_GPU = {
+    "cuda": ("CUDAExecutionProvider", "onnxruntime-gpu", "driver, CUDA or cuDNN missing"),
+    "ort-rtx": ("NvTensorRTRTXExecutionProvider", "onnxruntime-trt-rtx", "driver or TensorRT-RTX missing"),
+}
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -92,21 +97,27 @@ def _open(path: Path, options: Options, failures: tuple[type[Exception], ...]) -
         session = ort.InferenceSession(str(path), settings, providers=providers)
     except failures as error:
         raise BadInput(f"{path}: ONNX Runtime cannot load it ({_first_line(error)}); export it again") from None
-    if providers[0] == _CUDA and session.get_providers()[0] != _CUDA:
-        _without_cuda(options, "ONNX Runtime could not start its CUDA provider (driver, CUDA or cuDNN missing)")
+    if providers[0] != session.get_providers()[0]:
+        _, _, needs = _GPU[_gpu_target(options)]
+        _on_the_cpu(options, f"ONNX Runtime could not start its {providers[0]} ({needs})")
     return session
 
 
 def _providers(options: Options, available: list[str]) -> list[str]:
     if options.target == "cpu":
         return [_CPU]
-    if _CUDA in available:
-        return [_CUDA, _CPU]
-    _without_cuda(options, "this onnxruntime has no CUDA provider (pip install onnxruntime-gpu)")
+    provider, package, _ = _GPU[_gpu_target(options)]
+    if provider in available:
+        return [provider, _CPU]
+    _on_the_cpu(options, f"this onnxruntime has no {provider} (pip install {package})")
     return [_CPU]
 
 
-def _without_cuda(options: Options, why: str) -> None:
+def _gpu_target(options: Options) -> str:
+    return options.target if options.target in _GPU else "cuda"
+
+
+def _on_the_cpu(options: Options, why: str) -> None:
     if options.strict:
         raise MllmEdgeError(f"{why}; install it, or use target cpu")
     warnings.warn(f"{why}; the bundle's stages run on the CPU", RuntimeWarning, stacklevel=2)

@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mllm_edge.bundle import LanguageModelEntry, StageEntry, TensorSpec
 from mllm_edge.errors import MllmEdgeError
+
+if TYPE_CHECKING:
+    from mllm_edge.runtime.tensorrt import Device
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -25,12 +28,15 @@ class Options:
     """How engines are to run.
 
     Attributes:
-        target: "cpu", "cuda" or "trt".
+        target: "cpu", "cuda", "trt", or "ort-rtx" (ONNX Runtime's TensorRT-RTX provider).
         strict: the user asked for this target, so that an engine without it is an error rather than a warning.
         threads: CPU threads of one stage.
         kv_type: element type of the KV cache: "f32", "f16" or "q8_0".
         context: positions that the language model can hold.
         lean: memory counts more than time: nothing is kept for later, weights stay as they are in their file.
+        gpu_layers: layers of the language model on the GPU; None for as many as fit its free memory.
+        gpu_reserve: bytes of the GPU's memory that stages will take which are not loaded yet.
+        device: the GPU that engines of target trt share.
     """
 
     target: str
@@ -39,6 +45,9 @@ class Options:
     kv_type: str
     context: int
     lean: bool = False
+    gpu_layers: int | None = None
+    gpu_reserve: int = 0
+    device: Device | None = None
 
 
 class Stage(Protocol):
@@ -47,7 +56,11 @@ class Stage(Protocol):
     spec: StageEntry
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
-        """Run it. Raises MllmEdgeError when an array's name, dtype or shape is not the spec's."""
+        """Run it. What it gives is read by `np.asarray`, as it may still be on a GPU; other stages take it as it is.
+
+        Raises:
+            MllmEdgeError: an array's name, dtype or shape is not the spec's, or the engine fails.
+        """
         ...
 
     def close(self) -> None:
@@ -119,13 +132,10 @@ def _onnx(path: Path, entry: StageEntry, options: Options) -> Stage:
     return OnnxStage(path, entry, options)
 
 
-def _graph_of_engine(path: Path, entry: StageEntry, options: Options) -> Stage:
-    if options.target == "trt":
-        raise MllmEdgeError(
-            f"{path.name}: this version builds TensorRT engines and does not run them yet; load the bundle with target "
-            "cpu or cuda, which run the same graph by ONNX Runtime"
-        )
-    return _onnx(path, entry, options)
+def _tensorrt(path: Path, entry: StageEntry, options: Options) -> Stage:
+    if options.device is None:  # the user chose to run the graph by ONNX Runtime
+        return _onnx(path, entry, options)
+    return options.device.open(path.parent, entry)
 
 
 def _gguf(path: Path, entry: LanguageModelEntry, options: Options) -> LanguageModel:
@@ -136,7 +146,7 @@ def _gguf(path: Path, entry: LanguageModelEntry, options: Options) -> LanguageMo
 
 STAGE_ENGINES: dict[str, Callable[[Path, StageEntry, Options], Stage]] = {
     "onnx": _onnx,
-    "tensorrt": _graph_of_engine,
+    "tensorrt": _tensorrt,
 }
 LANGUAGE_MODEL_ENGINES: dict[str, Callable[[Path, LanguageModelEntry, Options], LanguageModel]] = {"gguf": _gguf}
 

@@ -1,5 +1,6 @@
 """Captions of whole scenes, with the places of their phrases."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from mllm_edge.recipes.scenes.phrases import (
     capitalized,
     full_description,
     joined,
+    line_order,
     location,
     reading_order,
     with_article,
@@ -46,16 +48,19 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     Raises:
         ValueError: The scene has no object.
     """
-    return grounded_caption(scene, rng).text
+    return _write(scene, reading_order(scene.objects), pick(rng, _FRAMES), pick(rng, _DETAILS)).text
 
 
 def full_caption(scene: Scene, rng: np.random.Generator) -> str:
     """Returns a caption that says the size, color, shape and (where clear) the place of every object."""
-    return _write(scene, pick(rng, _FRAMES), "everything").text
+    return _write(scene, reading_order(scene.objects), pick(rng, _FRAMES), "everything").text
 
 
 def grounded_caption(scene: Scene, rng: np.random.Generator, form: int | None = None) -> GroundedCaption:
     """Returns a caption with the character span and object of each of its phrases.
+
+    Objects come in the order of lines of text, as the decoder reads the picture's patches: with objects from left to
+    right, as `caption` has them, a small decoder loses count.
 
     Args:
         scene: A scene with at least one object.
@@ -68,15 +73,15 @@ def grounded_caption(scene: Scene, rng: np.random.Generator, form: int | None = 
     Raises:
         ValueError: The scene has no object.
     """
+    order = line_order(scene.objects)
     if form is not None:
-        return _write(scene, _FRAMES[form], _DETAILS[form])
-    return _write(scene, pick(rng, _FRAMES), pick(rng, _DETAILS))
+        return _write(scene, order, _FRAMES[form], _DETAILS[form])
+    return _write(scene, order, pick(rng, _FRAMES), pick(rng, _DETAILS))
 
 
-def _write(scene: Scene, frame: str, detail: str) -> GroundedCaption:
+def _write(scene: Scene, order: Sequence[int], frame: str, detail: str) -> GroundedCaption:
     if not scene.objects:
         raise ValueError("a scene without objects has no caption; give one with at least one object")
-    order = reading_order(scene.objects)
     phrases: list[str] = []
     places: list[str] = []
     for index in order:

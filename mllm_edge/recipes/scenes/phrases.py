@@ -20,6 +20,7 @@ LOCATIONS: tuple[str, ...] = (
     "bottom",
     "bottom right",
 )
+ROWS = 8  # of a picture that is read line by line
 RELATION_MARGIN = 0.12  # how much farther left or up a center must be before we say so
 _CELL_MARGIN = 0.04  # a center this far inside its cell of the 3x3 grid has a clear location
 _NEIGHBOR_MARGIN = 0.1  # "the object at the top left" needs all others this far outside that cell
@@ -108,6 +109,11 @@ def joined(parts: Sequence[str]) -> str:
 def reading_order(objects: Sequence[SceneObject]) -> list[int]:
     """Returns the indices from left to right; where equal, from top to bottom."""
     return sorted(range(len(objects)), key=lambda i: (objects[i].x, objects[i].y, i))
+
+
+def line_order(objects: Sequence[SceneObject]) -> list[int]:
+    """Returns the indices in the order of lines of text: row by row from the top, in a row from left to right."""
+    return sorted(range(len(objects)), key=lambda i: (int(objects[i].y * ROWS), objects[i].x, i))
 
 
 def referring_expressions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, int]]:

@@ -1,0 +1,96 @@
+"""TensorRT's packages: what differs between TensorRT 10, TensorRT 11 and TensorRT-RTX, and which engine fits here."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mllm_edge.bundle import BuiltEngine, StageEntry, graph_of
+from mllm_edge.errors import MissingPackage
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that builds and runs engines.
+
+    Attributes:
+        name: as pip calls it.
+        module: as Python imports it.
+        extra: ours that installs it.
+        ahead: builds for GPUs that are not there, by compute capability; the others build for the GPU at hand.
+        timing_cache: measures kernels while it builds, and can keep what it measured.
+    """
+
+    name: str
+    module: str
+    extra: str
+    ahead: bool
+    timing_cache: bool
+
+    @property
+    def installed(self) -> bool:
+        """Whether it can be imported."""
+        return importlib.util.find_spec(self.module) is not None
+
+    def load(self) -> Any:
+        """The module. Raises MissingPackage with the line that installs it."""
+        try:
+            return importlib.import_module(self.module)
+        except ModuleNotFoundError:
+            raise MissingPackage(self.name, self.extra) from None
+
+    @property
+    def version(self) -> str:
+        """Of the installed package."""
+        return str(self.load().__version__)
+
+    def network_flags(self) -> int:
+        """For a strongly typed network: a flag in TensorRT 10; TensorRT 11 knows nothing else and has no flag."""
+        flag = getattr(self.load().NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        return 0 if flag is None else 1 << int(flag)
+
+
+RTX = Package("tensorrt-rtx", "tensorrt_rtx", "rtx", ahead=True, timing_cache=False)
+TENSORRT = Package("tensorrt", "tensorrt", "trt", ahead=False, timing_cache=True)
+PACKAGES = (TENSORRT, RTX)  # in the order of preference where both are installed
+
+
+def find(stage: StageEntry, capability: str, profile: Sequence[int]) -> BuiltEngine | str:
+    """The engine of a stage that runs on a GPU with the packages that are installed, or why there is none."""
+    here = {package.name: package.version for package in PACKAGES if package.installed}
+    if not here:
+        return "no TensorRT is installed: pip install 'mllm-edge[rtx]' on a PC, JetPack's own on a Jetson"
+    reasons = []
+    for engine in stage.engines:
+        if reason := _misfit(engine, stage, capability, profile, here):
+            reasons.append(reason)
+        else:
+            return engine
+    return reasons[-1] if reasons else "it is not built yet"
+
+
+def _misfit(
+    engine: BuiltEngine, stage: StageEntry, capability: str, profile: Sequence[int], here: dict[str, str]
+) -> str:
+    """What keeps an engine from running here; "" where nothing does."""
+    if capability not in engine.capabilities:
+        return f"its engine is for {', '.join(engine.capabilities)}, this GPU is {capability}"
+    if here.get(engine.package) != engine.version:
+        installed = ", ".join(f"{name} {version}" for name, version in here.items())
+        return f"its engine was built by {engine.package} {engine.version}, installed here is {installed}"
+    if (engine.graph, engine.profile) != (graph_of(stage), list(profile) if has_free_axes(stage) else []):
+        return "its engine was built from another graph"
+    return ""
+
+
+def has_free_axes(stage: StageEntry) -> bool:
+    """Whether an input's shape may vary."""
+    return any(isinstance(size, str) for spec in stage.inputs for size in spec.shape)
+
+
+def package_named(name: str) -> Package:
+    """The package that a manifest names. `find` has only given engines of packages that are known."""
+    return next(package for package in PACKAGES if package.name == name)

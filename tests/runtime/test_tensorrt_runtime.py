@@ -1,0 +1,237 @@
+"""Engines as stages: which one fits, that the pipeline gives what ONNX Runtime gives, and what goes wrong.
+
+There is no GPU: `fake_gpu` plays CUDA and TensorRT. Real engines are built in tests/export/test_tensorrt.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_gpu import Device, install
+
+import mllm_edge
+import mllm_edge.runtime
+from mllm_edge import bundle
+from mllm_edge.cli import main
+from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
+from mllm_edge.export import tensorrt
+from mllm_edge.export.build import build_bundle
+from mllm_edge.recipes.scenes import render, sample_scene
+from mllm_edge.runtime import tensorrt_packages
+from mllm_edge.runtime.cuda import Cuda, DeviceArray
+
+SEGMENT = "Please segment the large object in this image."
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'mllm-edge[export]'")
+    out = tmp_path_factory.mktemp("trt") / "glamm.bundle"
+    return mllm_edge.export("glamm", target="trt", devices=["orin-nano", "orin"], out=out, check=False)
+
+
+@pytest.fixture
+def folder(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "glamm.bundle"))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    device = Device()
+    install(monkeypatch, device)
+    yield device
+    device.wait()
+
+
+def picture(index: int) -> np.ndarray:
+    return render(sample_scene("test", index), 160)
+
+
+def engines(folder: Path) -> mllm_edge.runtime.Model:
+    """The bundle by its engines; the language model is on the CPU, where llama.cpp was built without a GPU."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "this llama.cpp was built without GPU support")
+        return mllm_edge.load(folder, threads=1, gpu_layers=0)
+
+
+def test_a_board_builds_its_own_once(folder: Path, gpu: Device) -> None:
+    how = bundle.read(folder).build
+    assert (how.devices, how.workspace_mb) == (["orin-nano", "orin"], 1024)
+    told: list[tuple[str, float | None]] = []
+    built = build_bundle(folder, report=lambda step, number, total, seconds, part=0.0: told.append((step, part)))
+    assert [one.stage for one in built] == [stage.name for stage in bundle.read(folder).stages]
+    assert (built[0].stage, 0.5) in told and (built[0].stage, 1.0) in told
+    for stage in bundle.read(folder).stages:
+        (engine,) = stage.engines
+        assert (engine.package, engine.version, engine.capabilities) == ("tensorrt", "10.3.0", ["sm_87"])
+        assert engine.profile == ([1, 4, 16] if stage.name in ("region_encoder", "mask_decoder") else [])
+    assert (folder / "timing.cache").read_bytes() == b"timed;" * len(built)
+    count = len(gpu.builds)
+    assert [one.seconds for one in build_bundle(folder)] == [0.0] * len(built)
+    assert len(gpu.builds) == count
+
+
+def test_another_version_replaces_its_engines(folder: Path, gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_bundle(folder)
+    (old,) = bundle.read(folder).stages[0].engines
+    install(monkeypatch, gpu, version="11.0.0", typed_flag=False)
+    with pytest.raises(MllmEdgeError, match=r"built by tensorrt 10\.3\.0, installed here is tensorrt 11\.0\.0.*build"):
+        mllm_edge.load(folder, threads=1)
+    build_bundle(folder)
+    (new,) = bundle.read(folder).stages[0].engines
+    assert new.version == "11.0.0"
+    assert not (folder / old.file).exists()
+
+
+def test_the_pipeline_gives_what_onnx_runtime_gives(folder: Path, gpu: Device) -> None:
+    build_bundle(folder)
+    with mllm_edge.load(folder, "cpu", threads=1) as model:
+        expected = [model.generate(SEGMENT, picture(index)) for index in range(3)]
+        region = model.generate("What is <bbox>?", picture(1), [(10, 10, 90, 90)]).text
+    with engines(folder) as model:
+        answers = [model.generate(SEGMENT, picture(index)) for index in range(3)]
+        again = model.generate(SEGMENT, picture(0))
+        assert model.generate("What is <bbox>?", picture(1), [(10, 10, 90, 90)]).text == region
+    assert sum(len(answer.masks) for answer in expected) >= 3
+    for answer, wanted in zip([*answers, again], [*expected, expected[0]], strict=True):
+        assert answer.tokens.ids == wanted.tokens.ids
+        for mask, right in zip(answer.masks, wanted.masks, strict=True):
+            assert np.array_equal(mask.pixels, right.pixels)
+    assert gpu.launches > 0  # from the second picture on, recorded graphs
+    assert not gpu.held
+
+
+def test_what_goes_from_stage_to_stage_stays_on_the_gpu(folder: Path, gpu: Device) -> None:
+    build_bundle(folder)
+    with engines(folder) as model:
+        model.encode_image(picture(0))
+        features = model.stages["vision_encoder"](pixel_values=np.zeros((1, 3, 128, 128), np.float32))
+        assert all(isinstance(array, DeviceArray) for array in features.values())
+        kept = features["image_features"].kept()  # type: ignore[attr-defined]
+        first = np.asarray(kept)
+        model.stages["vision_encoder"](pixel_values=np.ones((1, 3, 128, 128), np.float32))
+        assert np.array_equal(np.asarray(kept), first)
+        assert not np.array_equal(np.asarray(features["image_features"]), first)
+        del features, kept
+
+
+def test_more_masks_than_an_engine_takes_come_in_parts(folder: Path, gpu: Device) -> None:
+    build_bundle(folder)
+    states = np.random.default_rng(0).normal(size=(19, 256)).astype(np.float32)
+    with mllm_edge.load(folder, "cpu", threads=1) as model:
+        spec = model.stages["mask_decoder"].spec
+        shape = next(one.shape for one in spec.inputs if one.name != "seg_states")
+        embedding = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+        wanted = model.stages["mask_decoder"](image_embedding=embedding, seg_states=states)["mask_logits"]
+    with engines(folder) as model:
+        found = model.stages["mask_decoder"](image_embedding=embedding, seg_states=states)["mask_logits"]
+    assert np.allclose(found, wanted, atol=1e-4)
+
+
+def test_stages_that_wait_for_their_device_are_named(folder: Path, gpu: Device) -> None:
+    with pytest.raises(
+        MllmEdgeError, match=r"vision_encoder, .* cannot run here: it is not built yet; run: mllm-edge bu"
+    ):
+        mllm_edge.load(folder, threads=1)
+
+
+def test_an_engine_for_another_gpu_is_refused(folder: Path, gpu: Device) -> None:
+    build_bundle(folder)
+    gpu.capability = "sm_110"
+    with pytest.raises(MllmEdgeError, match="is for sm_87, this GPU is sm_110; run: mllm-edge build"):
+        mllm_edge.load(folder, threads=1)
+    build_bundle(folder)
+    assert [engine.capabilities for engine in bundle.read(folder).stages[0].engines] == [["sm_87"], ["sm_110"]]
+
+
+def test_a_damaged_engine_is_refused_with_tensorrts_reason(folder: Path, gpu: Device) -> None:
+    build_bundle(folder)
+    manifest = bundle.read(folder)
+    engine = manifest.stages[0].engines[0]
+    (folder / engine.file).write_bytes(b"?" * engine.bytes)
+    entry = dataclasses.replace(engine, **dataclasses.asdict(bundle.file_entry(folder, engine.file)))
+    stages = [dataclasses.replace(manifest.stages[0], engines=[entry]), *manifest.stages[1:]]
+    bundle.write(dataclasses.replace(manifest, stages=stages), folder)
+    with pytest.raises(MllmEdgeError, match=r"cannot read it \(Error Code 1: Serialization .*mllm-edge build"):
+        mllm_edge.load(folder, threads=1)
+
+
+def test_too_little_memory_is_said_before_it_is_taken(folder: Path, gpu: Device) -> None:
+    build_bundle(folder)
+    gpu.memory = 1_200_000
+    with pytest.raises(MllmEdgeError, match=r"stage vision_encoder needs \d+ MB of GPU memory for its work, 1 MB are"):
+        mllm_edge.load(folder, threads=1)
+    assert not gpu.held
+
+
+def test_an_interrupted_build_keeps_what_was_finished(
+    folder: Path, gpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def report(step: str, number: int, total: int, seconds: float | None, part: float = 0.0) -> None:
+        if number == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_bundle(folder, report=report)
+    assert [len(stage.engines) for stage in bundle.read(folder).stages][:3] == [1, 1, 0]
+    assert not list(folder.glob(".*"))
+    assert [bool(one.seconds) for one in build_bundle(folder)][:3] == [False, False, True]
+
+
+def test_without_a_driver_there_is_one_line(
+    folder: Path, gpu: Device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.undo()
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
+    if int(runtime.cudaGetDeviceCount()[0]) == 0:
+        pytest.skip("there is a GPU")
+    assert main(["build", str(folder)]) == 1
+    assert "CUDA: cudaDeviceGetAttribute failed" in capsys.readouterr().err
+
+
+def test_without_tensorrt_the_line_that_installs_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_packages.Package, "installed", False)
+    with pytest.raises(MissingPackage, match=r"mllm-edge\[rtx\]"):
+        build_bundle(folder)
+    assert "no TensorRT is installed" in str(tensorrt_packages.find(bundle.read(folder).stages[0], "sm_87", [1, 4, 16]))
+
+
+def test_build_needs_a_bundle_of_target_trt(folder: Path, tmp_path: Path) -> None:
+    other = dataclasses.replace(bundle.read(folder), target="cuda")
+    bundle.write(other, folder)
+    with pytest.raises(BadInput, match="made for cuda, which needs no engines"):
+        build_bundle(folder)
+
+
+def test_engines_for_a_board_are_not_built_elsewhere(folder: Path) -> None:
+    with pytest.raises(BadInput, match="built on the board"):
+        build_bundle(folder, ["orin"])
+
+
+def test_ahead_for_a_pc_by_tensorrt_rtx(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install 'mllm-edge[rtx]'")
+    assert main(["build", str(folder), "--device", "sm_89,sm_120", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert all(engine["bytes"] > 100_000 and "sm_89-sm_120" in engine["file"] for engine in document["engines"])
+    assert main(["inspect", str(folder)]) == 0
+    assert re.search(r"mask_decoder +sm_89, sm_120 +tensorrt-rtx 1", capsys.readouterr().out)
+
+
+def test_recorded_work_is_freed(gpu: Device) -> None:
+    runtime = Cuda()
+    with pytest.raises(MllmEdgeError, match="out of memory"):
+        runtime.allocate(10**10)
+    runtime.close()
+
+
+def test_the_smallest_board_decides_the_scratch_memory() -> None:
+    assert tensorrt.settings(["thor", "orin"]).workspace_mb == 4096
+    assert tensorrt.settings(["sm_89"]).devices == []
