@@ -14,7 +14,11 @@ from mllm_edge.options import BundleFolder, Loading, needs, verb
 from mllm_edge.show import Screen
 
 
-@verb("bench my.bundle", "bench fp32.bundle int8.bundle -r 20 -o csv --plot stages.png")
+@verb(
+    "bench my.bundle",
+    "bench fp32.bundle int8.bundle -r 20 -o csv --plot stages.png",
+    "bench all.bundle half.bundle --quality scenes-questions --curve tokens.png",
+)
 def bench(
     screen: Screen,
     loading: Loading,
@@ -27,6 +31,13 @@ def bench(
     gen_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
     form: Annotated[str, typer.Option("-o", "--output", metavar="md|csv|json|jsonl", help="The result's form.")] = "md",
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the times by stage.")] = None,
+    quality: Annotated[
+        str | None, typer.Option(metavar="DATASET", help="Also score answers about scenes, as `eval` does.")
+    ] = None,
+    cases: Annotated[int, typer.Option(help="How many, with --quality.")] = 200,
+    curve: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw scores and times over a picture's tokens.")
+    ] = None,
 ) -> None:
     """Measure speed and memory. Times by stage, time to first token, tokens per second, peak memory."""
     from mllm_edge import bench as measuring
@@ -34,7 +45,9 @@ def bench(
 
     form = "json" if screen.as_json else form
     measuring.check_form(form)
+    measuring.check_quality(quality, curve, len(bundles))
     draw = measuring.plotter(plot) if plot else None
+    draw_curve = measuring.plotter(curve, measuring.draw_curve) if curve else None
     options: dict[str, Any] = {"repeat": repeat, "image": image, "gen_tokens": gen_tokens}
     if len(bundles) == 1:
         threads = loading.threads or usable_cores()
@@ -43,12 +56,18 @@ def bench(
         options["load_cold_ms"] = measuring.load_cold(bundles[0], lambda: loading.open(bundles[0]))
         with screen.steps() as report, loading.open(bundles[0]) as model:
             results = [measuring.measure(model, str(bundles[0]), threads=threads, report=report, **options)]
+            if quality:
+                results = [measuring.measure_quality(results[0], model, quality, cases, report)]
     else:
-        options |= {**vars(loading), "quiet": screen.quiet, "debug": screen.debug}
+        options |= {**vars(loading), "quality": quality, "cases": cases}
+        options |= {"quiet": screen.quiet, "debug": screen.debug}
         results = [measuring.measure_apart(bundle, options) for bundle in bundles]
     if draw:
         draw(results)
         screen.aside(f"times by stage: {plot}")
+    if draw_curve:
+        draw_curve(results)
+        screen.aside(f"scores and times over tokens: {curve}")
     shown = measuring.render(results, form)
     screen.result(measuring.document(results), measuring.colored(shown) if form == "md" and screen.in_color else shown)
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import mllm_edge
 from mllm_edge import bench, bundle, cli
-from mllm_edge.bench import forms, limits, runs
+from mllm_edge.bench import forms, limits, power, runs
 from mllm_edge.errors import BadInput, MissingPackage
 from mllm_edge.runtime import Answer, Tokens
 from mllm_edge.runtime.stage import Step
@@ -165,6 +165,54 @@ def test_plot_is_a_png(fake: FakeModel, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(forms.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(MissingPackage):
         bench.plotter(path)
+
+
+def test_a_curve_needs_scores_of_two_bundles(fake: FakeModel, tmp_path: Path) -> None:
+    result = bench.measure(fake, "a.bundle", threads=1, gen_tokens=2)  # type: ignore[arg-type]
+    scored = dataclasses.replace(result, quality={"exact": 90.0}, quality_data="scenes-questions, 10 cases")
+    half = dataclasses.replace(scored, image_tokens=2, quality={"exact": 80.0})
+    bench.plotter(tmp_path / "curve.png", bench.draw_curve)([scored, half])
+    with Image.open(tmp_path / "curve.png") as drawn:
+        assert drawn.width > 500
+    for bad in ([scored], [scored, scored], [scored, dataclasses.replace(half, quality={})]):
+        with pytest.raises(BadInput, match="different numbers of tokens"):
+            bench.draw_curve(bad, tmp_path / "none.png")
+    assert "| exact, %" in forms.render([scored], "md") and "90.00 (scenes-questions, 10 cases)" in forms.render(
+        [scored], "md"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--quality", "scenes-nothing"], "no data set 'scenes-nothing'"),
+        (["--curve", "c.png"], "--curve needs --quality and two bundles"),
+        (["--quality", "scenes-grounded"], "gives no masks"),
+    ],
+)
+def test_scores_that_cannot_be(
+    options: list[str], reason: str, folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = [str(tmp_path / option) if option.endswith(".png") else option for option in options]
+    assert cli.main(["bench", str(folder), "-r", "1", "--gen-tokens", "2", *options]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_command_scores_answers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", str(folder), "-r", "1", "--gen-tokens", "2", "--quality", "scenes-questions", "--cases", "3"]
+    assert cli.main([*words, "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert result["quality"] == {"exact": 0.0}  # random weights
+    assert result["quality_data"] == "scenes-questions, 3 cases"
+
+
+def test_energy_is_that_of_the_answer(fake: FakeModel) -> None:
+    sensor = power.Sensor("a rail", lambda: 12.0)
+    result = bench.measure(fake, "a.bundle", threads=1, gen_tokens=2, sensor=sensor)  # type: ignore[arg-type]
+    assert result.energy_j is not None and result.energy_j.min > 0
+    assert result.power_sensor == "a rail"
+    assert bench.from_document(bench.document([result]), "it") == [result]
+    assert "energy, J per answer" in forms.render([result], "md")
 
 
 def test_several_bundles_are_measured_apart(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,8 +44,11 @@ def render(results: Sequence[Result], form: str) -> str:
     return _csv(results) if form == "csv" else _markdown(results)
 
 
-def plotter(path: Path) -> Callable[[Sequence[Result]], None]:
-    """A function that draws the medians by stage, stacked, a bar per bundle. What it needs is checked now.
+def plotter(
+    path: Path, draw: Callable[[Sequence[Result], Path], None] | None = None
+) -> Callable[[Sequence[Result]], None]:
+    """A function that draws what `draw` does, by default the medians by stage, stacked, a bar per bundle. What it needs
+    is checked now.
 
     Raises:
         BadInput: not the path of a PNG in an existing folder.
@@ -55,7 +58,7 @@ def plotter(path: Path) -> Callable[[Sequence[Result]], None]:
         raise BadInput(f"{path} cannot be drawn to; name a .png in a folder that exists")
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingPackage("matplotlib", "bench")
-    return lambda results: _plot(results, path)
+    return lambda results: (draw or _plot)(results, path)
 
 
 def _rows(result: Result) -> dict[str, str]:
@@ -77,6 +80,7 @@ def _rows(result: Result) -> dict[str, str]:
     return {
         "model": f"{result.system} {result.config}",
         "precision": result.precision,
+        "tokens of prompt (picture)": f"{result.prompt_tokens} ({result.image_tokens})",
         "size, MB": f"{result.size_mb:.1f}",
         "load from disk, ms": "not told" if result.load_cold_ms is None else f"{result.load_cold_ms:.0f}",
         "load again, ms": f"{result.load_ms:.0f}",
@@ -85,6 +89,7 @@ def _rows(result: Result) -> dict[str, str]:
         "prefill, tokens/s": times(result.prefill_tokens_per_s),
         "decode, tokens/s": times(result.decode_tokens_per_s, limit("decode")),
         **({"energy, J per answer": times(result.energy_j, result.power_sensor)} if result.energy_j else {}),
+        **{f"{score}, %": f"{value:.2f} ({result.quality_data})" for score, value in result.quality.items()},
         "peak memory, MB": "not told" if result.peak_rss_mb is None else f"{result.peak_rss_mb:.0f}",
     }
 
@@ -103,8 +108,7 @@ def _markdown(results: Sequence[Result]) -> str:
     return "\n".join(
         [
             *(lines[0], rule, *lines[1:], ""),
-            f"{first.repetitions} repetitions; {first.prompt_tokens} tokens of prompt, {first.image_tokens} of them "
-            f"for the picture; {first.generated_tokens} tokens decoded.",
+            f"{first.repetitions} repetitions; {first.generated_tokens} tokens decoded.",
             f"{on.cpu}, {on.threads} threads, {on.system}, Python {on.python}, {versions}.",
             f"llama.cpp: {on.build}",
             *(_limits(on.limits, any(LOW in line for line in lines)) if on.limits else ()),

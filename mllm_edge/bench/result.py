@@ -52,7 +52,8 @@ class Result:
     where they cannot be put out of it. `share_of_limit` says for stages, `prefill` and `decode` which part of what
     `environment.limits` allows was reached (above 1 where narrower numbers than fp32 are multiplied). `late` names the
     stages that run for some answers only and are not in `first_token_ms`. `energy_j` is what `power_sensor` told during
-    an answer to a picture and a question, `generated_tokens` long; None where the machine has no sensor.
+    an answer to a picture and a question, `generated_tokens` long; None where the machine has no sensor. `quality` has
+    scores in percent by name, on `quality_data`, where they were asked for.
     """
 
     bundle: str
@@ -76,6 +77,8 @@ class Result:
     late: list[str] = field(default_factory=list)
     energy_j: Spread | None = None
     power_sensor: str = ""
+    quality: dict[str, float] = field(default_factory=dict)
+    quality_data: str = ""
 
 
 SPREADS = ("first_token_ms", "prefill_tokens_per_s", "decode_tokens_per_s")

@@ -91,6 +91,44 @@ def measure(
     return replace(result, energy_j=_spread([joules for _, _, joules in runs[1:]]), power_sensor=sensor.name)
 
 
+def check_quality(data: str | None, curve: Path | None, bundles: int) -> None:
+    """Raises BadInput for a data set that `measure_quality` does not know, or a curve of nothing."""
+    from mllm_edge.evaluate.cases import SCENES
+
+    if data is not None and data not in SCENES:
+        raise BadInput(f"there is no data set {data!r} for --quality; use {', '.join(SCENES)}")
+    if curve and (data is None or bundles < 2):
+        raise BadInput("--curve needs --quality and two bundles or more (export --merge-tokens)")
+
+
+def measure_quality(result: Result, model: Model, data: str, cases: int, report: Report = lambda *_: None) -> Result:
+    """The result with the scores of a data set of scenes that stand for the others.
+
+    Args:
+        result: what was measured.
+        model: the same bundle, loaded.
+        data: a name such as "scenes-questions".
+        cases: how many are asked.
+        report: told how far it is.
+
+    Raises:
+        BadInput: the bundle cannot answer it.
+    """
+    from mllm_edge.evaluate.cases import SCENES, scenes
+    from mllm_edge.evaluate.run import evaluate
+    from mllm_edge.evaluate.show import MAIN, NAMES
+
+    if SCENES[data] in ("referring", "grounded") and not model.gives_masks:
+        raise BadInput(f"{result.bundle} gives no masks; use scenes-questions")
+    begun = time.perf_counter()
+    found = evaluate(
+        model, scenes(data, cases, "test"), None, False, False, lambda n, total: report(data, 1, 1, None, n / total)
+    )
+    report(data, 1, 1, time.perf_counter() - begun)
+    scores = {NAMES[name]: value for name, value in found["scores"].items() if name in MAIN}
+    return replace(result, quality=scores, quality_data=f"{data}, {cases} cases")
+
+
 def machine_limits(bundle: Path) -> Limits | None:
     """The limits of the machine's CPU, None for a bundle that runs elsewhere."""
     return measure_limits() if read(bundle, verify_hash=False).target == "cpu" else None

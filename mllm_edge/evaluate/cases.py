@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,26 @@ from mllm_edge.recipes.grounded import (
     region_caption,
 )
 from mllm_edge.recipes.readers import GroundedEntry, Reference, read_grandf, read_refcoco
-from mllm_edge.recipes.scenes import boxes, grounded_caption, masks, referring_expressions, render, sample_scene
+from mllm_edge.recipes.scenes import (
+    boxes,
+    grounded_caption,
+    held_out_questions,
+    masks,
+    questions,
+    referring_expressions,
+    render,
+    sample_scene,
+)
 from mllm_edge.recipes.segmentation import decode_segmentation
 from mllm_edge.runtime.images import load_image
 
 Mask = NDArray[np.bool_]
-SCENES = {"scenes-referring": "referring", "scenes-grounded": "grounded", "scenes-regions": "regions"}
+SCENES = {
+    "scenes-questions": "questions",
+    "scenes-referring": "referring",
+    "scenes-grounded": "grounded",
+    "scenes-regions": "regions",
+}
 SIZE = 320  # pixels of a scene
 REGION_QUESTION, REFERRING_QUESTION = REGION_QUESTIONS[0], SEGMENT_TURNS[0][0]
 
@@ -54,7 +69,8 @@ class Case:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Cases of one kind: "referring" (a mask), "grounded" (a text with masks) or "regions" (a text about a box).
+    """Cases of one kind: "questions" (a word or phrase), "referring" (a mask), "grounded" (a text with masks) or
+    "regions" (a text about a box).
 
     `digest` is the SHA-256 of the file that they come from, "" of scenes.
     """
@@ -74,12 +90,28 @@ def scenes(name: str, number: int, split: str) -> DataSet:
     if split not in ("test", "validation", "held_out"):
         raise BadInput(f"there is no split {split!r} to evaluate on; use test, validation or held_out")
     kind = SCENES[name]
+    if kind == "questions":
+        possible = (_scene_question(split, index) for index in count())
+        return DataSet(f"{name} ({split})", kind, list(islice(filter(None, possible), number)))
     make = {"referring": _scene_referring, "grounded": _scene_grounded, "regions": _scene_regions}[kind]
     return DataSet(f"{name} ({split})", kind, [make(split, index) for index in range(number)])
 
 
 def _scene_picture(split: str, index: int) -> Callable[[], Image.Image]:
     return lambda: Image.fromarray(render(sample_scene(split, index), SIZE))
+
+
+def _scene_question(split: str, index: int) -> Case | None:
+    """One question about a scene, its kind drawn first so that all kinds weigh the same; None where there is none."""
+    scene, rng = sample_scene(split, index), np.random.default_rng([23, index])
+    asked = (held_out_questions if split == "held_out" else questions)(scene, rng)
+    if not asked:
+        return None
+    kind = rng.choice(sorted({question.kind for question in asked}))
+    of_kind = [question for question in asked if question.kind == kind]
+    question = of_kind[int(rng.integers(len(of_kind)))]
+    text, answer = question.asked(short=True)
+    return Case(f"{split} {index}", text, _scene_picture(split, index), lambda _: Truth([answer]))
 
 
 def _scene_referring(split: str, index: int) -> Case:

@@ -38,7 +38,7 @@ class Prediction:
 
 def score(kind: str, answers: Iterable[tuple[Truth, Prediction]]) -> dict[str, float]:
     """All scores of a kind of data set, in percent. Answers are looked at once, one after the other."""
-    shares = {"referring": _referring, "grounded": _grounded, "regions": _regions}[kind](answers)
+    shares = _KINDS[kind](answers)
     return {name: round(100 * value, 2) for name, value in shares.items()}
 
 
@@ -85,6 +85,14 @@ def _regions(answers: Iterable[tuple[Truth, Prediction]]) -> dict[str, float]:
         right.append(exact(prediction.text, truth.texts))
         texts.add(truth, prediction)
     return {"exact": float(np.mean(right)), **texts.scores()}
+
+
+def _questions(answers: Iterable[tuple[Truth, Prediction]]) -> dict[str, float]:
+    """Answers that are the expected word or phrase to the letter."""
+    return {"exact": float(np.mean([prediction.text.strip() == truth.texts[0] for truth, prediction in answers]))}
+
+
+_KINDS = {"questions": _questions, "referring": _referring, "grounded": _grounded, "regions": _regions}
 
 
 class _Texts:

@@ -9,6 +9,7 @@ from rich.table import Table
 from mllm_edge.evaluate.scores import PAPER
 from mllm_edge.show import table
 
+MAIN = ("ciou", "miou", "all_named", "exact")  # what stands for the others where there is room for one or two
 NAMES = {
     "ciou": "cIoU",
     "giou": "gIoU",
@@ -26,8 +27,10 @@ NAMES = {
 
 def score_table(bundle: str, result: dict[str, Any]) -> Table:
     """The scores in percent, with those that the paper has for the same kind of data."""
-    where, paper = PAPER[result["kind"]]
-    made = table(f"{bundle} on {result['dataset']}, {result['cases']} cases", "score", "%", where, right=("%", where))
+    where, paper = PAPER.get(result["kind"], ("", {}))
+    columns = ["%", *([where] if where else [])]
+    made = table(f"{bundle} on {result['dataset']}, {result['cases']} cases", "score", *columns, right=tuple(columns))
     for name, value in result["scores"].items():
-        made.add_row(NAMES[name], f"{value:.2f}", f"{paper[name]:.1f}" if name in paper else "")
+        cells = [f"{value:.2f}", f"{paper[name]:.1f}" if name in paper else ""]
+        made.add_row(NAMES[name], *cells[: len(columns)])
     return made

@@ -61,7 +61,7 @@ def export_stage(stage: StageExport, path: Path, precision: str, calibration: It
         plain = path if precision == "fp32" else Path(scratch) / "fp32.onnx"
         data_files = _save(model, plain)
         if precision == "fp16":
-            _announce(stage.name, to_float16(model, activation_peaks(plain, calibration)))
+            _announce(stage.name, to_float16(model, activation_peaks(plain, calibration), stage.float32))
             data_files = _save(model, path)
         elif precision == "int8":
             del model

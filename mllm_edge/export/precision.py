@@ -27,12 +27,13 @@ CONTROL_FLOW = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 LARGEST = float(np.finfo(np.float16).max) / 2
 
 
-def to_float16(model: ir.Model, peaks: Mapping[str, float]) -> dict[str, float]:
+def to_float16(model: ir.Model, peaks: Mapping[str, float], float32: tuple[str, ...] = ()) -> dict[str, float]:
     """Cast `model` to fp16 in place; graph inputs and outputs keep their names and stay float32.
 
     Args:
         model: an fp32 graph with typed values and without subgraphs.
         peaks: largest absolute value that was seen in a tensor, by name. Tensors that are not named count as harmless.
+        float32: nodes whose names begin so stay in fp32.
 
     Returns:
         The nodes that would run in fp16 but stay in fp32 because a value or a weight of theirs exceeds `LARGEST`:
@@ -41,12 +42,14 @@ def to_float16(model: ir.Model, peaks: Mapping[str, float]) -> dict[str, float]:
     Raises:
         MllmEdgeError: the graph has control flow or a value without a type.
     """
-    half, kept = _choose(model.graph, peaks)
+    half, kept = _choose(model.graph, peaks, float32)
     _Caster(model.graph, half).rewrite()
     return kept
 
 
-def _choose(graph: ir.Graph, peaks: Mapping[str, float]) -> tuple[set[ir.Node], dict[str, float]]:
+def _choose(
+    graph: ir.Graph, peaks: Mapping[str, float], float32: tuple[str, ...]
+) -> tuple[set[ir.Node], dict[str, float]]:
     """Which nodes run in fp16, and which are kept from it by the size of their values."""
     half: set[ir.Node] = set()
     kept: dict[str, float] = {}
@@ -60,6 +63,8 @@ def _choose(graph: ir.Graph, peaks: Mapping[str, float]) -> tuple[set[ir.Node], 
         makers = [value.producer() for value in read if not value.is_initializer()]
         from_half = not makers or any(maker in half for maker in makers)
         if not written or not (node.op_type in COMPUTE or (node.op_type in FOLLOW and from_half)):
+            continue
+        if (node.name or "").startswith(float32):
             continue
         names = [value.name or "" for value in (*read, *written)]
         peak = max(constants.get(name, peaks.get(name, 0.0)) for name in names)

@@ -56,13 +56,15 @@ class Checkpoint:
 class StageExport:
     """A stage to lower to ONNX. `module()` builds it with its weights (fp32, eval); its forward takes the inputs in
     order and returns the outputs in order. `precisions` are the ones it may be lowered to; when the one asked for is
-    not among them the last one is used."""
+    not among them the last one is used. Modules whose names begin with one of `float32` stay in fp32 where others are
+    fp16."""
 
     name: str
     module: Callable[[], torch.nn.Module]
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     precisions: tuple[str, ...] = ("fp32", "fp16", "int8")
+    float32: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mllm_edge.bundle import Generation, ImagePreprocessing, Prompt, TensorSpec
 from mllm_edge.errors import BadInput
-from mllm_edge.models.blocks.encoders import EncoderDims, vision_encoder
+from mllm_edge.models.blocks.encoders import EncoderDims, float32_modules, vision_encoder
 from mllm_edge.models.blocks.mobilenet import MobileNetDims
 from mllm_edge.models.blocks.vit import VitDims
 from mllm_edge.models.interface import Checkpoint, ExportPlan, LanguageModelExport, LlamaDims, StageExport
@@ -346,7 +346,13 @@ def export_plan(checkpoint: Checkpoint) -> ExportPlan:
     return ExportPlan(
         tasks=["chat"],
         stages=[
-            StageExport("vision_encoder", lambda: filled(vision_encoder(dims.vision), vision), [pixels], [features]),
+            StageExport(
+                "vision_encoder",
+                lambda: filled(vision_encoder(dims.vision), vision),
+                [pixels],
+                [features],
+                float32=float32_modules(dims.vision),
+            ),
             StageExport(
                 "connector",
                 lambda: filled(connector(dims), bridge),

@@ -148,6 +148,18 @@ def test_activation_that_overflows_keeps_both_of_its_ends_in_fp32():
     assert types["a"] == HALF and types["b"] == types["c"] == FLOAT
 
 
+def test_named_modules_stay_in_fp32():
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], name="stem.conv/MatMul"),
+        helper.make_node("MatMul", ["h", "w"], ["y"], name="head/MatMul"),
+    ]
+    model = graph(nodes, ["x"], ["y"], w=EYE)
+    kept = to_float16(model, {}, float32=("stem.",))
+    types = {node.name: node.inputs[1].dtype for node in model.graph if node.op_type == "MatMul"}
+    assert types == {"stem.conv/MatMul": ir.DataType.FLOAT, "head/MatMul": ir.DataType.FLOAT16}
+    assert kept == {}  # nothing overflows, so nothing is announced
+
+
 def test_infinite_constants_are_no_overflow():
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["h"], name="h"),

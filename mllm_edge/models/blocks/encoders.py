@@ -17,11 +17,19 @@ _FAMILIES: dict[str, tuple[type[Any], Callable[[Any], nn.Module]]] = {
     "clip": (VitDims, VisionEncoder),
     "mobilenet_v2": (MobileNetDims, MobileNetEncoder),
 }
+# The first block subtracts channels that are nearly the same: in fp16 its rounding alone moves what the encoder gives
+# by 2.8 % on photographs, without it by 0.5 %.
+_FLOAT32: dict[type[Any], tuple[str, ...]] = {MobileNetDims: ("network.conv_stem.", "network.layer.0.")}
 
 
 def vision_encoder(dims: EncoderDims) -> nn.Module:
     """An encoder of the family that `dims` belongs to: [B,3,S,S] -> [B,N,D]."""
     return next(build for kind, build in _FAMILIES.values() if type(dims) is kind)(dims)
+
+
+def float32_modules(dims: EncoderDims) -> tuple[str, ...]:
+    """Beginnings of the names of modules that do not bear fp16."""
+    return _FLOAT32.get(type(dims), ())
 
 
 def encoder_dims(values: Mapping[str, Any]) -> EncoderDims:
