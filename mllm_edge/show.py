@@ -328,10 +328,12 @@ def bundle_tables(folder: Path, manifest: Manifest) -> list[Table]:
 
 def engine_table(built: Sequence[Built]) -> Table:
     """What `mllm-edge build` did."""
-    made = table("engines", "stage", "engine", "size", "built in", right=("size", "built in"))
+    numbers = ("size", "built in", "cosine to its graph")
+    made = table("engines", "stage", "engine", *numbers, right=numbers)
     for one in built:
         took = f"{one.seconds:.1f} s" if one.seconds else "was there"
-        made.add_row(one.stage, one.file, size(one.bytes), took)
+        cosine = "not compared here" if one.cosine is None else f"{one.cosine:.6f}"
+        made.add_row(one.stage, one.file, size(one.bytes), took, cosine)
     return made
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from mllm_edge import bundle
 from mllm_edge.bundle import BuildSettings, BuiltEngine, Manifest, StageEntry, file_entry, graph_of
-from mllm_edge.errors import BadInput, MissingPackage
+from mllm_edge.errors import BadInput, MissingPackage, OutOfTolerance
+from mllm_edge.export.engine_check import EngineCheck, with_rows
 from mllm_edge.export.tensorrt import BOARDS, Work, ahead, build, replaced
 from mllm_edge.export.workplace import disk_full_explained
 from mllm_edge.runtime.tensorrt import Device
@@ -25,16 +26,19 @@ ENGINE = ".engine"
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """What became of a stage: its engine, and the seconds that building it took (0 where it was there)."""
+    """What became of a stage: its engine, the seconds that building it took (0 where it was there), and its cosine to
+    its graph (None where it was there, or its GPU is not here to run it)."""
 
     stage: str
     file: str
     bytes: int
     seconds: float
+    cosine: float | None = None
 
 
 def build_bundle(folder: Path, devices: Sequence[str] = (), report: Report = lambda *_: None) -> list[Built]:
-    """Build what is missing; each engine is in the manifest as soon as it is complete.
+    """Build what is missing; each engine is in the manifest as soon as it is complete and, where its GPU is here, was
+    compared with its graph.
 
     An engine that is there is kept where its graph, package, version, GPU and profile are those that are wanted. One
     that was built for this GPU by another version is replaced.
@@ -47,6 +51,7 @@ def build_bundle(folder: Path, devices: Sequence[str] = (), report: Report = lam
     Raises:
         BadInput: no bundle of target trt, or a device that cannot be built for here.
         MissingPackage: no TensorRT is installed.
+        OutOfTolerance: an engine does not give what its graph gives; it is taken out again.
         MllmEdgeError: there is no GPU, the disk is full, or a stage cannot be built.
     """
     manifest = bundle.read(folder)
@@ -60,6 +65,7 @@ def build_bundle(folder: Path, devices: Sequence[str] = (), report: Report = lam
     else:
         package, device = _installed(), Device(manifest)
         capabilities = [device.capability]
+    check = EngineCheck(folder, manifest, device) if device else None
     done = []
     for number, stage in enumerate(manifest.stages, 1):
         report(stage.name, number, len(manifest.stages), None)
@@ -69,12 +75,19 @@ def build_bundle(folder: Path, devices: Sequence[str] = (), report: Report = lam
             tell = _part_teller(report, stage.name, number, len(manifest.stages))
             made = make_engine(folder, stage, missing, package, manifest.build, tell)
             manifest = _with_engine(manifest, folder, stage, made)
-            if device is not None:  # only here can it be read back
-                device.open(folder, manifest.stage(stage.name)).close()
+        row = None
+        if check and missing:
+            try:
+                row = check(manifest.stage(stage.name))
+            except OutOfTolerance:
+                _write(dataclasses.replace(manifest, stages=_replaced(manifest, stage, [])), folder)
+                raise
+            manifest = _write(dataclasses.replace(manifest, parity=with_rows(manifest.parity, [row])), folder)
         stage = manifest.stage(stage.name)
         seconds = time.monotonic() - begun
         engine = next(e for e in stage.engines if capabilities[0] in e.capabilities and e.version == package.version)
-        done.append(Built(stage.name, engine.file, engine.bytes, round(seconds, 3) if missing else 0.0))
+        took, cosine = round(seconds, 3) if missing else 0.0, row.measured["cosine"] if row else None
+        done.append(Built(stage.name, engine.file, engine.bytes, took, cosine))
         report(stage.name, number, len(manifest.stages), seconds)
     return done
 
@@ -127,14 +140,21 @@ def _with_engine(manifest: Manifest, folder: Path, stage: StageEntry, made: Buil
     """The manifest, written, with a new engine instead of those that it replaces, whose files go."""
     replaces = [e for e in stage.engines if e.package == made.package and set(e.capabilities) <= set(made.capabilities)]
     kept = [engine for engine in stage.engines if engine not in replaces]
-    finished = dataclasses.replace(stage, engines=[*kept, made])
-    stages = [finished if one.name == stage.name else one for one in manifest.stages]
-    manifest = dataclasses.replace(manifest, stages=stages)
-    bundle.write(manifest, folder)
+    manifest = _write(dataclasses.replace(manifest, stages=_replaced(manifest, stage, [*kept, made])), folder)
     for engine in replaces:
         if engine.file != made.file:
             with contextlib.suppress(FileNotFoundError):
                 bundle.locate(folder, engine.file).unlink()
+    return manifest
+
+
+def _replaced(manifest: Manifest, stage: StageEntry, engines: list[BuiltEngine]) -> list[StageEntry]:
+    finished = dataclasses.replace(stage, engines=engines)
+    return [finished if one.name == stage.name else one for one in manifest.stages]
+
+
+def _write(manifest: Manifest, folder: Path) -> Manifest:
+    bundle.write(manifest, folder)
     return manifest
 
 

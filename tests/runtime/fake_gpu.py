@@ -30,6 +30,7 @@ class Device:
         self.queue: list[Callable[[], None]] = []
         self.recorded: list[Callable[[], None]] | None = None
         self.launches = 0
+        self.fault = 0.0  # of what engines give, in its own spread
         self.builds: list[str] = []
 
     def do(self, work: Callable[[], None]) -> None:
@@ -207,7 +208,8 @@ class _Context:
             shape = shapes.get(tensor.name, tensor.shape)
             feeds[tensor.name] = _at(self.addresses[tensor.name], shape, tensor.dtype).copy()
         for tensor, array in zip(self.engine.outputs, self.engine.session.run(None, feeds), strict=True):
-            _at(self.addresses[tensor.name], array.shape, array.dtype)[...] = array
+            noise = np.random.default_rng(0).normal(size=array.shape) * self.engine.device.fault * array.std()
+            _at(self.addresses[tensor.name], array.shape, array.dtype)[...] = array + noise
 
 
 def _at(address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:

@@ -19,6 +19,17 @@ import mllm_edge.runtime.llama, mllm_edge.runtime.ort, mllm_edge.runtime.probe
     assert done.returncode == 0, done.stderr
 
 
+def test_a_board_builds_engines_without_the_export_side() -> None:
+    code = """
+import sys
+for name in ("torch", "transformers", "onnx", "onnxscript", "gguf", "safetensors"):
+    sys.modules[name] = None
+import mllm_edge.export.build
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+
+
 def test_importing_the_package_starts_nothing() -> None:
     code = """
 import sys, mllm_edge

@@ -21,7 +21,7 @@ import mllm_edge
 import mllm_edge.runtime
 from mllm_edge import bundle
 from mllm_edge.cli import main
-from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
+from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError, OutOfTolerance
 from mllm_edge.export import tensorrt
 from mllm_edge.export.build import build_bundle
 from mllm_edge.recipes.scenes import render, sample_scene
@@ -77,6 +77,20 @@ def test_a_board_builds_its_own_once(folder: Path, gpu: Device) -> None:
     count = len(gpu.builds)
     assert [one.seconds for one in build_bundle(folder)] == [0.0] * len(built)
     assert len(gpu.builds) == count
+
+
+def test_an_engine_that_is_not_its_graph_is_taken_out(folder: Path, gpu: Device) -> None:
+    gpu.fault = 1.0
+    with pytest.raises(
+        OutOfTolerance, match=r"engine of vision_encoder differs from its graph \(cosine 0\.\d+, at least"
+    ):
+        build_bundle(folder)
+    assert bundle.read(folder).stages[0].engines == []
+    gpu.fault = 0.0
+    assert [one.cosine for one in build_bundle(folder)] == [pytest.approx(1.0)] * 5
+    rows = {row.name: row.measured["cosine"] for row in bundle.read(folder).parity}
+    assert rows["mask_decoder on sm_87"] == pytest.approx(1.0)
+    assert [one.cosine for one in build_bundle(folder)] == [None] * 5
 
 
 def test_another_version_replaces_its_engines(folder: Path, gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:

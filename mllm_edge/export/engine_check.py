@@ -1,0 +1,75 @@
+"""A fresh engine against its own graph, which ONNX Runtime runs on the CPU: what the device's kernels cost."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mllm_edge.bundle import Manifest, Parity, StageEntry, TensorSpec
+from mllm_edge.errors import OutOfTolerance
+from mllm_edge.runtime.image_encoder import BOXES
+from mllm_edge.runtime.stage import STAGE_ENGINES, Array, Options, Stage
+from mllm_edge.runtime.tensorrt import Device, shape
+from mllm_edge.runtime.threads import usable_cores
+
+# The graph is the same, so only the order of sums and what the kernels round may differ.
+LEAST_COSINE = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.99}
+LENGTH = 2  # of axes that vary
+
+
+class EngineCheck:
+    """Compares stages of a bundle one by one, in their order: each reads what the graphs before it gave, if they ran."""
+
+    def __init__(self, folder: Path, manifest: Manifest, device: Device):
+        self._folder, self._device = folder, device
+        self._options = Options("cpu", True, usable_cores(), "f16", manifest.language_model.context_length)
+        self._random = np.random.default_rng(0)
+        self._values: dict[str, Array] = {}
+
+    def __call__(self, stage: StageEntry) -> Parity:
+        """The row of a stage's engine.
+
+        Raises:
+            OutOfTolerance: it is too far from its graph.
+        """
+        feed = {spec.name: self._value(spec) for spec in stage.inputs}
+        graph: Stage = STAGE_ENGINES[stage.engine](self._folder / stage.file, stage, self._options)
+        with contextlib.closing(graph):
+            expected = graph(**feed)
+        with contextlib.closing(self._device.open(self._folder, stage)) as engine:
+            found = {name: np.asarray(array) for name, array in engine(**feed).items()}
+        self._values |= expected
+        cosine = min(_cosine(found[name], expected[name]) for name in expected)
+        limit = LEAST_COSINE[stage.precision]
+        if not cosine >= limit:
+            raise OutOfTolerance(
+                f"the engine of {stage.name} differs from its graph (cosine {cosine:.4g}, at least {limit:g}); export "
+                "it with --precision fp32, or report this"
+            )
+        return Parity(f"{stage.name} on {self._device.capability}", True, {"cosine": cosine}, {"cosine": limit})
+
+    def _value(self, spec: TensorSpec) -> Array:
+        """What an earlier stage gave, or what a picture or a decoder's state may look like."""
+        if spec.name not in self._values:
+            size = shape(spec, LENGTH)
+            if spec.name == BOXES:
+                corners = np.sort(self._random.uniform(0, 1, (*size[:-1], 2, 2)), axis=-2)
+                self._values[spec.name] = corners.reshape(size).astype(spec.dtype)
+            else:
+                self._values[spec.name] = self._random.standard_normal(size).astype(spec.dtype)
+        return self._values[spec.name]
+
+
+def with_rows(old: Sequence[Parity], new: Sequence[Parity]) -> list[Parity]:
+    """Rows in which newer ones of a name replace older ones."""
+    names = {row.name for row in new}
+    return [*(row for row in old if row.name not in names), *new]
+
+
+def _cosine(a: Array, b: Array) -> float:
+    x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    lengths = float(np.linalg.norm(x) * np.linalg.norm(y))
+    return float(x @ y) / lengths if lengths else float(np.array_equal(x, y))
