@@ -21,7 +21,7 @@ LENGTH = 2  # of axes that vary
 
 
 class EngineCheck:
-    """Compares stages of a bundle one by one, in their order: each reads what the graphs before it gave, if they ran."""
+    """Compares a bundle's stages one by one, in their order: each reads what the graphs before it gave, if they ran."""
 
     def __init__(self, folder: Path, manifest: Manifest, device: Device):
         self._folder, self._device = folder, device

@@ -222,13 +222,14 @@ class _Job:
             path = self.place.folder / f"{stage.name}.onnx"
             samples = Samples(self.plan, pictures(CALIBRATION_PICTURES[precision], first=PICTURES))
             feeds = samples.inputs(stage) if precision != "fp32" else []
-            data_files = export_stage(dataclasses.replace(stage, module=lambda: module), path, precision, feeds)
+            built = dataclasses.replace(stage, module=lambda: module)
+            data_files = export_stage(built, path, precision, feeds, for_tensorrt=self.target == "trt")
             details = {"flops": stage_flops(module, stage.inputs), "activation_bytes": activation_bytes(path)}
             return Finished([self.place.entry(file) for file in (path, *data_files)], details)
 
         shapes = [dataclasses.asdict(spec) for spec in (*stage.inputs, *stage.outputs)]
         pixels = [dataclasses.asdict(step) for step in self.plan.preprocessing]
-        key = self._made_from(precision=precision, shapes=shapes, preprocessing=pixels)
+        key = self._made_from(precision=precision, shapes=shapes, preprocessing=pixels, trt=self.target == "trt")
         with self.clock.step(stage.name):
             finished = self.place.step(stage.name, key, build)
         return StageEntry(

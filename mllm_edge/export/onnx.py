@@ -33,7 +33,9 @@ INLINE_LIMIT = 200_000_000  # bytes of weights; more go beside the graph, writte
 Feed = dict[str, np.ndarray]
 
 
-def export_stage(stage: StageExport, path: Path, precision: str, calibration: Iterable[Feed] = ()) -> list[Path]:
+def export_stage(
+    stage: StageExport, path: Path, precision: str, calibration: Iterable[Feed] = (), for_tensorrt: bool = False
+) -> list[Path]:
     """Write a stage as an ONNX file that is checked and has exactly the stage's inputs and outputs.
 
     Inputs and outputs stay float32 at every precision. Weights above 200 MB go into `<path>.data` beside the file.
@@ -45,6 +47,7 @@ def export_stage(stage: StageExport, path: Path, precision: str, calibration: It
             layers and convolutions).
         calibration: inputs by name, as the stage will see them. int8 takes its scales from them; fp16 looks for values
             that leave the range of fp16 and keeps their nodes in fp32, which is announced as a warning.
+        for_tensorrt: int8 as TensorRT reads it, slow in ONNX Runtime on a CPU.
 
     Returns:
         The external data files that belong to `path`: none, or one.
@@ -65,7 +68,7 @@ def export_stage(stage: StageExport, path: Path, precision: str, calibration: It
             data_files = _save(model, path)
         elif precision == "int8":
             del model
-            data_files = quantize(plain, path, calibration, external_data=bool(data_files))
+            data_files = quantize(plain, path, calibration, bool(data_files), for_tensorrt)
     check_graph(path, stage)
     return data_files
 

@@ -10,6 +10,9 @@ uint8 min/max 0.056, 51 ms; one weight scale per tensor 0.085; symmetric int8 0.
 because the few large values of a ViT carry meaning; 7-bit weights 0.066. The last is what is used: x86 processors
 without VNNI add pairs of uint8 x int8 products in 16 bits, which full int8 weights overflow, so with 8 bits the same
 file would give other answers there.
+
+TensorRT reads neither uint8 inputs nor int32 biases: for it inputs are symmetric int8, biases stay float, and weights
+have all 8 bits.
 """
 
 from __future__ import annotations
@@ -39,7 +42,13 @@ class _Reader:
         return next(self._feeds, None)
 
 
-def quantize(source: Path, path: Path, calibration: Iterable[dict[str, np.ndarray]], external_data: bool) -> list[Path]:
+def quantize(
+    source: Path,
+    path: Path,
+    calibration: Iterable[dict[str, np.ndarray]],
+    external_data: bool,
+    for_tensorrt: bool = False,
+) -> list[Path]:
     """Write `source`, an fp32 ONNX file, to `path` in int8.
 
     Args:
@@ -47,6 +56,7 @@ def quantize(source: Path, path: Path, calibration: Iterable[dict[str, np.ndarra
         path: the file to write.
         calibration: inputs by name; the scales of the activations cover what these produce.
         external_data: put the weights into `<path>.data`.
+        for_tensorrt: in the form that TensorRT reads.
 
     Returns:
         The external data files that belong to `path`: none, or one.
@@ -68,12 +78,16 @@ def quantize(source: Path, path: Path, calibration: Iterable[dict[str, np.ndarra
             op_types_to_quantize=list(QUANTIZED),
             nodes_to_exclude=_float_nodes(onnx.load(str(fused), load_external_data=False).graph),
             per_channel=True,
-            reduce_range=True,
-            activation_type=QuantType.QUInt8,
+            reduce_range=not for_tensorrt,
+            activation_type=QuantType.QInt8 if for_tensorrt else QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
             use_external_data_format=external_data,
-            extra_options={"OpTypesToExcludeOutputQuantization": list(QUANTIZED)},
+            extra_options={
+                "OpTypesToExcludeOutputQuantization": list(QUANTIZED),
+                "ActivationSymmetric": for_tensorrt,
+                "QuantizeBias": not for_tensorrt,
+            },
         )
     _restore_metadata(path, onnx.load(str(source), load_external_data=False))
     return [path.with_name(path.name + ".data")] if external_data else []

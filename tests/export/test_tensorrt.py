@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
+import onnxruntime
 import pytest
 
 import mllm_edge
@@ -15,6 +16,8 @@ from mllm_edge.bundle import BuildSettings, TensorSpec
 from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
 from mllm_edge.export import tensorrt
 from mllm_edge.export.onnx import export_stage
+from mllm_edge.export.samples import Samples, pictures
+from mllm_edge.export.verify import compare
 from mllm_edge.models import glamm, llava
 from mllm_edge.models.interface import StageExport
 from mllm_edge.runtime.tensorrt_packages import RTX
@@ -45,6 +48,20 @@ def test_every_stage_builds_for_three_gpus(name: str, stage: StageExport, tmp_pa
     assert len(engine) > 100_000
     assert told == sorted(told)
     assert 0 < told[-1] <= 1
+
+
+def test_int8_builds_too(tmp_path: Path) -> None:
+    plan = glamm.export_plan(glamm.resolve("", None))
+    samples = Samples(plan, pictures(4))
+    quantized = [stage for stage in plan.stages if "int8" in stage.precisions]
+    assert len(quantized) == 3
+    for stage in quantized:
+        path = tmp_path / f"{stage.name}.onnx"
+        export_stage(stage, path, "int8", samples.inputs(stage), for_tensorrt=True)
+        assert len(tensorrt.build(tensorrt.Work(path, stage.inputs, stage.outputs, ["sm_89"]), RTX, BuildSettings()))
+        rounded, exact = onnxruntime.InferenceSession(path), samples.outputs(stage)[0]
+        for name, found in zip(exact, rounded.run(list(exact), samples.inputs(stage)[0]), strict=True):
+            assert compare(found, exact[name])["cosine"] > 0.99
 
 
 @pytest.fixture(scope="module")
