@@ -151,7 +151,9 @@ def export(
     count = sum(entry.bytes for entry in manifest.files())
     parity = [dataclasses.asdict(row) for row in manifest.parity]
     screen.aside(parity_table(manifest.parity))
-    screen.aside(f"{size(count)} in {seconds:.1f} s; ask it: mllm-edge run {folder} 'What is this?' --image FILE")
+    waiting = manifest.target == "trt" and not all(stage.engines for stage in manifest.stages)
+    then = f"on the device: mllm-edge build {folder}" if waiting else f"ask it: mllm-edge run {folder} 'What is this?'"
+    screen.aside(f"{size(count)} in {seconds:.1f} s; {then}{'' if waiting else ' --image FILE'}")
     screen.result({"bundle": str(folder), "seconds": round(seconds, 3), "bytes": count, "parity": parity}, str(folder))
 
 
