@@ -261,6 +261,12 @@ def cpu_name() -> str:
     return named[1].strip() if named else platform.processor() or platform.machine()
 
 
+def gpu_name() -> str:
+    """The board or the NVIDIA GPU of this machine; "" where there is none."""
+    board = jetson.find(ROOT)
+    return board.model if board else next((gpu.name for gpu in _gpus()), "")
+
+
 def _features() -> list[str]:
     listed = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", jetson.read(CPUINFO), re.MULTILINE)
     flags = set(listed[1].split()) if listed else set()

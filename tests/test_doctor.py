@@ -127,6 +127,7 @@ def test_a_gpu_that_engines_cannot_use_brings_advice(machine: Path) -> None:
     nvidia_smi(machine, "echo 'Imaginary RTX, 8192 MiB, 590.1, 8.9'")
     found = doctor.examine()
     assert found.gpus == [doctor.Gpu("Imaginary RTX", "8192 MiB", "590.1", "8.9")]
+    assert doctor.gpu_name() == "Imaginary RTX"
     lines = [advice.run for advice in found.advice]
     can_offload, providers = found.engines.llama_gpu_offload, found.engines.onnxruntime_providers
     assert any("CUDA_ARCHITECTURES=89" in line for line in lines) == (not can_offload)

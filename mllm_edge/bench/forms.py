@@ -109,7 +109,7 @@ def _markdown(results: Sequence[Result]) -> str:
         [
             *(lines[0], rule, *lines[1:], ""),
             f"{first.repetitions} repetitions; {first.generated_tokens} tokens decoded.",
-            f"{on.cpu}, {on.threads} threads, {on.system}, Python {on.python}, {versions}.",
+            f"{', '.join(filter(None, (on.gpu, on.cpu)))}, {on.threads} threads, {on.system}, Python {on.python}, {versions}.",
             f"llama.cpp: {on.build}",
             *(_limits(on.limits, any(LOW in line for line in lines)) if on.limits else ()),
         ]

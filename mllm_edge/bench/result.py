@@ -41,6 +41,7 @@ class Environment:
     versions: dict[str, str]
     build: str
     limits: Limits | None
+    gpu: str = ""
 
 
 @dataclass(frozen=True)

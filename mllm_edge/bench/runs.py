@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 PROMPT = "Describe the picture."
 PICTURE_SIZE = 512
 LATE = ("masks",)
-ENGINES = ("onnxruntime", "onnxruntime-gpu", "llama-cpp-python")
+ENGINES = ("onnxruntime", "onnxruntime-gpu", "llama-cpp-python", "tensorrt", "tensorrt-rtx")
 
 
 def measure(
@@ -278,10 +278,12 @@ def _spread(values: Sequence[float]) -> Spread:
 
 
 def _environment(threads: int, target: str, limits: Limits | None) -> Environment:
-    from mllm_edge.doctor import cpu_name, version
+    from mllm_edge.doctor import cpu_name, gpu_name, version
     from mllm_edge.runtime.llama_library import library
 
-    engines = {engine: found for engine in ENGINES if (found := version(engine))}
+    on_cpu = target == "cpu"
+    names = [name for name in ENGINES if not (on_cpu and name.startswith("tensorrt"))]
+    engines = {engine: found for engine in names if (found := version(engine))}
     versions = {"mllm-edge": mllm_edge.__version__, **engines}
     return Environment(
         cpu=cpu_name(),
@@ -292,4 +294,5 @@ def _environment(threads: int, target: str, limits: Limits | None) -> Environmen
         versions=versions,
         build=library().llama_print_system_info().decode().strip(),
         limits=limits,
+        gpu="" if on_cpu else gpu_name(),
     )
