@@ -104,12 +104,13 @@ def _markdown(results: Sequence[Result]) -> str:
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in grid]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     first, on = results[0], results[0].environment
+    machine = ", ".join(filter(None, (on.gpu, on.cpu)))
     versions = ", ".join(f"{name} {version}" for name, version in on.versions.items())
     return "\n".join(
         [
             *(lines[0], rule, *lines[1:], ""),
             f"{first.repetitions} repetitions; {first.generated_tokens} tokens decoded.",
-            f"{', '.join(filter(None, (on.gpu, on.cpu)))}, {on.threads} threads, {on.system}, Python {on.python}, {versions}.",
+            f"{machine}, {on.threads} threads, {on.system}, Python {on.python}, {versions}.",
             f"llama.cpp: {on.build}",
             *(_limits(on.limits, any(LOW in line for line in lines)) if on.limits else ()),
         ]
