@@ -15,7 +15,7 @@ from mllm_edge.models.glamm import CONFIGS
 from mllm_edge.recipes import train
 from mllm_edge.recipes.conversation import IGNORE
 from mllm_edge.recipes.glamm import GlammTask
-from mllm_edge.recipes.grounded import BOX, SEG, tagged
+from mllm_edge.recipes.grounded import BOX, CAPTION_QUESTIONS, SEG, tagged
 from mllm_edge.recipes.grounded_files import in_frame
 from mllm_edge.recipes.mask_losses import bce_loss, dice_loss, mean_iou
 from mllm_edge.recipes.recipe import Recipe, load
@@ -76,6 +76,16 @@ def test_masks_and_boxes_go_with_their_tokens(task: GlammTask, kind: str) -> Non
         assert all(mask.shape == (128, 128) and mask.any() for mask in one.masks)
         learned = [token for token in one.sample.labels if token != IGNORE]
         assert box not in learned
+
+
+def test_captions_alone_have_no_masks(task: GlammTask) -> None:
+    picture, turns = task.scene_turns("train", 3, "caption", np.random.default_rng(0))
+    assert [turn.question for turn in turns] == [CAPTION_QUESTIONS[-1], *[turn.question for turn in turns[1:]]]
+    assert len({turn.question for turn in turns}) == len(turns) == task.turns[1]
+    sample = task.encode(picture, turns, dialogue=False)
+    assert sample.sample.labels.count(task.vocabulary.added["[SEG]"]) > 0
+    assert sample.masks == []
+    assert "masks" not in task.collate([sample])
 
 
 def test_a_region_is_never_shared_by_two_questions(task: GlammTask) -> None:
