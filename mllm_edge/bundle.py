@@ -263,12 +263,13 @@ def write(manifest: Manifest, folder: Path) -> None:
     temporary.replace(folder / MANIFEST)
 
 
-def read(folder: Path, verify_hash: bool = True) -> Manifest:
+def read(folder: Path, verify_hash: bool = True, engines: bool = True) -> Manifest:
     """Read and check a bundle's manifest and its files before anything is loaded.
 
     Args:
         folder: the bundle.
         verify_hash: also compare every file's SHA-256 (sizes are always compared).
+        engines: check the files of TensorRT engines, too; only target trt runs them.
 
     Raises:
         BadInput: no manifest, not JSON, newer schema, wrong or missing fields, a path that leaves the folder,
@@ -289,7 +290,10 @@ def read(folder: Path, verify_hash: bool = True) -> Manifest:
         raise BadInput(f"{path} has schema {schema}, this tool reads up to {SCHEMA}; install mllm-edge >= {needs}")
     manifest = typing.cast(Manifest, _build(Manifest, data, str(path)))
     check(manifest, folder)
-    _check_files(manifest, folder, verify_hash)
+    built = {engine.file for stage in manifest.stages for engine in stage.engines}
+    for entry in manifest.files():
+        if engines or entry.file not in built:
+            check_file(entry, folder, verify_hash)
     return manifest
 
 
@@ -302,10 +306,11 @@ def check(manifest: Manifest, folder: Path) -> None:
     for file in (*(entry.file for entry in manifest.files()), manifest.build.timing_cache):
         locate(folder, file)
     build = manifest.build
-    if len(build.profile) != 3 or build.profile[0] < 1 or sorted(build.profile) != build.profile:
+    lengths = build.profile
+    if len(lengths) != 3 or sorted(lengths) != lengths or not 1 <= lengths[0] <= lengths[2] <= 4096:
         raise BadInput(f"{folder / MANIFEST}: build.profile is {build.profile}; export the bundle again")
-    if not build.timing_cache.endswith(".cache"):
-        raise BadInput(f"{folder / MANIFEST}: build.timing_cache is {build.timing_cache!r}; export the bundle again")
+    if not build.timing_cache.endswith(".cache") or build.workspace_mb < 0:
+        raise BadInput(f"{folder / MANIFEST}: the build settings {build} cannot be; export the bundle again")
     produced: dict[str, tuple[TensorSpec, str]] = {}
     given = {step.input for step in manifest.preprocessing} | {"boxes", "seg_states"}  # of pictures, users, the decoder
     for stage in manifest.stages:
@@ -358,15 +363,16 @@ def _same_dims(spec: TensorSpec, file: str, made: TensorSpec, maker: str) -> Non
         )
 
 
-def _check_files(manifest: Manifest, folder: Path, verify_hash: bool) -> None:
-    for entry in manifest.files():
-        path = locate(folder, entry.file)
-        if not path.is_file():
-            raise BadInput(f"{path} is missing; export the bundle again")
-        if path.stat().st_size != entry.bytes:
-            raise BadInput(f"{path} has {path.stat().st_size} bytes, not {entry.bytes}; copy or export it again")
-        if verify_hash and sha256(path) != entry.sha256:
-            raise BadInput(f"{path} does not match its SHA-256 in {MANIFEST}; copy or export it again")
+def check_file(entry: FileEntry, folder: Path, verify_hash: bool = True) -> None:
+    """Raises BadInput where a file is missing or not the one that the manifest has."""
+    path = locate(folder, entry.file)
+    again = "run: mllm-edge build" if isinstance(entry, BuiltEngine) else "copy or export it again"
+    if not path.is_file():
+        raise BadInput(f"{path} is missing; {again}")
+    if path.stat().st_size != entry.bytes:
+        raise BadInput(f"{path} has {path.stat().st_size} bytes, not {entry.bytes}; {again}")
+    if verify_hash and sha256(path) != entry.sha256:
+        raise BadInput(f"{path} does not match its SHA-256 in {MANIFEST}; {again}")
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:

@@ -151,7 +151,7 @@ def export(
     count = sum(entry.bytes for entry in manifest.files())
     parity = [dataclasses.asdict(row) for row in manifest.parity]
     screen.aside(parity_table(manifest.parity))
-    waiting = manifest.target == "trt" and not all(stage.engines for stage in manifest.stages)
+    waiting = manifest.target == "trt" and bool(manifest.build.devices)
     then = f"on the device: mllm-edge build {folder}" if waiting else f"ask it: mllm-edge run {folder} 'What is this?'"
     screen.aside(f"{size(count)} in {seconds:.1f} s; {then}{'' if waiting else ' --image FILE'}")
     screen.result({"bundle": str(folder), "seconds": round(seconds, 3), "bytes": count, "parity": parity}, str(folder))
@@ -164,14 +164,15 @@ def build(
     device: Annotated[
         str, typer.Option(metavar="sm_89,...", help="Build ahead for these GPUs, by TensorRT-RTX.", show_default=False)
     ] = "",
+    force: Annotated[bool, typer.Option("--force", help="Build again what is there.")] = False,
 ) -> None:
-    """Turn a bundle's stages into TensorRT engines, on the device that will run them. What is there already stays."""
+    """Turn a bundle's stages into TensorRT engines, on the device that will run them. What is there and fits stays."""
     from mllm_edge.export.build import build_bundle
     from mllm_edge.show import engine_table
 
     screen.kept = "finished engines are kept, the same command goes on with the others"
     with screen.steps() as report:
-        built = build_bundle(bundle, [name for name in device.split(",") if name], report)
+        built = build_bundle(bundle, [name for name in device.split(",") if name], force, report)
     screen.result({"bundle": str(bundle), "engines": [dataclasses.asdict(one) for one in built]}, engine_table(built))
 
 

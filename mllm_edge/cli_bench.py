@@ -45,14 +45,14 @@ def bench(
 
     form = "json" if screen.as_json else form
     measuring.check_form(form)
-    measuring.check_quality(quality, curve, len(bundles))
+    measuring.check_quality(quality, cases, curve, bundles)
     draw = measuring.plotter(plot) if plot else None
     draw_curve = measuring.plotter(curve, measuring.draw_curve) if curve else None
     options: dict[str, Any] = {"repeat": repeat, "image": image, "gen_tokens": gen_tokens}
     if len(bundles) == 1:
         threads = loading.threads or usable_cores()
-        options["sensor"] = measuring.sensor()
-        options["limits"] = lambda: measuring.machine_limits(bundles[0])
+        options["sensor"] = measuring.sensor(gpu=measuring.uses_gpu(bundles[0], loading.target))
+        options["limits"] = lambda: measuring.machine_limits(bundles[0], loading.target)
         options["load_cold_ms"] = measuring.load_cold(bundles[0], lambda: loading.open(bundles[0]))
         with screen.steps() as report, loading.open(bundles[0]) as model:
             results = [measuring.measure(model, str(bundles[0]), threads=threads, report=report, **options)]
@@ -62,14 +62,14 @@ def bench(
         options |= {**vars(loading), "quality": quality, "cases": cases}
         options |= {"quiet": screen.quiet, "debug": screen.debug}
         results = [measuring.measure_apart(bundle, options) for bundle in bundles]
+    shown = measuring.render(results, form)
+    screen.result(measuring.document(results), measuring.colored(shown) if form == "md" and screen.in_color else shown)
     if draw:
         draw(results)
         screen.aside(f"times by stage: {plot}")
     if draw_curve:
         draw_curve(results)
         screen.aside(f"scores and times over tokens: {curve}")
-    shown = measuring.render(results, form)
-    screen.result(measuring.document(results), measuring.colored(shown) if form == "md" and screen.in_color else shown)
 
 
 @verb("compare old.json new.json", "compare old.json new.json --fail-above 1.1")
@@ -106,7 +106,7 @@ def eval_(
         str,
         typer.Argument(
             metavar="DATASET",
-            help="scenes-referring, scenes-grounded, scenes-regions, or a JSON file like GranD-f's or RefCOCO's.",
+            help="scenes-questions, -referring, -grounded or -regions, or a JSON file like GranD-f's or RefCOCO's.",
             show_default=False,
         ),
     ],

@@ -18,7 +18,7 @@ from mllm_edge import jetson
 from mllm_edge.errors import MissingPackage
 from mllm_edge.runtime import probe
 from mllm_edge.runtime.llama_library import library
-from mllm_edge.runtime.tensorrt_packages import PACKAGES
+from mllm_edge.runtime.tensorrt_packages import bindings, usable
 from mllm_edge.runtime.threads import usable_cores
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ FEATURES = (
 )
 EXTRAS = ("runtime", "export", "train", "eval")  # `cuda` and `bench` are advised where they would help
 OPTIONAL = ("onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings", "nvidia-ml-py", "mllm-edge")
+RTX_LINE = "pip install 'mllm-edge[rtx]'"
 INSTEAD = {"onnxruntime": "onnxruntime-gpu"}
 # What importing an engine whose libraries are missing or damaged raises.
 BROKEN = (ImportError, OSError, RuntimeError)
@@ -100,7 +101,7 @@ def examine() -> Findings:
     packages |= {name: found for name in OPTIONAL if (found := version(name))}
     engines, broken = _engines()
     gpus, board = _gpus(), jetson.find(ROOT)
-    advice = [*_missing(wanted), *broken, *_faster(engines, capability(gpus, board))]
+    advice = [*_missing(wanted), *broken, *_faster(engines, capability(gpus, board), board)]
     return Findings(
         mllm_edge=mllm_edge.__version__,
         python=f"{platform.python_version()} at {sys.executable}",
@@ -227,7 +228,7 @@ def _amx() -> str:
 
 def capability(gpus: list[Gpu], board: Jetson | None) -> str:
     """The compute capability of this machine's GPU, "sm_89"; "" where there is none."""
-    if board:
+    if board and board.capability:
         return board.capability
     return f"sm_{gpus[0].compute_capability.replace('.', '')}" if gpus else ""
 
@@ -240,18 +241,32 @@ def build_line(gpu: str) -> str:
     return f'{compiler}CMAKE_ARGS="-DGGML_CUDA=on -DCMAKE_CUDA_ARCHITECTURES={gpu.removeprefix("sm_")}" {install}'
 
 
-def _faster(engines: Engines, gpu: str) -> list[Advice]:
+def _faster(engines: Engines, gpu: str, board: Jetson | None) -> list[Advice]:
     advice = []
     has_gpu = bool(gpu)
     if any(probe.verdict().crashed.values()):
         advice.append(Advice("llama.cpp's AMX code crashes, so it runs without", probe.REBUILD))
-    if has_gpu and engines.onnxruntime_providers and "CUDAExecutionProvider" not in engines.onnxruntime_providers:
+    # For a board the package index has no onnxruntime-gpu; its stages run by TensorRT.
+    without = engines.onnxruntime_providers and "CUDAExecutionProvider" not in engines.onnxruntime_providers
+    if has_gpu and not board and without:
         line = "pip uninstall -y onnxruntime; pip install onnxruntime-gpu"
         advice.append(Advice("there is a GPU, but ONNX Runtime was built without CUDA", line))
     if has_gpu and engines.llama_gpu_offload is False:
         advice.append(Advice("there is a GPU, but llama.cpp was built without CUDA", build_line(gpu)))
-    if has_gpu and not any(package.installed for package in PACKAGES):
-        advice.append(Advice("there is a GPU, but no TensorRT for target trt", "pip install 'mllm-edge[rtx]'"))
+    if has_gpu:
+        advice += _for_engines(board)
+    return advice
+
+
+def _for_engines(board: Jetson | None) -> list[Advice]:
+    """What target trt lacks on a machine with a GPU."""
+    versions, broken = usable()
+    advice = []
+    if not versions:
+        line = "apt install python3-libnvinfer; use a venv with --system-site-packages" if board else RTX_LINE
+        advice.append(Advice(broken or "there is a GPU, but no TensorRT for target trt", line))
+    if not version("cuda-bindings"):
+        advice.append(Advice("target trt needs cuda-bindings", f"pip install '{bindings()}'"))
     return advice
 
 

@@ -16,8 +16,8 @@ JETPACK = {
     "36.4.4": "6.2.1",
     "38.2": "7.0",
 }
-# Compute capability by what the board is called.
-CAPABILITIES = {"Thor": "sm_110", "Orin": "sm_87", "Xavier": "sm_72"}
+# Compute capability by the chip.
+CAPABILITIES = {"tegra264": "sm_110", "tegra234": "sm_87", "tegra194": "sm_72"}
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,14 @@ def find(root: Path = Path("/")) -> Jetson | None:
     released = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", read(root / "etc/nv_tegra_release"))
     if "Jetson" not in model and not released:
         return None
+    chips = read(root / "proc/device-tree/compatible")
     l4t = f"{released[1]}.{released[2]}" if released else ""
     return Jetson(
         model=model or "unknown Jetson",
         l4t=l4t,
         jetpack=_jetpack(root, l4t),
         power_mode=_power_mode(root),
-        capability=next((sm for name, sm in CAPABILITIES.items() if name in model), ""),
+        capability=next((sm for chip, sm in CAPABILITIES.items() if chip in chips), ""),
     )
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 import mllm_edge
 from mllm_edge import bench, bundle, cli
 from mllm_edge.bench import forms, limits, power, runs
-from mllm_edge.errors import BadInput, MissingPackage
+from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
 from mllm_edge.runtime import Answer, Tokens
 from mllm_edge.runtime.stage import Step
 
@@ -45,7 +45,7 @@ class FakeModel:
     """Answers a question in 1000, 10, 20, 30, 40, 50 ms, one after the other; half of each is prefill."""
 
     load_ms = 7.0
-    gives_masks = False
+    gives_masks, target = False, "cpu"
 
     def __init__(self, manifest: Any) -> None:
         self.manifest, self.language_model = manifest, FakeDecoder()
@@ -167,16 +167,13 @@ def test_plot_is_a_png(fake: FakeModel, tmp_path: Path, monkeypatch: pytest.Monk
         bench.plotter(path)
 
 
-def test_a_curve_needs_scores_of_two_bundles(fake: FakeModel, tmp_path: Path) -> None:
+def test_a_curve_is_a_png(fake: FakeModel, tmp_path: Path) -> None:
     result = bench.measure(fake, "a.bundle", threads=1, gen_tokens=2)  # type: ignore[arg-type]
     scored = dataclasses.replace(result, quality={"exact": 90.0}, quality_data="scenes-questions, 10 cases")
     half = dataclasses.replace(scored, image_tokens=2, quality={"exact": 80.0})
     bench.plotter(tmp_path / "curve.png", bench.draw_curve)([scored, half])
     with Image.open(tmp_path / "curve.png") as drawn:
         assert drawn.width > 500
-    for bad in ([scored], [scored, scored], [scored, dataclasses.replace(half, quality={})]):
-        with pytest.raises(BadInput, match="different numbers of tokens"):
-            bench.draw_curve(bad, tmp_path / "none.png")
     assert "| exact, %" in forms.render([scored], "md") and "90.00 (scenes-questions, 10 cases)" in forms.render(
         [scored], "md"
     )
@@ -186,7 +183,10 @@ def test_a_curve_needs_scores_of_two_bundles(fake: FakeModel, tmp_path: Path) ->
     ("options", "reason"),
     [
         (["--quality", "scenes-nothing"], "no data set 'scenes-nothing'"),
-        (["--curve", "c.png"], "--curve needs --quality and two bundles"),
+        (["--curve", "c.png"], "--curve needs --quality"),
+        (["--curve", "c.png", "--quality", "scenes-questions"], "bundles of different numbers of tokens"),
+        (["--quality", "scenes-questions", "--cases", "-1"], "-1 cases score nothing"),
+        (["--quality", "scenes-regions"], "takes no boxes"),
         (["--quality", "scenes-grounded"], "gives no masks"),
     ],
 )
@@ -221,6 +221,19 @@ def test_several_bundles_are_measured_apart(folder: Path, capsys: pytest.Capture
     results = json.loads(capsys.readouterr().out)["results"]
     assert [result["bundle"] for result in results] == [str(folder)] * 2
     assert all(result["generated_tokens"] == 2 and result["environment"]["threads"] == 1 for result in results)
+
+
+def test_options_that_are_zero_reach_the_other_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[list[str]] = []
+
+    def run(words: list[str], **_: Any) -> SimpleNamespace:
+        told.append(words)
+        return SimpleNamespace(stdout="", returncode=0)
+
+    monkeypatch.setattr(runs.subprocess, "run", run)
+    with pytest.raises(MllmEdgeError):
+        bench.measure_apart(folder, {"gpu_layers": 0, "quiet": False, "threads": None, "debug": True})
+    assert told[0][-3:] == ["--gpu-layers", "0", "--debug"]
 
 
 def test_errors_of_the_other_process_arrive(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,6 +70,7 @@ def test_jetson_is_an_arm_machine_with_a_release(machine: Path) -> None:
 
 # The files of boards, in the form that L4T writes them.
 ORIN_NANO = {
+    "proc/device-tree/compatible": "nvidia,p3768-0000+p3767-0005-super\0nvidia,p3767-0005\0nvidia,tegra234\0",
     "proc/device-tree/model": "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super\0",
     "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, "
     "DATE: Wed Jan  8 01:49:37 UTC 2025\n# KERNEL_VARIANT: oot\nTARGET_USERSPACE_LIB_DIR=nvidia\n",
@@ -81,11 +82,13 @@ ORIN_NANO = {
     "Package: nvidia-jetpack\nStatus: install ok installed\nPriority: standard\nVersion: 6.2+b77\n",
 }
 AGX_ORIN = {
+    "proc/device-tree/compatible": "nvidia,p3737-0000+p3701-0005\0nvidia,p3701-0005\0nvidia,tegra234\0",
     "proc/device-tree/model": "NVIDIA Jetson AGX Orin Developer Kit\0",
     "etc/nv_tegra_release": "# R36 (release), REVISION: 4.0, GCID: 37537400, BOARD: generic, EABI: aarch64\n",
     "var/lib/nvpmodel/status": "pmode:0000\n",
 }
 THOR = {
+    "proc/device-tree/compatible": "nvidia,p4071-0000+p3834-0008\0nvidia,p3834-0008\0nvidia,tegra264\0",
     "proc/device-tree/model": "NVIDIA Jetson AGX Thor Developer Kit\0",
     "etc/nv_tegra_release": "# R38 (release), REVISION: 2.0, GCID: 41844464, BOARD: generic, EABI: aarch64\n",
 }

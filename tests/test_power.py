@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import types
@@ -32,10 +33,34 @@ def test_the_rail_of_the_whole_board(tmp_path: Path) -> None:
 
 
 def test_rails_are_summed_where_none_is_the_whole_boards(tmp_path: Path) -> None:
-    write(tmp_path, {"VDD_GPU_SOC": (19000, 500), "VDD_CPU_CV": (19000, 200), "sum of shunt voltages": (1, 1)})
+    rails = {"VDD_GPU_SOC": (19000, 500), "VDD_CPU_CV": (19000, 200), "VIN_SYS_5V0": (5000, 1000)}
+    write(tmp_path, {**rails, "VDDQ_VDD2_1V8AO": (5000, 300)})  # the last one lies behind the one before
     found = power.sensor(tmp_path)
     assert found is not None
-    assert (found.name, found.watts()) == ("VDD_GPU_SOC + VDD_CPU_CV", pytest.approx(13.3))
+    assert (found.name, found.watts()) == ("VDD_GPU_SOC + VDD_CPU_CV + VIN_SYS_5V0", pytest.approx(18.3))
+
+
+def test_rails_that_nobody_knows_are_summed(tmp_path: Path) -> None:
+    write(tmp_path, {"A": (1000, 500), "NC": (1000, 9), "B": (2000, 200), "sum of shunt voltages": (1, 1)})
+    found = power.sensor(tmp_path)
+    assert found is not None and (found.name, found.watts()) == ("A + B", pytest.approx(0.9))
+
+
+def test_the_input_of_thors_module(tmp_path: Path) -> None:
+    folder = tmp_path / "sys/bus/i2c/drivers/ina238/2-0044/hwmon/hwmon3"
+    folder.mkdir(parents=True)
+    (folder / "power1_input").write_text("31250000\n")
+    found = power.sensor(tmp_path)
+    assert found is not None and (found.name, found.watts()) == ("VIN", 31.25)
+
+
+def test_a_sensor_that_fails_gives_no_number() -> None:
+    def watts() -> float:
+        raise OSError("Remote I/O error")
+
+    with power.Meter(power.Sensor("a rail", watts)) as meter:
+        pass
+    assert math.isnan(meter.joules)
 
 
 def test_a_gpu_tells_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,6 +71,7 @@ def test_a_gpu_tells_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     found = power.sensor(tmp_path)
     assert found is not None and (found.name, found.watts()) == ("GPU (NVML)", 61.5)
+    assert power.sensor(tmp_path, gpu=False) is None
 
 
 def test_no_sensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,15 @@ from mllm_edge.bench.forms import check_form, colored, plan_tables, plotter, rat
 from mllm_edge.bench.power import sensor
 from mllm_edge.bench.ratios import compare, read_results
 from mllm_edge.bench.result import Environment, Limits, Result, Spread, document, from_document
-from mllm_edge.bench.runs import check_quality, load_cold, machine_limits, measure, measure_apart, measure_quality
+from mllm_edge.bench.runs import (
+    check_quality,
+    load_cold,
+    machine_limits,
+    measure,
+    measure_apart,
+    measure_quality,
+    uses_gpu,
+)
 
 __all__ = [
     "Environment",
@@ -30,4 +38,5 @@ __all__ = [
     "read_results",
     "render",
     "sensor",
+    "uses_gpu",
 ]

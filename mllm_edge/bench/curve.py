@@ -6,20 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mllm_edge.bench.result import Result
-from mllm_edge.errors import BadInput
 
 
 def draw_curve(results: Sequence[Result], path: Path) -> None:
-    """Draw scores (left, percent) and times (right, median milliseconds) over the tokens of a picture.
-
-    Raises:
-        BadInput: fewer than two numbers of tokens, or a bundle without scores.
-    """
-    if len({result.image_tokens for result in results}) < 2 or not all(result.quality for result in results):
-        raise BadInput(
-            "a curve needs bundles with different numbers of tokens (export --merge-tokens) and --quality; "
-            "give two bundles or more"
-        )
+    """Draw scores (left, percent) and times (right, median milliseconds) over the tokens of a picture, of results that
+    `check_quality` has let pass."""
     import matplotlib
 
     matplotlib.use("Agg")

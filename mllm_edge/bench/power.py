@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-INA = "sys/bus/i2c/drivers/ina3221"
-WHOLE = ("VDD_IN", "VIN_SYS_5V0", "VIN")  # rails that feed the whole board
+INA3221, INA238 = "sys/bus/i2c/drivers/ina3221", "sys/bus/i2c/drivers/ina238"
+# Rails of an INA3221 that feed a whole module, alone or together: Orin Nano and NX; AGX Orin.
+WHOLE = (("VDD_IN",), ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"))
 SECONDS = 0.05  # between two readings
 
 
@@ -23,21 +24,21 @@ class Sensor:
     watts: Callable[[], float]
 
 
-def sensor(root: Path = Path("/")) -> Sensor | None:
-    """The best sensor of this machine: a rail that feeds the whole board, the sum of a board's rails, or the GPU's own;
-    None where there is none.
+def sensor(root: Path = Path("/"), gpu: bool = True) -> Sensor | None:
+    """The best sensor of this machine: a module's input, the sum of its rails, or the GPU's own; None without any.
 
     Args:
         root: where the system's files are.
+        gpu: whether the bundle uses one.
     """
-    return _ina(root) or _nvml()
+    return _ina238(root) or _ina3221(root) or (_nvml() if gpu else None)
 
 
 class Meter:
     """Integrates a sensor's watts in a thread; a context manager around the work.
 
     Attributes:
-        joules: taken since the work began.
+        joules: taken since the work began; not-a-number where the sensor failed meanwhile.
     """
 
     def __init__(self, sensor: Sensor):
@@ -47,6 +48,12 @@ class Meter:
         self._thread = threading.Thread(target=self._measure, name="power", daemon=True)
 
     def _measure(self) -> None:
+        try:
+            self._integrate()
+        except (OSError, ValueError):  # what hwmon's files give when the bus is disturbed
+            self.joules = float("nan")
+
+    def _integrate(self) -> None:
         before, watts = time.perf_counter(), self._sensor.watts()
         while True:
             stopped = self._stop.wait(SECONDS)
@@ -65,17 +72,23 @@ class Meter:
         self._thread.join()
 
 
-def _ina(root: Path) -> Sensor | None:
+def _ina238(root: Path) -> Sensor | None:
+    """The input of Thor's module, in microwatts."""
+    file = next(iter(sorted((root / INA238).glob("*/hwmon/hwmon*/power1_input"))), None)
+    return Sensor("VIN", lambda: int(file.read_text(encoding="ascii")) / 1e6) if file else None
+
+
+def _ina3221(root: Path) -> Sensor | None:
     """Millivolts and milliamperes of each labelled channel, as hwmon has them."""
     rails: dict[str, tuple[Path, Path]] = {}
-    for label in sorted((root / INA).glob("*/hwmon/hwmon*/in*_label")):
+    for label in sorted((root / INA3221).glob("*/hwmon/hwmon*/in*_label")):
         channel = label.name.removeprefix("in").removesuffix("_label")
         volts, amperes = label.with_name(f"in{channel}_input"), label.with_name(f"curr{channel}_input")
         if volts.is_file() and amperes.is_file():
             rails[label.read_text(encoding="ascii").strip()] = volts, amperes
-    whole = next((name for name in WHOLE if name in rails), None)
-    # Without a rail for all, those that are no sum of others.
-    chosen = [whole] if whole else [name for name in rails if "sum" not in name.lower()]
+    # Without rails that are known to feed everything, those that are no sum of others, and are connected.
+    unknown = [name for name in rails if "sum" not in name.lower() and name != "NC"]
+    chosen = next((list(names) for names in WHOLE if rails.keys() >= set(names)), unknown)
     if not chosen:
         return None
     return Sensor(" + ".join(chosen), lambda: sum(_watts(*rails[name]) for name in chosen))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -29,7 +30,7 @@ from mllm_edge.bench.result import Environment, Limits, Result, Spread, from_doc
 from mllm_edge.bundle import read
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.runtime.answer import peak_rss
-from mllm_edge.runtime.grounding import SEG
+from mllm_edge.runtime.grounding import LOGITS, SEG
 from mllm_edge.runtime.image_encoder import EMBEDS, needed_for
 from mllm_edge.runtime.images import load_image
 
@@ -84,21 +85,38 @@ def measure(
         runs.append(_once(model, _altered(picture, number), gen_tokens, sensor))
         report(name, number + 1, repeat + 1, time.perf_counter() - begun)
     peak = peak_rss()
-    environment = _environment(threads, model.manifest.target, limits())
+    environment = _environment(threads, model.target, limits())
     result = _result(model, name, gen_tokens, runs[1:], load_cold_ms, peak, environment)
     if sensor is None:
         return result
-    return replace(result, energy_j=_spread([joules for _, _, joules in runs[1:]]), power_sensor=sensor.name)
+    joules = [spent for _, _, spent in runs[1:] if not math.isnan(spent)]
+    return replace(result, energy_j=_spread(joules), power_sensor=sensor.name) if joules else result
 
 
-def check_quality(data: str | None, curve: Path | None, bundles: int) -> None:
-    """Raises BadInput for a data set that `measure_quality` does not know, or a curve of nothing."""
+def check_quality(data: str | None, cases: int, curve: Path | None, bundles: Sequence[Path]) -> None:
+    """Raises BadInput, before anything long begins, for scores or a curve that these bundles cannot give."""
     from mllm_edge.evaluate.cases import SCENES
 
     if data is not None and data not in SCENES:
         raise BadInput(f"there is no data set {data!r} for --quality; use {', '.join(SCENES)}")
-    if curve and (data is None or bundles < 2):
-        raise BadInput("--curve needs --quality and two bundles or more (export --merge-tokens)")
+    if cases < 1:
+        raise BadInput(f"{cases} cases score nothing; give at least 1")
+    manifests = {path: read(path, verify_hash=False, engines=False) for path in bundles}
+    for path, manifest in manifests.items():
+        gives = {spec.name for stage in manifest.stages for spec in stage.outputs}
+        if data and SCENES[data] in ("referring", "grounded") and LOGITS not in gives:
+            raise BadInput(f"{path} gives no masks; use scenes-questions")
+        if data and SCENES[data] == "regions" and not manifest.prompt.box:
+            raise BadInput(f"{path} takes no boxes; use scenes-questions")
+    tokens = {
+        spec.shape[1]
+        for one in manifests.values()
+        for stage in one.stages
+        for spec in stage.outputs
+        if spec.name == EMBEDS
+    }
+    if curve and (data is None or len(tokens) < 2):
+        raise BadInput("--curve needs --quality and bundles of different numbers of tokens (export --merge-tokens)")
 
 
 def measure_quality(result: Result, model: Model, data: str, cases: int, report: Report = lambda *_: None) -> Result:
@@ -110,16 +128,11 @@ def measure_quality(result: Result, model: Model, data: str, cases: int, report:
         data: a name such as "scenes-questions".
         cases: how many are asked.
         report: told how far it is.
-
-    Raises:
-        BadInput: the bundle cannot answer it.
     """
-    from mllm_edge.evaluate.cases import SCENES, scenes
+    from mllm_edge.evaluate.cases import scenes
     from mllm_edge.evaluate.run import evaluate
     from mllm_edge.evaluate.show import MAIN, NAMES
 
-    if SCENES[data] in ("referring", "grounded") and not model.gives_masks:
-        raise BadInput(f"{result.bundle} gives no masks; use scenes-questions")
     begun = time.perf_counter()
     found = evaluate(
         model, scenes(data, cases, "test"), None, False, False, lambda n, total: report(data, 1, 1, None, n / total)
@@ -129,9 +142,14 @@ def measure_quality(result: Result, model: Model, data: str, cases: int, report:
     return replace(result, quality=scores, quality_data=f"{data}, {cases} cases")
 
 
-def machine_limits(bundle: Path) -> Limits | None:
+def uses_gpu(bundle: Path, target: str | None) -> bool:
+    """Whether a bundle is to run on a GPU: what the user asks for, or what it was made for."""
+    return (target or read(bundle, verify_hash=False, engines=False).target) != "cpu"
+
+
+def machine_limits(bundle: Path, target: str | None = None) -> Limits | None:
     """The limits of the machine's CPU, None for a bundle that runs elsewhere."""
-    return measure_limits() if read(bundle, verify_hash=False).target == "cpu" else None
+    return None if uses_gpu(bundle, target) else measure_limits()
 
 
 def load_cold(bundle: Path, load: Callable[[], Model]) -> float | None:
@@ -163,7 +181,7 @@ def measure_apart(bundle: Path, options: dict[str, Any]) -> Result:
     words = [sys.executable, "-m", "mllm_edge", "bench", str(bundle), "--json"]
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
-        words += [option] if value is True else [] if value in (None, False) else [option, str(value)]
+        words += [option] if value is True else [] if value is None or value is False else [option, str(value)]
     child = subprocess.run(words, stdout=subprocess.PIPE, encoding="utf-8", check=False)
     try:
         told = json.loads(child.stdout)

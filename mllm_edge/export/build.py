@@ -7,16 +7,16 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mllm_edge import bundle
-from mllm_edge.bundle import BuildSettings, BuiltEngine, Manifest, StageEntry, file_entry, graph_of
-from mllm_edge.errors import BadInput, MissingPackage, OutOfTolerance
+from mllm_edge.bundle import BuildSettings, BuiltEngine, Manifest, Parity, StageEntry, file_entry, graph_of
+from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
 from mllm_edge.export.engine_check import EngineCheck, with_rows
 from mllm_edge.export.tensorrt import BOARDS, Work, ahead, build, replaced
 from mllm_edge.export.workplace import disk_full_explained
 from mllm_edge.runtime.tensorrt import Device
-from mllm_edge.runtime.tensorrt_packages import PACKAGES, RTX, Package, has_free_axes
+from mllm_edge.runtime.tensorrt_packages import RTX, Package, has_free_axes, package_named, usable
 
 if TYPE_CHECKING:
     from mllm_edge.progress import Report
@@ -36,60 +36,68 @@ class Built:
     cosine: float | None = None
 
 
-def build_bundle(folder: Path, devices: Sequence[str] = (), report: Report = lambda *_: None) -> list[Built]:
-    """Build what is missing; each engine is in the manifest as soon as it is complete and, where its GPU is here, was
-    compared with its graph.
+def build_bundle(
+    folder: Path, devices: Sequence[str] = (), force: bool = False, report: Report = lambda *_: None
+) -> list[Built]:
+    """Build what is missing. An engine enters the manifest when it is complete and, where its GPU is here, was compared
+    with its graph.
 
-    An engine that is there is kept where its graph, package, version, GPU and profile are those that are wanted. One
-    that was built for this GPU by another version is replaced.
+    An engine that is there is kept where its file is whole and its graph, package, version, GPU and profile are those
+    that are wanted. One that was built for this GPU by another version is replaced.
 
     Args:
         folder: a bundle of target trt.
         devices: compute capabilities to build for with TensorRT-RTX; by default the GPU of this machine.
+        force: build what is there, too.
         report: told of each stage.
 
     Raises:
         BadInput: no bundle of target trt, or a device that cannot be built for here.
         MissingPackage: no TensorRT is installed.
-        OutOfTolerance: an engine does not give what its graph gives; it is taken out again.
+        OutOfTolerance: an engine does not give what its graph gives; it is thrown away.
         MllmEdgeError: there is no GPU, the disk is full, or a stage cannot be built.
     """
-    manifest = bundle.read(folder)
+    manifest = bundle.read(folder, engines=False)
     if manifest.target != "trt":
         raise BadInput(f"{folder} was made for {manifest.target}, which needs no engines; export it with --target trt")
-    device: Device | None = None
-    if devices:
-        if boards := [name for name in devices if name in BOARDS]:
-            raise BadInput(f"engines for {boards[0]} are built on the board; run there: mllm-edge build {folder}")
-        package, capabilities = RTX, ahead(devices)
-    else:
-        package, device = _installed(), Device(manifest)
-        capabilities = [device.capability]
-    check = EngineCheck(folder, manifest, device) if device else None
-    done = []
-    for number, stage in enumerate(manifest.stages, 1):
-        report(stage.name, number, len(manifest.stages), None)
-        begun = time.monotonic()
-        missing = [one for one in capabilities if not _present(stage, one, package, manifest.build)]
-        if missing:
+    package, capabilities, device = _goal(folder, manifest, devices)
+    with contextlib.ExitStack() as opened:
+        if device:
+            opened.callback(device.close)
+        compare = EngineCheck(folder, manifest, device) if device else None
+        done = []
+        for number, stage in enumerate(manifest.stages, 1):
             tell = _part_teller(report, stage.name, number, len(manifest.stages))
-            made = make_engine(folder, stage, missing, package, manifest.build, tell)
-            manifest = _with_engine(manifest, folder, stage, made)
-        row = None
-        if check and missing:
-            try:
-                row = check(manifest.stage(stage.name))
-            except OutOfTolerance:
-                _write(dataclasses.replace(manifest, stages=_replaced(manifest, stage, [])), folder)
-                raise
-            manifest = _write(dataclasses.replace(manifest, parity=with_rows(manifest.parity, [row])), folder)
-        stage = manifest.stage(stage.name)
-        seconds = time.monotonic() - begun
-        engine = next(e for e in stage.engines if capabilities[0] in e.capabilities and e.version == package.version)
-        took, cosine = round(seconds, 3) if missing else 0.0, row.measured["cosine"] if row else None
-        done.append(Built(stage.name, engine.file, engine.bytes, took, cosine))
-        report(stage.name, number, len(manifest.stages), seconds)
-    return done
+            report(stage.name, number, len(manifest.stages), None)
+            begun = time.monotonic()
+            present = {one: None if force else _present(folder, stage, one, package, manifest) for one in capabilities}
+            missing = [one for one, engine in present.items() if engine is None]
+            row = None
+            if missing:
+                engine = make_engine(folder, stage, missing, package, manifest.build, tell)
+                try:
+                    row = compare(stage, engine) if compare else None
+                    manifest = _with_engine(manifest, folder, stage, engine, row)
+                except BaseException:
+                    bundle.locate(folder, engine.file).unlink(missing_ok=True)
+                    raise
+            else:
+                engine = cast(BuiltEngine, present[capabilities[0]])
+            seconds = time.monotonic() - begun
+            took, cosine = round(seconds, 3) if missing else 0.0, row.measured["cosine"] if row else None
+            done.append(Built(stage.name, engine.file, engine.bytes, took, cosine))
+            report(stage.name, number, len(manifest.stages), seconds)
+        return done
+
+
+def _goal(folder: Path, manifest: Manifest, devices: Sequence[str]) -> tuple[Package, list[str], Device | None]:
+    """What builds, for which GPUs, and the one that is here."""
+    if boards := [name for name in devices if name in BOARDS]:
+        raise BadInput(f"engines for {boards[0]} are built on the board; run there: mllm-edge build {folder}")
+    if devices:
+        return RTX, ahead(devices), None
+    package, device = _installed(), Device(manifest)
+    return package, ahead([device.capability]) if package.ahead else [device.capability], device
 
 
 def make_engine(
@@ -121,40 +129,41 @@ def make_engine(
 
 
 def _installed() -> Package:
-    for package in PACKAGES:
-        if package.installed:
-            return package
-    raise MissingPackage(RTX.name, RTX.extra)
+    versions, broken = usable()
+    if versions:
+        return package_named(next(iter(versions)))
+    raise MllmEdgeError(broken) if broken else MissingPackage(RTX.name, RTX.extra)
 
 
-def _present(stage: StageEntry, capability: str, package: Package, how: BuildSettings) -> bool:
-    profile = how.profile if has_free_axes(stage) else []
+def _present(
+    folder: Path, stage: StageEntry, capability: str, package: Package, manifest: Manifest
+) -> BuiltEngine | None:
+    """The engine that is there already and whole."""
+    profile = manifest.build.profile if has_free_axes(stage) else []
     wanted = (package.name, package.version, graph_of(stage), profile)
-    return any(
-        (engine.package, engine.version, engine.graph, engine.profile) == wanted and capability in engine.capabilities
-        for engine in stage.engines
-    )
+    for engine in stage.engines:
+        if (engine.package, engine.version, engine.graph, engine.profile) == wanted:
+            with contextlib.suppress(BadInput):
+                bundle.check_file(engine, folder)
+                if capability in engine.capabilities:
+                    return engine
+    return None
 
 
-def _with_engine(manifest: Manifest, folder: Path, stage: StageEntry, made: BuiltEngine) -> Manifest:
+def _with_engine(
+    manifest: Manifest, folder: Path, stage: StageEntry, made: BuiltEngine, row: Parity | None
+) -> Manifest:
     """The manifest, written, with a new engine instead of those that it replaces, whose files go."""
     replaces = [e for e in stage.engines if e.package == made.package and set(e.capabilities) <= set(made.capabilities)]
     kept = [engine for engine in stage.engines if engine not in replaces]
-    manifest = _write(dataclasses.replace(manifest, stages=_replaced(manifest, stage, [*kept, made])), folder)
+    finished = dataclasses.replace(stage, engines=[*kept, made])
+    stages = [finished if one.name == stage.name else one for one in manifest.stages]
+    parity = with_rows(manifest.parity, [row]) if row else manifest.parity
+    manifest = dataclasses.replace(manifest, stages=stages, parity=parity)
+    bundle.write(manifest, folder)
     for engine in replaces:
         if engine.file != made.file:
-            with contextlib.suppress(FileNotFoundError):
-                bundle.locate(folder, engine.file).unlink()
-    return manifest
-
-
-def _replaced(manifest: Manifest, stage: StageEntry, engines: list[BuiltEngine]) -> list[StageEntry]:
-    finished = dataclasses.replace(stage, engines=engines)
-    return [finished if one.name == stage.name else one for one in manifest.stages]
-
-
-def _write(manifest: Manifest, folder: Path) -> Manifest:
-    bundle.write(manifest, folder)
+            bundle.locate(folder, engine.file).unlink(missing_ok=True)
     return manifest
 
 

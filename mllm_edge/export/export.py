@@ -249,7 +249,8 @@ class _Job:
             return stage
 
         def build() -> Finished:
-            made = make_engine(self.place.folder, stage, self.capabilities, RTX, self.how, tell)
+            how = dataclasses.replace(self.how, workspace_mb=0)  # that is for boards
+            made = make_engine(self.place.folder, stage, self.capabilities, RTX, how, tell)
             return Finished([FileEntry(made.file, made.bytes, made.sha256)], dataclasses.asdict(made))
 
         key = {"graph": graph_of(stage), "devices": self.capabilities, "version": RTX.version, "how": repr(self.how)}

@@ -102,34 +102,49 @@ def build(
     if work.capabilities:
         config.num_compute_capabilities = len(work.capabilities)
         for index, name in enumerate(work.capabilities):
-            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{name.removeprefix('sm_')}"), index)
+            sm = getattr(trt.ComputeCapability, f"SM{name.removeprefix('sm_')}")
+            if not config.set_compute_capability(sm, index):
+                raise MllmEdgeError(f"{package.name} {package.version} does not build for {name}; leave it out")
     if how.workspace_mb:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, how.workspace_mb * 10**6)
     _add_profile(builder, config, work.inputs, how.profile)
-    config.progress_monitor = _monitor(trt, progress)
-    if timing_cache and package.timing_cache:
-        known = timing_cache.read_bytes() if timing_cache.is_file() else b""
-        cache = config.create_timing_cache(known)
-        config.set_timing_cache(cache, ignore_mismatch=False)  # times of another GPU are refused, then measured anew
+    failures: list[BaseException] = []
+    config.progress_monitor = _monitor(trt, progress, failures)
+    timed = bool(timing_cache and package.timing_cache and _use_times(config, timing_cache))
     engine = builder.build_serialized_network(network, config)
+    if failures:  # Ctrl-C, most of all: TensorRT's binding lets nothing through
+        raise failures[0]
     if engine is None:
         reason = reasons[-1] if reasons else "no reason given"
         raise MllmEdgeError(f"{stage}: TensorRT could not build it ({reason}); see --debug")
-    if timing_cache and package.timing_cache:
-        replaced(timing_cache, bytes(config.get_timing_cache().serialize()))
+    if timing_cache and timed and (cache := config.get_timing_cache()) is not None:
+        replaced(timing_cache, bytes(cache.serialize()))
     return bytes(engine)
+
+
+def _use_times(config: Any, file: Path) -> bool:
+    """Have the builder use the times of a file; those of another TensorRT or GPU are refused, and measured anew."""
+    for known in (file.read_bytes() if file.is_file() else b"", b""):
+        cache = config.create_timing_cache(known)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return True
+    return False
 
 
 def replaced(path: Path, content: bytes) -> None:
     """Write a file in one step: what was there stays until all of it is written."""
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-def _monitor(trt: Any, progress: Callable[[float], None]) -> Any:
+def _monitor(trt: Any, progress: Callable[[float], None], failures: list[BaseException]) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Tells of the outermost phase; TensorRT nests others in it."""
+        """Tells of the outermost phase; TensorRT nests others in it. What is raised meanwhile ends the build."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -142,9 +157,12 @@ def _monitor(trt: Any, progress: Callable[[float], None]) -> Any:
                 self.outer = name
 
         def step_complete(self, name: str, step: int) -> bool:
-            if name == self.outer and self.steps.get(name):
-                progress(min(1.0, (step + 1) / self.steps[name]))
-            return True
+            try:
+                if name == self.outer and self.steps.get(name) and not failures:
+                    progress(min(1.0, (step + 1) / self.steps[name]))
+            except BaseException as error:  # noqa: BLE001  raised again behind the build
+                failures.append(error)
+            return not failures
 
         def phase_finish(self, name: str) -> None:
             self.steps.pop(name, None)
@@ -173,4 +191,7 @@ def _add_profile(builder: Any, config: Any, inputs: Sequence[TensorSpec], length
     profile = builder.create_optimization_profile()
     for spec in varying:
         profile.set_shape(spec.name, *(shape(spec, length) for length in lengths))
-    config.add_optimization_profile(profile)
+    if config.add_optimization_profile(profile) < 0:
+        raise MllmEdgeError(
+            f"TensorRT refuses the profile {list(lengths)} of {varying[0].name}; export the bundle again"
+        )

@@ -21,6 +21,7 @@ from mllm_edge import bundle, models
 from mllm_edge.bundle import Manifest, Parity, StageEntry
 from mllm_edge.errors import BadInput, MllmEdgeError, OutOfTolerance
 from mllm_edge.export.cost import weight_count
+from mllm_edge.export.engine_check import with_rows
 from mllm_edge.export.merging import embedding_stage, merged_like
 from mllm_edge.export.same_tokens import assert_same_tokens
 from mllm_edge.export.samples import Samples, pictures
@@ -109,7 +110,7 @@ def verify_bundle(folder: Path, weights: str | None = None) -> list[Parity]:
         raise BadInput(f"{folder} was made from other weights ({source}); say where those are with --weights")
     plan = merged_like(manifest, module.export_plan(checkpoint))
     rows = verify(folder, checkpoint, plan, pictures(PICTURES))
-    bundle.write(dataclasses.replace(manifest, parity=rows), folder)
+    bundle.write(dataclasses.replace(manifest, parity=with_rows(manifest.parity, rows)), folder)
     require(rows)
     return rows
 

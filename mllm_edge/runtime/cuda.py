@@ -6,30 +6,35 @@ import ctypes
 import functools
 import importlib
 import math
-import platform
+import re
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mllm_edge.errors import MissingPackage, MllmEdgeError
+from mllm_edge.errors import MllmEdgeError
+from mllm_edge.runtime import tensorrt_packages as packages
 from mllm_edge.runtime.stage import Array
+
+MEMINFO = Path("/proc/meminfo")
 
 
 class Cuda:
     """The first GPU and one stream on it, on which everything of a pipeline is queued.
 
     Raises:
-        MissingPackage: cuda-python is not installed.
-        MllmEdgeError: there is no usable GPU or driver.
+        MllmEdgeError: there is no usable GPU or driver, or cuda-bindings is not installed.
     """
 
     def __init__(self) -> None:
         self._api = _api()
         major, minor = (self._attribute(f"cudaDevAttrComputeCapability{part}") for part in ("Major", "Minor"))
         self.capability = f"sm_{major}{minor}"
-        self.stream: Any = self._call("cudaStreamCreate")
+        self._shared = bool(self._attribute("cudaDevAttrIntegrated"))
+        # One that does not wait for the default stream: llama.cpp works on that while stages are recorded here.
+        self.stream: Any = self._call("cudaStreamCreateWithFlags", self._api.cudaStreamNonBlocking)
         self._buffers: weakref.WeakSet[Buffer] = weakref.WeakSet()
         self._free_stream = weakref.finalize(self, self._api.cudaStreamDestroy, self.stream)
 
@@ -41,7 +46,10 @@ class Cuda:
         return checked(self._api, function, *arguments)
 
     def free_memory(self) -> int:
-        """Bytes of device memory that nobody uses."""
+        """Bytes of device memory that can be had. Of a board's shared memory, CUDA counts the page cache as used, which
+        the system gives back when it is wanted."""
+        if self._shared and (available := available_memory()) is not None:
+            return available
         return int(self._call("cudaMemGetInfo")[0])
 
     def allocate(self, size: int) -> Buffer:
@@ -67,13 +75,21 @@ class Cuda:
         self._call("cudaStreamSynchronize", self.stream)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record what `work` queues as a CUDA graph; returns what launches it."""
+        """Record what `work` queues as a CUDA graph; returns what launches it.
+
+        Raises:
+            MllmEdgeError: it cannot be recorded; nothing of it was run.
+        """
         mode = self._api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self.stream, mode)
         try:
             work()
-        finally:
-            graph = self._call("cudaStreamEndCapture", self.stream)
+        except BaseException:
+            status, graph = self._api.cudaStreamEndCapture(self.stream)  # the first error is the one to tell
+            if int(status) == 0:
+                self._api.cudaGraphDestroy(graph)
+            raise
+        graph = self._call("cudaStreamEndCapture", self.stream)
         ready = self._call("cudaGraphInstantiate", graph, 0)
         self._call("cudaGraphDestroy", graph)
         launch = functools.partial(self._call, "cudaGraphLaunch", ready, self.stream)
@@ -115,6 +131,10 @@ class DeviceArray:
         """Bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def wait(self) -> None:
+        """Wait until it is there."""
+        self.buffer.cuda.wait()
+
     def kept(self) -> DeviceArray:
         """A copy that nothing overwrites, still on the GPU."""
         cuda = self.buffer.cuda
@@ -130,6 +150,14 @@ class DeviceArray:
         found = staging.view(self.shape, self.dtype).copy()
         staging.close()
         return found if dtype is None else found.astype(dtype)
+
+
+def available_memory() -> int | None:
+    """Bytes that the system can give, where it says so (Linux)."""
+    if not MEMINFO.is_file():
+        return None
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", MEMINFO.read_text(encoding="ascii"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 def checked(api: Any, function: str, *arguments: Any) -> Any:
@@ -153,4 +181,6 @@ def _api() -> Any:
     try:
         return importlib.import_module("cuda.bindings.runtime")
     except ModuleNotFoundError:
-        raise MissingPackage("cuda-bindings", "rtx" if platform.machine() == "x86_64" else "trt") from None
+        raise MllmEdgeError(
+            f"cuda-bindings, which target trt needs, is not installed; run: pip install '{packages.bindings()}'"
+        ) from None

@@ -136,7 +136,11 @@ class ImageEncoder:
         stage = self._stages[entry.name]
         stage.load()
         start = time.perf_counter()
-        arrays |= stage(**{spec.name: arrays[spec.name] for spec in entry.inputs})
+        given = stage(**{spec.name: arrays[spec.name] for spec in entry.inputs})
+        for array in given.values():
+            if not isinstance(array, np.ndarray):
+                array.wait()  # or the next stage would be charged for it
+        arrays |= given
         _add(timings, entry.name, start)
 
     def _forget(self) -> None:

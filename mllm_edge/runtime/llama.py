@@ -203,7 +203,7 @@ def _copy(pointer: Any, size: int) -> Floats:
 
 def _gpu(llama: ModuleType, options: Options) -> bool:
     """Whether layers go to a GPU."""
-    if options.target == "cpu":
+    if options.target == "cpu" or options.gpu_layers == 0:
         return False
     if llama.llama_supports_gpu_offload():
         return True

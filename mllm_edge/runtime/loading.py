@@ -62,7 +62,7 @@ def load(
     """
     start = time.perf_counter()
     folder = Path(folder)
-    manifest = bundle.read(folder, verify_hash)
+    manifest = bundle.read(folder, verify_hash, engines=target in (None, "trt"))
     check_engines(manifest.stages, manifest.language_model)
     options = _options(manifest, target, threads, kv_type, context, memory_budget, gpu_layers)
     place = residence(manifest, options, memory_budget)
@@ -70,8 +70,12 @@ def load(
     with contextlib.ExitStack() as opened:
         if options.target == "trt":
             options = dataclasses.replace(options, device=_device(manifest, folder, opened))
-        later = sum(stage_bytes(entry) for entry in manifest.stages if entry.name not in first)
-        options = dataclasses.replace(options, gpu_reserve=later)
+        sizes = {entry.name: stage_bytes(entry) for entry in manifest.stages}
+        later = sum(
+            size for name, size in sizes.items() if name not in first
+        )  # the others are loaded before the decoder
+        reserve = later if place.keep_stages else max(sizes.values(), default=0)
+        options = dataclasses.replace(options, gpu_reserve=reserve)
         stages: dict[str, LateStage] = {}
         for entry in manifest.stages:
             engine = functools.partial(STAGE_ENGINES[entry.engine], bundle.locate(folder, entry.file), entry, options)
@@ -85,7 +89,7 @@ def load(
         language_model: LanguageModel = make() if place.keep_language_model else LateLanguageModel(make)
         opened.callback(language_model.close)
         load_ms = 1000 * (time.perf_counter() - start)
-        model = Model(manifest, stages, language_model, load_ms, opened, place)
+        model = Model(manifest, stages, language_model, load_ms, opened, place, options.target)
         model.opened = opened.pop_all()
         return model
 

@@ -63,6 +63,7 @@ class Model:
         language_model: the stage that steps.
         load_ms: milliseconds that loading took.
         residence: which parts stay in memory.
+        target: where it runs: "cpu", "cuda", "trt" or "ort-rtx".
     """
 
     def __init__(
@@ -73,8 +74,9 @@ class Model:
         load_ms: float,
         opened: contextlib.ExitStack,
         residence: Residence,
+        target: str,
     ):
-        self.residence = residence
+        self.residence, self.target = residence, target
         self.manifest, self.stages, self.language_model, self.load_ms = manifest, stages, language_model, load_ms
         self._encoder = ImageEncoder(manifest, stages)
         self._pipeline = TextPipeline(language_model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections.abc import Callable, Mapping
@@ -16,6 +17,8 @@ from mllm_edge.errors import MllmEdgeError
 from mllm_edge.runtime import tensorrt_packages as packages
 from mllm_edge.runtime.cuda import Cuda, DeviceArray
 from mllm_edge.runtime.stage import Array, check_arrays
+
+log = logging.getLogger(__name__)
 
 
 class TensorRtStage:
@@ -49,8 +52,9 @@ class TensorRtStage:
         self._buffers = {name: cuda.allocate(size) for name, size in sizes.items()}
         self._staging = {tensor.name: cuda.allocate_host(sizes[tensor.name]) for tensor in spec.inputs}
         for name, buffer in self._buffers.items():
-            self._context.set_tensor_address(name, buffer.address)
-        self._static = not packages.has_free_axes(spec)
+            self._accepted(self._context.set_tensor_address(name, buffer.address), name)
+        self._varies = packages.has_free_axes(spec)
+        self._static = not self._varies  # and so worth recording
         self._launch: Callable[[], None] | None = None
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
@@ -102,8 +106,8 @@ class TensorRtStage:
                 self._staging[name].view(array.shape, array.dtype)[...] = array
                 source = self._staging[name].address
             self._cuda.copy(self._buffers[name].address, source, array.nbytes)
-            if not self._static:
-                self._context.set_input_shape(name, tuple(array.shape))
+            if self._varies:
+                self._accepted(self._context.set_input_shape(name, tuple(array.shape)), f"{name} {list(array.shape)}")
 
     def _run(self) -> None:
         if self._launch:
@@ -112,11 +116,19 @@ class TensorRtStage:
         self._enqueue()
         if self._static:  # once run, nothing is left that would be allocated or compiled while it is recorded
             self._cuda.wait()
-            self._launch = self._cuda.record(self._enqueue)
+            try:
+                self._launch = self._cuda.record(self._enqueue)
+            except MllmEdgeError as error:
+                self._static = False
+                log.info("stage %s is not recorded as a CUDA graph: %s", self.spec.name, error)
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(int(self._cuda.stream)):
             raise MllmEdgeError(f"stage {self.spec.name}: TensorRT failed ({self._why()}); see mllm-edge doctor")
+
+    def _accepted(self, done: bool, what: str) -> None:
+        if not done:
+            raise MllmEdgeError(f"stage {self.spec.name}: TensorRT refuses {what} ({self._why()}); build it again")
 
     def _require(self, size: int, what: str) -> None:
         free = self._cuda.free_memory()
@@ -154,8 +166,7 @@ class Device:
     """The GPU that a bundle's engines share, with their stream.
 
     Raises:
-        MissingPackage: cuda-python is not installed.
-        MllmEdgeError: there is no usable GPU.
+        MllmEdgeError: there is no usable GPU, or cuda-bindings is not installed.
     """
 
     def __init__(self, manifest: Manifest):
@@ -182,9 +193,9 @@ class Device:
                 "or load it with target cuda or cpu"
             )
 
-    def open(self, folder: Path, stage: StageEntry) -> TensorRtStage:
-        """The stage's engine. Raises MllmEdgeError where there is none, or it cannot run."""
-        built = packages.find(stage, self.capability, self._profile)
+    def open(self, folder: Path, stage: StageEntry, engine: BuiltEngine | None = None) -> TensorRtStage:
+        """An engine of the stage, by default the one that fits. Raises MllmEdgeError where none does, or it fails."""
+        built = engine or packages.find(stage, self.capability, self._profile)
         if isinstance(built, str):
             raise MllmEdgeError(f"{stage.name} cannot run here: {built}; run: mllm-edge build {folder}")
         return TensorRtStage(bundle.locate(folder, built.file), stage, built, self._profile, self._cuda)

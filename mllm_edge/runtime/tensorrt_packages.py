@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mllm_edge import jetson
 from mllm_edge.bundle import BuiltEngine, StageEntry, graph_of
-from mllm_edge.errors import MissingPackage
+from mllm_edge.errors import MissingPackage, MllmEdgeError
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,21 @@ class Package:
         return importlib.util.find_spec(self.module) is not None
 
     def load(self) -> Any:
-        """The module. Raises MissingPackage with the line that installs it."""
+        """The module.
+
+        Raises:
+            MissingPackage: says the line that installs it.
+            MllmEdgeError: it is installed and does not load.
+        """
         try:
             return importlib.import_module(self.module)
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if error.name != self.module:
+                raise MllmEdgeError(f"{self.name} does not load ({error}); install it again") from None
             raise MissingPackage(self.name, self.extra) from None
+        except (ImportError, OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise MllmEdgeError(f"{self.name} is installed but does not load ({reason}); install it again") from None
 
     @property
     def version(self) -> str:
@@ -58,18 +69,39 @@ TENSORRT = Package("tensorrt", "tensorrt", "trt", ahead=False, timing_cache=True
 PACKAGES = (TENSORRT, RTX)  # in the order of preference where both are installed
 
 
+def bindings() -> str:
+    """What pip shall install for CUDA's runtime: JetPack 6 has the driver of CUDA 12."""
+    board = jetson.find()
+    return "cuda-bindings>=12.6" + (",<13" if board and board.l4t.startswith("36.") else "")
+
+
 def find(stage: StageEntry, capability: str, profile: Sequence[int]) -> BuiltEngine | str:
     """The engine of a stage that runs on a GPU with the packages that are installed, or why there is none."""
-    here = {package.name: package.version for package in PACKAGES if package.installed}
+    here, broken = usable()
     if not here:
-        return "no TensorRT is installed: pip install 'mllm-edge[rtx]' on a PC, JetPack's own on a Jetson"
+        return broken or "no TensorRT is installed: pip install 'mllm-edge[rtx]' on a PC, JetPack's own on a Jetson"
     reasons = []
-    for engine in stage.engines:
+    order = list(here)
+    for engine in sorted(
+        stage.engines, key=lambda engine: order.index(engine.package) if engine.package in order else 9
+    ):
         if reason := _misfit(engine, stage, capability, profile, here):
             reasons.append(reason)
         else:
             return engine
     return reasons[-1] if reasons else "it is not built yet"
+
+
+def usable() -> tuple[dict[str, str], str]:
+    """Versions of the packages that load, in the order of preference, and what is wrong with one that does not."""
+    versions, broken = {}, ""
+    for package in PACKAGES:
+        if package.installed:
+            try:
+                versions[package.name] = package.version
+            except MllmEdgeError as error:
+                broken = str(error)
+    return versions, broken
 
 
 def _misfit(

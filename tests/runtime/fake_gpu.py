@@ -30,6 +30,9 @@ class Device:
         self.queue: list[Callable[[], None]] = []
         self.recorded: list[Callable[[], None]] | None = None
         self.launches = 0
+        self.integrated = False
+        self.records = True  # whether work can be recorded
+        self.caches = "known"  # or "foreign": of another GPU; "unreadable": of another version
         self.fault = 0.0  # of what engines give, in its own spread
         self.builds: list[str] = []
 
@@ -80,6 +83,8 @@ def cuda(device: Device) -> types.ModuleType:
         return ok, graph
 
     def begin_capture(stream: int, mode: int) -> tuple[int]:
+        if not device.records:
+            return (901,)
         device.recorded = []
         return (ok,)
 
@@ -90,16 +95,21 @@ def cuda(device: Device) -> types.ModuleType:
         return (ok,)
 
     def attribute(which: str, index: int) -> tuple[int, int]:
+        if which == "integrated":
+            return ok, int(device.integrated)
         major, minor = device.capability.removeprefix("sm_")[:-1], device.capability[-1]
         return ok, int(major if which == "major" else minor)
 
     api.cudaDeviceAttr = types.SimpleNamespace(
-        cudaDevAttrComputeCapabilityMajor="major", cudaDevAttrComputeCapabilityMinor="minor"
+        cudaDevAttrComputeCapabilityMajor="major",
+        cudaDevAttrComputeCapabilityMinor="minor",
+        cudaDevAttrIntegrated="integrated",
     )
+    api.cudaStreamNonBlocking = 1
     api.cudaMemcpyKind = types.SimpleNamespace(cudaMemcpyDefault=4)
     api.cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
     api.cudaDeviceGetAttribute = attribute
-    api.cudaStreamCreate = lambda: (ok, 7)
+    api.cudaStreamCreateWithFlags = lambda flags: (ok, 7) if flags == 1 else (1, 0)
     api.cudaStreamDestroy = lambda stream: (ok,)
     api.cudaStreamSynchronize = lambda stream: (device.wait(), (ok,))[1]
     api.cudaMemGetInfo = lambda: (ok, device.memory - device.used(), device.memory)
@@ -152,7 +162,8 @@ class _Parser:
 
 
 class _Config:
-    def __init__(self) -> None:
+    def __init__(self, device: Device) -> None:
+        self.device = device
         self.profiles: list[Any] = []
         self.limits: dict[Any, int] = {}
         self.cache: _Cache | None = None
@@ -161,18 +172,25 @@ class _Config:
     def set_memory_pool_limit(self, pool: Any, size: int) -> None:
         self.limits[pool] = size
 
-    def add_optimization_profile(self, profile: Any) -> None:
+    def add_optimization_profile(self, profile: Any) -> int:
         self.profiles.append(profile)
+        return len(self.profiles) - 1
 
-    def create_timing_cache(self, known: bytes) -> _Cache:
-        return _Cache(known)
+    def set_compute_capability(self, capability: Any, index: int) -> bool:
+        return False
+
+    def create_timing_cache(self, known: bytes) -> _Cache | None:
+        return None if known and self.device.caches == "unreadable" else _Cache(known)
 
     def set_timing_cache(self, cache: _Cache, ignore_mismatch: bool) -> bool:
+        if not isinstance(cache, _Cache):
+            raise TypeError("incompatible function arguments")
+        if cache.known and self.device.caches == "foreign":
+            return ignore_mismatch
         self.cache = cache
-        return not ignore_mismatch
+        return True
 
-    def get_timing_cache(self) -> _Cache:
-        assert self.cache is not None
+    def get_timing_cache(self) -> _Cache | None:
         return self.cache
 
 
@@ -193,6 +211,8 @@ class _Context:
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        if 0 in shape:
+            return False
         self.shapes[name] = shape
         return True
 
@@ -266,7 +286,9 @@ def tensorrt(device: Device, version: str, typed_flag: bool) -> types.ModuleType
             assert flags == (2 if typed_flag else 0)
             return _Network(flags)
 
-        create_builder_config = staticmethod(_Config)
+        def create_builder_config(self) -> _Config:
+            return _Config(device)
+
         create_optimization_profile = staticmethod(Profile)
 
         def build_serialized_network(self, network: _Network, config: _Config) -> bytes | None:
@@ -275,8 +297,8 @@ def tensorrt(device: Device, version: str, typed_flag: bool) -> types.ModuleType
                 self.logger.log(Logger.ERROR, "Error Code 4: a dynamic input is missing dimensions in profile 0.")
                 return None
             config.progress_monitor.phase_start("Building Engine", None, 2)
-            for step in range(2):
-                config.progress_monitor.step_complete("Building Engine", step)
+            if not all(config.progress_monitor.step_complete("Building Engine", step) for step in range(2)):
+                return None
             config.progress_monitor.phase_finish("Building Engine")
             device.builds.append(network.path)
             return json.dumps({"onnx": network.path, "for": device.capability, "by": version}).encode()

@@ -20,12 +20,13 @@ from fake_gpu import Device, install
 import mllm_edge
 import mllm_edge.runtime
 from mllm_edge import bundle
+from mllm_edge.bundle import BuiltEngine, StageEntry
 from mllm_edge.cli import main
 from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError, OutOfTolerance
 from mllm_edge.export import tensorrt
 from mllm_edge.export.build import build_bundle
 from mllm_edge.recipes.scenes import render, sample_scene
-from mllm_edge.runtime import tensorrt_packages
+from mllm_edge.runtime import cuda, tensorrt_packages
 from mllm_edge.runtime.cuda import Cuda, DeviceArray
 
 SEGMENT = "Please segment the large object in this image."
@@ -62,6 +63,14 @@ def engines(folder: Path) -> mllm_edge.runtime.Model:
         return mllm_edge.load(folder, threads=1, gpu_layers=0)
 
 
+def tensorrt_engine(folder: Path, stage: StageEntry, capability: str) -> BuiltEngine:
+    """Some engine of another GPU in the bundle."""
+    file = f"{stage.name}.{capability}.engine"
+    (folder / file).write_bytes(b"of another GPU")
+    entry = dataclasses.asdict(bundle.file_entry(folder, file))
+    return BuiltEngine(**entry, package="tensorrt", version="10.3.0", capabilities=[capability], graph=stage.sha256)
+
+
 def test_a_board_builds_its_own_once(folder: Path, gpu: Device) -> None:
     how = bundle.read(folder).build
     assert (how.devices, how.workspace_mb) == (["orin-nano", "orin"], 1024)
@@ -77,15 +86,21 @@ def test_a_board_builds_its_own_once(folder: Path, gpu: Device) -> None:
     count = len(gpu.builds)
     assert [one.seconds for one in build_bundle(folder)] == [0.0] * len(built)
     assert len(gpu.builds) == count
+    assert all(one.seconds > 0 for one in build_bundle(folder, force=True))
 
 
 def test_an_engine_that_is_not_its_graph_is_taken_out(folder: Path, gpu: Device) -> None:
+    manifest = bundle.read(folder)
+    other = tensorrt_engine(folder, manifest.stages[0], "sm_89")
+    stages = [dataclasses.replace(manifest.stages[0], engines=[other]), *manifest.stages[1:]]
+    bundle.write(dataclasses.replace(manifest, stages=stages), folder)
     gpu.fault = 1.0
     with pytest.raises(
         OutOfTolerance, match=r"engine of vision_encoder differs from its graph \(cosine 0\.\d+, at least"
     ):
         build_bundle(folder)
-    assert bundle.read(folder).stages[0].engines == []
+    assert bundle.read(folder).stages[0].engines == [other]  # those of other GPUs stay
+    assert [file.name for file in folder.glob("*.engine")] == [other.file]
     gpu.fault = 0.0
     assert [one.cosine for one in build_bundle(folder)] == [pytest.approx(1.0)] * 5
     rows = {row.name: row.measured["cosine"] for row in bundle.read(folder).parity}
@@ -178,6 +193,20 @@ def test_a_damaged_engine_is_refused_with_tensorrts_reason(folder: Path, gpu: De
         mllm_edge.load(folder, threads=1)
 
 
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_an_engine_file_that_is_not_whole_is_built_again(damage: str, folder: Path, gpu: Device) -> None:
+    file = folder / build_bundle(folder)[0].file
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(b"?" * file.stat().st_size)
+    with pytest.raises(BadInput, match=rf"{file.name} .*; run: mllm-edge build"):
+        mllm_edge.load(folder, threads=1)
+    mllm_edge.load(folder, "cpu", threads=1).close()  # which needs no engine
+    assert [one.seconds > 0 for one in build_bundle(folder)] == [True, False, False, False, False]
+    engines(folder).close()
+
+
 def test_too_little_memory_is_said_before_it_is_taken(folder: Path, gpu: Device) -> None:
     build_bundle(folder)
     gpu.memory = 1_200_000
@@ -200,6 +229,74 @@ def test_an_interrupted_build_keeps_what_was_finished(
     assert [bool(one.seconds) for one in build_bundle(folder)][:3] == [False, False, True]
 
 
+@pytest.mark.parametrize("caches", ["foreign", "unreadable"])
+def test_times_of_another_gpu_or_version_are_measured_anew(caches: str, folder: Path, gpu: Device) -> None:
+    (folder / "timing.cache").write_bytes(b"old")
+    gpu.caches = caches
+    build_bundle(folder)
+    assert (folder / "timing.cache").read_bytes() == b"timed;"
+
+
+def test_ctrl_c_within_a_build_ends_it(folder: Path, gpu: Device) -> None:
+    def report(step: str, number: int, total: int, seconds: float | None, part: float = 0.0) -> None:
+        if part:
+            raise KeyboardInterrupt  # in the middle of TensorRT's callback
+
+    with pytest.raises(KeyboardInterrupt):
+        build_bundle(folder, report=report)
+    assert not list(folder.glob("*.engine"))
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(folder: Path, gpu: Device) -> None:
+    build_bundle(folder)
+    gpu.records = False
+    with engines(folder) as model:
+        answers = [model.generate(SEGMENT, picture(0)).tokens.ids for _ in range(2)]
+    assert answers[0] == answers[1]
+    assert gpu.launches == 0
+
+
+def test_staging_memory_is_not_overwritten_while_it_is_read(folder: Path, gpu: Device) -> None:
+    """Two calls right behind each other: the device has not begun the first when the host writes the second's input."""
+    build_bundle(folder)
+    with mllm_edge.load(folder, "cpu", threads=1) as model:
+        wanted = model.stages["vision_encoder"](pixel_values=np.zeros((1, 3, 128, 128), np.float32))
+    with engines(folder) as model:
+        stage = model.stages["vision_encoder"]
+        first = stage(pixel_values=np.zeros((1, 3, 128, 128), np.float32))["image_features"].kept()  # type: ignore[attr-defined]
+        stage(pixel_values=np.ones((1, 3, 128, 128), np.float32))
+        assert np.allclose(np.asarray(first), wanted["image_features"], atol=1e-5)
+        del first
+
+
+def test_a_boards_page_cache_is_memory_that_can_be_had(
+    gpu: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 8000000 kB\nMemFree: 100000 kB\nMemAvailable:    5000000 kB\n")
+    monkeypatch.setattr(cuda, "MEMINFO", tmp_path / "meminfo")
+    assert Cuda().free_memory() == gpu.memory
+    gpu.integrated = True
+    assert Cuda().free_memory() == 5_120_000_000
+
+
+def test_a_shape_that_is_refused_is_no_wrong_answer(folder: Path, gpu: Device) -> None:
+    build_bundle(folder)
+    with engines(folder) as model, pytest.raises(MllmEdgeError, match=r"TensorRT refuses seg_states \[0, 256\]"):
+        model.stages["mask_decoder"](
+            image_embedding=np.zeros((1, 64, 16, 16), np.float32), seg_states=np.zeros((0, 256), np.float32)
+        )
+
+
+def test_a_tensorrt_that_does_not_load_is_said(folder: Path, gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise ImportError("libnvinfer.so.10: cannot open shared object file")
+
+    monkeypatch.setattr(tensorrt_packages.importlib, "import_module", broken)
+    with pytest.raises(MllmEdgeError, match=r"tensorrt-?\w* is installed but does not load \(libnvinfer"):
+        build_bundle(folder, ["sm_89"])
+    assert "does not load" in str(tensorrt_packages.find(bundle.read(folder).stages[0], "sm_87", [1, 4, 16]))
+
+
 def test_without_a_driver_there_is_one_line(
     folder: Path, gpu: Device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,8 +304,10 @@ def test_without_a_driver_there_is_one_line(
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
     if int(runtime.cudaGetDeviceCount()[0]) == 0:
         pytest.skip("there is a GPU")
-    assert main(["build", str(folder)]) == 1
-    assert "CUDA: cudaDeviceGetAttribute failed" in capsys.readouterr().err
+    for words in (["build", str(folder)], ["run", str(folder), "Hello"]):
+        assert main(words) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: CUDA: cudaDeviceGetAttribute failed") and error.count("\n") == 1
 
 
 def test_without_tensorrt_the_line_that_installs_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +338,7 @@ def test_ahead_for_a_pc_by_tensorrt_rtx(folder: Path, capsys: pytest.CaptureFixt
     assert re.search(r"mask_decoder +sm_89, sm_120 +tensorrt-rtx 1", capsys.readouterr().out)
 
 
-def test_recorded_work_is_freed(gpu: Device) -> None:
+def test_memory_that_is_not_there_is_said(gpu: Device) -> None:
     runtime = Cuda()
     with pytest.raises(MllmEdgeError, match="out of memory"):
         runtime.allocate(10**10)
