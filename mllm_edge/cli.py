@@ -102,7 +102,7 @@ def train(
     "export SYSTEM --target cpu",
     "export SYSTEM --target cpu --weights HUB_ID --quant q4_k_m -o small.bundle",
     "export SYSTEM --target cuda --weights random --config 1b",
-    "export SYSTEM --target trt --device sm_86,sm_89,sm_120",
+    "export SYSTEM --target trt --device sm_89,orin-nano",
 )
 def export(
     screen: Screen,

@@ -276,6 +276,11 @@ def cpu_name() -> str:
     return named[1].strip() if named else platform.processor() or platform.machine()
 
 
+def gpu_capability() -> str:
+    """The compute capability of this machine's GPU, "sm_89"; "" where there is none."""
+    return capability(_gpus(), jetson.find(ROOT))
+
+
 def gpu_name() -> str:
     """The board or the NVIDIA GPU of this machine; "" where there is none."""
     board = jetson.find(ROOT)

@@ -370,6 +370,8 @@ def _engines(manifest: Manifest) -> Table:
             made.add_row(stage.name, gpus, by, size(engine.bytes))
         if not stage.engines:
             made.add_row(stage.name, "to build", "on the device: mllm-edge build", "")
+    if manifest.build.devices:
+        made.add_row("all", ", ".join(manifest.build.devices), "the board itself: mllm-edge build", "")
     return made
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mllm_edge
-from mllm_edge import bundle, models
+from mllm_edge import bundle, doctor, models
 from mllm_edge.bundle import (
     BuildSettings,
     BuiltEngine,
@@ -32,7 +32,7 @@ from mllm_edge.export.gguf import export_language_model
 from mllm_edge.export.merging import with_merged_tokens
 from mllm_edge.export.onnx import PRECISIONS, export_stage
 from mllm_edge.export.samples import Samples, pictures
-from mllm_edge.export.tensorrt import BOARDS, ahead, settings
+from mllm_edge.export.tensorrt import ahead, settings, usual_devices
 from mllm_edge.export.verify import PICTURES, require, verify
 from mllm_edge.export.workplace import Finished, Workplace, disk_full_explained
 from mllm_edge.models.interface import Checkpoint, ExportPlan, LanguageModelExport, LlamaDims, StageExport
@@ -79,7 +79,7 @@ def export(
         out: the bundle's folder; by default `<system>-<config>.bundle` in the working directory.
         force: replace a bundle that is already there.
         devices: of target trt: compute capabilities such as "sm_89", for which TensorRT-RTX builds engines here, and
-            boards ("orin"), which build their own.
+            boards ("orin"), which build their own; by default the GPU of this machine, or usual ones.
         merge_tokens: how many tokens a picture takes, fewer than the checkpoint's: the most similar ones become their
             mean (`kernels/token_merge.py`).
         mmproj: also write llama.cpp's multimodal projector file.
@@ -96,7 +96,8 @@ def export(
         MllmEdgeError: the disk is full, or a stage cannot be lowered.
     """
     precision = _check_options(target, precision, quant)
-    capabilities = _check_devices(target, devices)
+    devices = _check_devices(target, devices)
+    capabilities = ahead(devices)
     how = settings(devices)
     module = models.get(system).load_module()
     checkpoint = module.resolve(weights, config)
@@ -133,18 +134,13 @@ def _check_options(target: str, precision: str | None, quant: str) -> str:
     return precision or DEFAULT_PRECISION[target]
 
 
-def _check_devices(target: str, devices: Sequence[str]) -> list[str]:
-    """The compute capabilities that engines are built for here; none where boards build their own."""
+def _check_devices(target: str, devices: Sequence[str]) -> Sequence[str]:
+    """What a bundle of target trt is for; nothing for the others."""
     if target != "trt":
         if devices:
             raise BadInput(f"--device goes with --target trt; leave it out for target {target}")
         return []
-    if not devices:
-        raise BadInput(
-            "target trt needs --device: compute capabilities of GPUs (sm_86,sm_89,sm_120), or a board that builds its "
-            f"own engines ({', '.join(BOARDS)})"
-        )
-    return ahead(devices)
+    return devices or usual_devices(doctor.gpu_capability())
 
 
 class _Clock:

@@ -8,6 +8,7 @@ here: boards build, too.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mllm_edge.runtime.tensorrt_packages import RTX, Package
 
 # Boards build their own engines. How much scratch memory a kernel may take there, in MB: on the small one TensorRT's
 # own choice, all that is free, would have the system kill the build.
+USUAL = ("sm_86", "sm_89", "sm_120")  # GeForce RTX 30, 40 and 50
 BOARDS = {"orin-nano": 1024, "orin": 4096, "thor": 0}
 
 
@@ -58,6 +60,22 @@ def ahead(devices: Sequence[str]) -> list[str]:
                     f"separated), or a board that builds its own: {', '.join(BOARDS)}"
                 )
     return wanted
+
+
+def usual_devices(here: str) -> list[str]:
+    """What engines are built for where nobody says it, which is announced: the GPU of this machine, or usual ones.
+
+    Args:
+        here: this machine's compute capability, "" without a GPU.
+    """
+    known = {f"sm_{name[2:]}" for name in dir(RTX.load().ComputeCapability)}
+    devices = [here] if here in known else list(USUAL)
+    warnings.warn(
+        f"engines are built for {', '.join(devices)}; name other GPUs, or a board ({', '.join(BOARDS)}), with --device",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return devices
 
 
 def settings(devices: Sequence[str]) -> BuildSettings:

@@ -96,7 +96,6 @@ def test_a_network_that_is_not_the_manifests_is_refused(small: tuple[Path, Stage
 @pytest.mark.parametrize(
     ("target", "devices", "reason"),
     [
-        ("trt", [], "needs --device"),
         ("trt", ["sm_12"], "no device that engines can be made for; use .*sm_89"),
         ("trt", ["tx2"], "a board that builds its own: orin"),
         ("cpu", ["sm_89"], "goes with --target trt"),
@@ -105,6 +104,14 @@ def test_a_network_that_is_not_the_manifests_is_refused(small: tuple[Path, Stage
 def test_devices_that_cannot_be(target: str, devices: list[str], reason: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=reason):
         mllm_edge.export("llava", target=target, devices=devices, out=tmp_path / "x.bundle")
+
+
+def test_without_devices_it_is_for_the_gpu_that_is_here_or_usual_ones() -> None:
+    with pytest.warns(RuntimeWarning, match="built for sm_89; name other GPUs"):
+        assert tensorrt.usual_devices("sm_89") == ["sm_89"]
+    for here in ("", "sm_90"):  # none, or one that TensorRT-RTX does not know
+        with pytest.warns(RuntimeWarning, match="built for sm_86, sm_89, sm_120"):
+            assert tensorrt.usual_devices(here) == GPUS
 
 
 def test_without_the_package_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
