@@ -166,7 +166,7 @@ def build(
     ] = "",
     force: Annotated[bool, typer.Option("--force", help="Build again what is there.")] = False,
 ) -> None:
-    """Turn a bundle's stages into TensorRT engines, on the device that will run them. What is there and fits stays."""
+    """Build a bundle's TensorRT engines. On the device that will run them; what is there and fits stays."""
     from mllm_edge.export.build import build_bundle
     from mllm_edge.show import engine_table
 

@@ -27,6 +27,7 @@ VERBS = [
     "recipes",
     "train",
     "export",
+    "build",
     "verify",
     "inspect",
     "run",
