@@ -34,7 +34,7 @@ def draw_curve(results: Sequence[Result], path: Path) -> None:
     left.set_ylim(top=100)
     right.set_ylabel("milliseconds, median")
     right.set_ylim(bottom=0)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     left.set_title(f"{results[0].system} {results[0].config}: tokens merged behind the connector", fontsize=10)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
