@@ -23,10 +23,10 @@ def lowered(tmp_path_factory):
     """`export_stage` that lowers a stage once at each precision and copies the file from then on: it is slow."""
     folder = tmp_path_factory.mktemp("lowered")
 
-    def export_once(stage, path, precision, calibration):
-        kept = folder / f"{stage.name}.{precision}"
+    def export_once(stage, path, precision, calibration, for_tensorrt):
+        kept = folder / f"{stage.name}.{precision}.{for_tensorrt}"
         if not kept.exists():
-            assert export_stage(stage, kept, precision, calibration) == []
+            assert export_stage(stage, kept, precision, calibration, for_tensorrt) == []
         shutil.copy(kept, path)
         return []
 
@@ -260,7 +260,6 @@ def test_lock_of_a_dead_process_is_taken_over(toy, out):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": "trt"}, "needs --device"),
         ({"target": "tpu"}, "use cpu, cuda, trt"),
         ({"precision": "fp8"}, "fp32, fp16, int8"),
         ({"quant": "q3"}, "q4_k_m"),
