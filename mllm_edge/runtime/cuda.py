@@ -19,6 +19,7 @@ from mllm_edge.runtime import tensorrt_packages as packages
 from mllm_edge.runtime.stage import Array
 
 MEMINFO = Path("/proc/meminfo")
+NO_GPU = (35, 100)  # cudaErrorInsufficientDriver, which is also said where there is no driver, and cudaErrorNoDevice
 
 
 class Cuda:
@@ -173,6 +174,11 @@ def checked(api: Any, function: str, *arguments: Any) -> Any:
     if int(status) != 0:
         _, text = api.cudaGetErrorString(status)
         reason = text.decode() if isinstance(text, bytes) else str(text)
+        if int(status) in NO_GPU:
+            raise MllmEdgeError(
+                f"there is no NVIDIA GPU that CUDA can use here ({reason}); use target cpu, or build ahead "
+                "with --device"
+            )
         raise MllmEdgeError(f"CUDA: {function} failed ({reason}); see mllm-edge doctor, or use target cpu")
     return found[0] if len(found) == 1 else found
 

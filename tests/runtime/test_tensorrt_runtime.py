@@ -308,7 +308,7 @@ def test_without_a_driver_there_is_one_line(
     for words in (["build", str(folder)], ["run", str(folder), "Hello"]):
         assert main(words) == 1
         error = capsys.readouterr().err
-        assert error.startswith("error: CUDA: cudaDeviceGetAttribute failed") and error.count("\n") == 1
+        assert error.startswith("error: there is no NVIDIA GPU that CUDA can use here") and error.count("\n") == 1
 
 
 def test_without_tensorrt_the_line_that_installs_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
