@@ -112,7 +112,9 @@ def test_teacher_forcing_cuts_out_the_same_mask(model: Model, glamm: Path, scene
     free = model.generate(question, scene)
     said = call("run", glamm, question, "--image", scene, "--teacher-forced", "Sure, it is [SEG].", "--json")
     assert said.document["text"] == free.text == "Sure, it is."
-    assert said.document["masks"][0]["rle"] == free.masks[0].rle
+    # Read at once and word by word, the states differ in their last bits, and so may a pixel on the rim.
+    form = said.document["masks"][0]["rle"]
+    assert iou(decode_segmentation(form, *form["size"]), free.masks[0].pixels) > 0.999
     for answer, reason in (("Here.", "has no [SEG]"), ("[SEG] at <bbox>", "has a region or an unknown token id")):
         refused = call("run", glamm, question, "--image", scene, "--teacher-forced", answer)
         assert refused.code == 2

@@ -310,7 +310,7 @@ def test_targets_that_cannot_run_here(tiny_bundle: Path, edit_bundle: Callable[.
     with pytest.raises(MllmEdgeError, match="made for cpu"):
         mllm_edge.load(tiny_bundle, target="trt")
     stages = [replace(stage, engine="tensorrt") for stage in bundle.read(tiny_bundle).stages]
-    with pytest.raises(MllmEdgeError, match=r"vision_encoder\.onnx: this version builds TensorRT engines"):
+    with pytest.raises(MllmEdgeError, match=r"no NVIDIA GPU|cuda-bindings|cannot run here"):  # never on the CPU instead
         mllm_edge.load(edit_bundle(target="trt", stages=stages))
 
 
