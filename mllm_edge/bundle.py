@@ -10,14 +10,12 @@ import dataclasses
 import hashlib
 import json
 import os
-import types
 import typing
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mllm_edge.errors import BadInput
+from mllm_edge.typed_json import typed
 
 SCHEMA = 1
 MANIFEST = "bundle.json"
@@ -288,7 +286,7 @@ def read(folder: Path, verify_hash: bool = True, engines: bool = True) -> Manife
     if schema > SCHEMA:
         needs = data.get("tool_version", "a newer version")
         raise BadInput(f"{path} has schema {schema}, this tool reads up to {SCHEMA}; install mllm-edge >= {needs}")
-    manifest = typing.cast(Manifest, _build(Manifest, data, str(path)))
+    manifest = typing.cast(Manifest, typed(Manifest, data, str(path)))
     check(manifest, folder)
     built = {engine.file for stage in manifest.stages for engine in stage.engines}
     for entry in manifest.files():
@@ -373,35 +371,3 @@ def check_file(entry: FileEntry, folder: Path, verify_hash: bool = True) -> None
         raise BadInput(f"{path} has {path.stat().st_size} bytes, not {entry.bytes}; {again}")
     if verify_hash and sha256(path) != entry.sha256:
         raise BadInput(f"{path} does not match its SHA-256 in {MANIFEST}; {again}")
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """Turn parsed JSON into the annotated type, or say where it does not fit."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise BadInput(f"{where} must be an object; export the bundle again")
-        hints = typing.get_type_hints(kind)
-        known = {f.name: f for f in dataclasses.fields(kind)}
-        missing = [n for n, f in known.items() if n not in value and not _has_default(f)]
-        if missing:
-            raise BadInput(f"{where} lacks {', '.join(missing)}; export the bundle again")
-        return kind(**{n: _build(hints[n], value[n], f"{where}: {n}") for n in known if n in value})  # type: ignore[operator]
-    if origin is list:
-        if not isinstance(value, list):
-            raise BadInput(f"{where} must be a list; export the bundle again")
-        return [_build(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise BadInput(f"{where} must be an object; export the bundle again")
-        return {key: _build(args[1], item, f"{where}[{key!r}]") for key, item in value.items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    allowed: Iterable[type] = args if origin is types.UnionType else (kind,)
-    if type(value) not in tuple(allowed):
-        raise BadInput(f"{where} has the wrong type ({type(value).__name__}); export the bundle again")
-    return value
-
-
-def _has_default(f: dataclasses.Field[Any]) -> bool:
-    return f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING

@@ -1,0 +1,43 @@
+"""Parsed JSON as the dataclasses that it is to be: every type is checked, and what does not fit is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from mllm_edge.errors import BadInput
+
+
+def typed(kind: Any, value: Any, where: str) -> Any:
+    """Turn parsed JSON into the annotated type, or say where it does not fit."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise BadInput(f"{where} must be an object; export the bundle again")
+        hints = typing.get_type_hints(kind)
+        known = {f.name: f for f in dataclasses.fields(kind)}
+        missing = [n for n, f in known.items() if n not in value and not _has_default(f)]
+        if missing:
+            raise BadInput(f"{where} lacks {', '.join(missing)}; export the bundle again")
+        return kind(**{n: typed(hints[n], value[n], f"{where}: {n}") for n in known if n in value})  # type: ignore[operator]
+    if origin is list:
+        if not isinstance(value, list):
+            raise BadInput(f"{where} must be a list; export the bundle again")
+        return [typed(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise BadInput(f"{where} must be an object; export the bundle again")
+        return {key: typed(args[1], item, f"{where}[{key!r}]") for key, item in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    allowed: Iterable[type] = args if origin is types.UnionType else (kind,)
+    if type(value) not in tuple(allowed):
+        raise BadInput(f"{where} has the wrong type ({type(value).__name__}); export the bundle again")
+    return value
+
+
+def _has_default(f: dataclasses.Field[Any]) -> bool:
+    return f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
