@@ -60,7 +60,7 @@ def grounded_caption(scene: Scene, rng: np.random.Generator, form: int | None = 
     """Returns a caption with the character span and object of each of its phrases.
 
     Objects come in the order of lines of text, as the decoder reads the picture's patches: with objects from left to
-    right, as `caption` has them, a small decoder loses count.
+    right, as `caption` has them, a small decoder loses count sooner.
 
     Args:
         scene: A scene with at least one object.
