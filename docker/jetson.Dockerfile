@@ -16,7 +16,7 @@ RUN apt-get update \
 ENV CUDACXX=/usr/local/cuda/bin/nvcc \
     PIP_NO_CACHE_DIR=1
 
-# 20 minutes or more, so in a layer of its own that changes of the package leave alone.
+# Compiling takes long, so it has a layer of its own that changes of the package leave alone.
 RUN python3 -m pip install -U pip \
  && CMAKE_ARGS="-DGGML_CUDA=on -DCMAKE_CUDA_ARCHITECTURES=${CUDA_ARCHITECTURE}" \
     python3 -m pip install --no-binary llama-cpp-python "llama-cpp-python>=0.3.36,<0.4"

@@ -151,9 +151,10 @@ def export(
     count = sum(entry.bytes for entry in manifest.files())
     parity = [dataclasses.asdict(row) for row in manifest.parity]
     screen.aside(parity_table(manifest.parity))
-    waiting = manifest.target == "trt" and bool(manifest.build.devices)
-    then = f"on the device: mllm-edge build {folder}" if waiting else f"ask it: mllm-edge run {folder} 'What is this?'"
-    screen.aside(f"{size(count)} in {seconds:.1f} s; {then}{'' if waiting else ' --image FILE'}")
+    then = f"ask it: mllm-edge run {folder} 'What is this?' --image FILE"
+    if manifest.build.devices:
+        then = f"on the board: mllm-edge build {folder}"
+    screen.aside(f"{size(count)} in {seconds:.1f} s; {then}")
     screen.result({"bundle": str(folder), "seconds": round(seconds, 3), "bytes": count, "parity": parity}, str(folder))
 
 

@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,8 +16,6 @@ from calls_for_tests import Call
 
 import mllm_edge
 from mllm_edge import bundle, cli
-from mllm_edge.bundle import Parity
-from mllm_edge.errors import OutOfTolerance
 from mllm_edge.models import SYSTEMS
 from mllm_edge.recipes.recipe import available
 
@@ -221,46 +218,6 @@ def test_hashes_are_compared_unless_told_otherwise(folder: Path, tmp_path: Path,
         assert said.code == 2
         assert "does not match its SHA-256" in said.error
     assert call("inspect", flipped, "--no-verify-hash").code == 0
-
-
-ROWS = [Parity("connector", False, {"cosine": 0.5}, {"cosine": 0.99})]
-
-
-@pytest.fixture
-def verification(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    import mllm_edge.export.verify as module
-
-    return module
-
-
-def test_verify_shows_the_rows(
-    folder: Path, verification: ModuleType, call: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    passed = [dataclasses.replace(ROWS[0], passed=True)]
-    monkeypatch.setattr(verification, "verify_bundle", lambda _folder, _weights: passed)
-    said = call("verify", folder, "--json")
-    assert said.code == 0
-    assert said.document == {"bundle": str(folder), "passed": True, "parity": [dataclasses.asdict(passed[0])]}
-    assert "cosine 0.5" in call("verify", folder).out
-
-
-def test_verify_out_of_tolerance_shows_the_rows_and_fails(
-    folder: Path, tmp_path: Path, verification: ModuleType, call: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    off = tmp_path / "off.bundle"
-    shutil.copytree(folder, off)
-
-    def fail(at: Path, weights: str | None) -> list[Parity]:
-        assert weights == "elsewhere"
-        bundle.write(dataclasses.replace(bundle.read(at), parity=ROWS), at)
-        raise OutOfTolerance("out of tolerance: connector cosine 0.5; export again")
-
-    monkeypatch.setattr(verification, "verify_bundle", fail)
-    said = call("verify", off, "--weights", "elsewhere", "--json")
-    assert said.code == 1
-    assert said.document["passed"] is False
-    assert said.document["parity"][0]["name"] == "connector"
-    assert said.err == "error: out of tolerance: connector cosine 0.5; export again\n"
 
 
 @pytest.fixture

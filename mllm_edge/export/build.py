@@ -113,8 +113,8 @@ def make_engine(
     Raises:
         MllmEdgeError: see `tensorrt.build`.
     """
-    on_device = [] if package.ahead else capabilities  # the GPU at hand needs no naming
-    work = Work(folder / stage.file, stage.inputs, stage.outputs, [c for c in capabilities if c not in on_device])
+    named = capabilities if package.ahead else []  # the GPU at hand needs no naming
+    work = Work(folder / stage.file, stage.inputs, stage.outputs, named)
     file = f"{Path(stage.file).stem}.{'-'.join(capabilities)}.{package.name}-{package.version}{ENGINE}"
     with disk_full_explained(folder):
         replaced(folder / file, build(work, package, how, folder / how.timing_cache, tell))

@@ -10,6 +10,7 @@ import numpy as np
 
 from mllm_edge.bundle import BuiltEngine, Manifest, Parity, StageEntry, TensorSpec
 from mllm_edge.errors import OutOfTolerance
+from mllm_edge.export.difference import compare
 from mllm_edge.runtime.image_encoder import BOXES
 from mllm_edge.runtime.stage import STAGE_ENGINES, Array, Options, Stage
 from mllm_edge.runtime.tensorrt import Device, shape
@@ -23,7 +24,6 @@ LIMITS = {
     "int8": {"cosine": 0.99, "relative_max": 0.2},
 }
 LENGTH = 2  # of axes that vary
-ENGINE_ROW = " on "  # between stage and GPU in the name of a row
 
 
 class EngineCheck:
@@ -48,8 +48,8 @@ class EngineCheck:
         with contextlib.closing(self._device.open(self._folder, stage, built)) as engine:
             found = {name: np.asarray(array) for name, array in engine(**feed).items()}
         self._values |= expected
-        cosine = min(_cosine(found[name], expected[name]) for name in expected)
-        off = max(_relative(found[name], expected[name]) for name in expected)
+        rows = [compare(found[name], expected[name]) for name in expected]
+        cosine, off = min(row["cosine"] for row in rows), max(row["relative_max"] for row in rows)
         limits = LIMITS[stage.precision]
         if not (cosine >= limits["cosine"] and off <= limits["relative_max"]):
             raise OutOfTolerance(
@@ -58,7 +58,7 @@ class EngineCheck:
                 "--precision fp32, or report this"
             )
         measured = {"cosine": cosine, "relative_max": off}
-        return Parity(f"{stage.name}{ENGINE_ROW}{self._device.capability}", True, measured, limits)
+        return Parity(f"{stage.name} on {self._device.capability}", True, measured, limits)
 
     def _value(self, spec: TensorSpec) -> Array:
         """What an earlier stage gave, or what a picture or a decoder's state may look like."""
@@ -76,14 +76,3 @@ def with_rows(old: Sequence[Parity], new: Sequence[Parity]) -> list[Parity]:
     """Rows in which newer ones of a name replace older ones."""
     names = {row.name for row in new}
     return [*(row for row in old if row.name not in names), *new]
-
-
-def _relative(a: Array, b: Array) -> float:
-    largest = float(np.abs(b).max())
-    return float(np.abs(a.astype(np.float64) - b).max()) / (largest or 1.0)
-
-
-def _cosine(a: Array, b: Array) -> float:
-    x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
-    lengths = float(np.linalg.norm(x) * np.linalg.norm(y))
-    return float(x @ y) / lengths if lengths else float(np.array_equal(x, y))

@@ -20,9 +20,9 @@ from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.runtime.tensorrt import logger, shape
 from mllm_edge.runtime.tensorrt_packages import RTX, Package
 
+USUAL = ("sm_86", "sm_89", "sm_120")  # GeForce RTX 30, 40 and 50
 # Boards build their own engines. How much scratch memory a kernel may take there, in MB: on the small one TensorRT's
 # own choice, all that is free, would have the system kill the build.
-USUAL = ("sm_86", "sm_89", "sm_120")  # GeForce RTX 30, 40 and 50
 BOARDS = {"orin-nano": 1024, "orin": 4096, "thor": 0}
 
 

@@ -21,12 +21,14 @@ from mllm_edge import bundle, models
 from mllm_edge.bundle import Manifest, Parity, StageEntry
 from mllm_edge.errors import BadInput, MllmEdgeError, OutOfTolerance
 from mllm_edge.export.cost import weight_count
+from mllm_edge.export.difference import compare
 from mllm_edge.export.engine_check import with_rows
 from mllm_edge.export.merging import embedding_stage, merged_like
 from mllm_edge.export.same_tokens import assert_same_tokens
 from mllm_edge.export.samples import Samples, pictures
 from mllm_edge.models.interface import Checkpoint, ExportPlan, LlamaDims, StageExport
 from mllm_edge.runtime import Model, load
+from mllm_edge.runtime.budget import available_memory
 from mllm_edge.runtime.grounding import LOGITS, SEG, STATES
 from mllm_edge.runtime.masks import at_full_size, iou
 from mllm_edge.runtime.prompt import piece_ids, render
@@ -123,22 +125,6 @@ def require(rows: Sequence[Parity]) -> None:
             f"out of tolerance: {'; '.join(_describe(row) for row in failed)}; "
             "export with a higher precision or quantization, or check that the weights are the bundle's"
         )
-
-
-def compare(measured: np.ndarray, expected: np.ndarray) -> dict[str, float]:
-    """Cosine, largest difference, and that over the largest value of `expected`, of two arrays of one shape."""
-    if measured.shape != expected.shape:
-        raise MllmEdgeError(
-            f"the bundle gives shape {measured.shape} where PyTorch gives {expected.shape}; export it again"
-        )
-    a, b = measured.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
-    lengths, largest = float(np.linalg.norm(a) * np.linalg.norm(b)), float(np.abs(b).max())
-    max_abs = float(np.abs(a - b).max())
-    return {
-        "cosine": float(a @ b) / lengths if lengths else float(max_abs == 0),
-        "max_abs": max_abs,
-        "relative_max": max_abs / largest if largest else max_abs,
-    }
 
 
 def parity(name: str, measured: dict[str, float], tolerance: dict[str, float]) -> Parity:
@@ -304,7 +290,7 @@ def _reference(checkpoint: Checkpoint) -> Any:
 def _fits(dims: LlamaDims) -> bool:
     """Whether the fp32 reference fits in free memory; says so when it does not."""
     needed = 2 * 4 * weight_count(dims)  # the module, and the tensors that it is filled from
-    free = _free_memory()
+    free = available_memory()
     if free is None or needed < free:
         return True
     warnings.warn(
@@ -313,15 +299,6 @@ def _fits(dims: LlamaDims) -> bool:
         stacklevel=3,
     )
     return False
-
-
-def _free_memory() -> int | None:
-    """Bytes that can be had without swapping, where the system says so (Linux)."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return None
-    fields = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
 
 
 def _excess(row: Parity) -> float:

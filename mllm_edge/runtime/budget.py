@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from mllm_edge.errors import BadInput
 from mllm_edge.runtime.image_encoder import EMBEDS, REGION_EMBEDS, needed_for
 from mllm_edge.runtime.stage import Options
 
+MEMINFO = Path("/proc/meminfo")
 KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
 INLINE = 200_000_000  # bytes; lighter stages are one file, of which two further copies exist while it is loaded
 SCRATCH = 150_000_000  # llama.cpp's compute buffers and the logits, and beside it for each value of a hidden state:
@@ -115,3 +117,11 @@ def _resident() -> int:
 
         return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     return PICTURES
+
+
+def available_memory() -> int | None:
+    """Bytes that the system can give, where it says so (Linux)."""
+    if not MEMINFO.is_file():
+        return None
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", MEMINFO.read_text(encoding="ascii"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None

@@ -6,19 +6,17 @@ import ctypes
 import functools
 import importlib
 import math
-import re
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mllm_edge.errors import MllmEdgeError
 from mllm_edge.runtime import tensorrt_packages as packages
+from mllm_edge.runtime.budget import available_memory
 from mllm_edge.runtime.stage import Array
 
-MEMINFO = Path("/proc/meminfo")
 NO_GPU = (35, 100)  # cudaErrorInsufficientDriver, which is also said where there is no driver, and cudaErrorNoDevice
 
 
@@ -151,14 +149,6 @@ class DeviceArray:
         found = staging.view(self.shape, self.dtype).copy()
         staging.close()
         return found if dtype is None else found.astype(dtype)
-
-
-def available_memory() -> int | None:
-    """Bytes that the system can give, where it says so (Linux)."""
-    if not MEMINFO.is_file():
-        return None
-    found = re.search(r"^MemAvailable:\s+(\d+) kB$", MEMINFO.read_text(encoding="ascii"), re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
 
 
 def checked(api: Any, function: str, *arguments: Any) -> Any:

@@ -81,10 +81,8 @@ def find(stage: StageEntry, capability: str, profile: Sequence[int]) -> BuiltEng
     if not here:
         return broken or "no TensorRT is installed: pip install 'mllm-edge[rtx]' on a PC, JetPack's own on a Jetson"
     reasons = []
-    order = list(here)
-    for engine in sorted(
-        stage.engines, key=lambda engine: order.index(engine.package) if engine.package in order else 9
-    ):
+    rank = {name: number for number, name in enumerate(here)}
+    for engine in sorted(stage.engines, key=lambda engine: rank.get(engine.package, len(rank))):
         if reason := _misfit(engine, stage, capability, profile, here):
             reasons.append(reason)
         else:

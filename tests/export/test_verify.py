@@ -268,7 +268,7 @@ def test_noisy_logits_fail_where_the_quantization_does_not_explain_them(toy):
 
 
 def test_language_model_is_left_out_when_memory_is_short(toy, monkeypatch):
-    monkeypatch.setattr(verify_module, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(verify_module, "available_memory", lambda: 1000)
     monkeypatch.setattr(verify_module, "load", None)  # which would take the memory that is short
     with pytest.warns(UserWarning, match="language model is not verified"):
         assert list(toy.verify()) == ["vision_encoder", "connector"]

@@ -156,8 +156,7 @@ class _Parser:
     def parse_from_file(self, path: str) -> bool:
         graph = onnx.load(path, load_external_data=False).graph
         self.network.path = path
-        self.network.inputs, self.network.outputs = map(_Tensor, graph.input), map(_Tensor, graph.output)  # type: ignore[assignment]
-        self.network.inputs, self.network.outputs = list(self.network.inputs), list(self.network.outputs)
+        self.network.inputs, self.network.outputs = list(map(_Tensor, graph.input)), list(map(_Tensor, graph.output))
         return True
 
 
