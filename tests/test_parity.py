@@ -1,24 +1,21 @@
 """A LLaVA of transformers, exported by path from two layouts, against transformers itself: logits and 64 tokens."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from checkpoints_to_test import IMAGE, port, write_original
 from PIL import Image
+from tokenizers_to_test import llama_sentencepiece
 
 import mllm_edge
 from mllm_edge import bundle
 from mllm_edge.errors import BadInput
 from mllm_edge.export.verify import verify_bundle
 from mllm_edge.runtime.preprocess import preprocess
-
-sys.path += [str(Path(__file__).parent / folder) for folder in ("export", "models")]
-from checkpoints_to_test import IMAGE, port, write_original
-from tokenizers_to_test import llama_sentencepiece
 
 PROMPT = "USER: <image>\nWhat color is the circle? ASSISTANT:"
 TOKENS = 64

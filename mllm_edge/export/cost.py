@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from mllm_edge.export.checkpoint import Tensors
+from mllm_edge.checkpoints.tensors import Tensors
 from mllm_edge.models.interface import Checkpoint, LlamaDims
 
 if TYPE_CHECKING:

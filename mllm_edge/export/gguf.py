@@ -23,10 +23,10 @@ import numpy as np
 
 import mllm_edge
 from mllm_edge.bundle import EmbeddingTable, LanguageModelEntry, file_entry
+from mllm_edge.checkpoints.tokenizer import UNUSED, Tokenizer, read_tokenizer
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.export.cost import product_weights
 from mllm_edge.export.k_quants import K_QUANTS, chosen_types, quantize_rows
-from mllm_edge.export.tokenizer import UNUSED, Tokenizer, read_tokenizer
 from mllm_edge.models.interface import LanguageModelExport, LlamaDims
 
 TYPE = gguf.GGMLQuantizationType

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mllm_edge.checkpoints.tensors import Tensors
 from mllm_edge.errors import BadInput
-from mllm_edge.export.checkpoint import Tensors
 from mllm_edge.models.interface import LlamaDims
 
 _OUTER = {

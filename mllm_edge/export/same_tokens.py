@@ -8,8 +8,8 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from mllm_edge.checkpoints.tokenizer import CONTROL, USER_DEFINED, checkpoint_tokenizer, read_tokenizer
 from mllm_edge.errors import MllmEdgeError, OutOfTolerance
-from mllm_edge.export.tokenizer import CONTROL, USER_DEFINED, checkpoint_tokenizer, read_tokenizer
 from mllm_edge.runtime.llama_library import library
 
 NASTY = (

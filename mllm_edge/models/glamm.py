@@ -171,7 +171,7 @@ def resolve(weights: str, config: str | None) -> Checkpoint:
     Raises:
         BadInput: unknown config, weights that cannot be found, or that are not GLaMM.
     """
-    from mllm_edge.export.checkpoint import random_weights, resolve_folder
+    from mllm_edge.checkpoints.tensors import random_weights, resolve_folder
     from mllm_edge.models.glamm_layouts import load_glamm
 
     if config is not None and config not in CONFIGS:
@@ -197,7 +197,7 @@ def resolve(weights: str, config: str | None) -> Checkpoint:
 def export_plan(checkpoint: Checkpoint) -> ExportPlan:
     """What export lowers: CLIP with its taps, connector, region encoder, SAM's encoder, and the mask decoder with the
     projection in front of it."""
-    from mllm_edge.export.tokenizer import lead, read_tokenizer
+    from mllm_edge.checkpoints.tokenizer import lead, read_tokenizer
     from mllm_edge.recipes.grounded import GROUNDED_QUESTION
 
     dims: GlammDims = checkpoint.dims

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mllm_edge.checkpoints.tensors import Tensors, check_shapes, fingerprint, open_file, open_folder, read_json, renamed
 from mllm_edge.errors import BadInput
-from mllm_edge.export.checkpoint import Tensors, check_shapes, fingerprint, open_file, open_folder, read_json, renamed
 from mllm_edge.models.blocks.encoders import encoder_dims, encoder_settings
 from mllm_edge.models.blocks.region import RegionDims
 from mllm_edge.models.blocks.sam import SamDims

@@ -266,7 +266,7 @@ def resolve(weights: str, config: str | None) -> Checkpoint:
     Raises:
         BadInput: unknown config, weights that cannot be found, or that are not LLaVA.
     """
-    from mllm_edge.export.checkpoint import random_weights, resolve_folder
+    from mllm_edge.checkpoints.tensors import random_weights, resolve_folder
     from mllm_edge.models.llava_layouts import load_llava
 
     if config is not None and config not in CONFIGS:
@@ -332,7 +332,7 @@ def filled(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 def export_plan(checkpoint: Checkpoint) -> ExportPlan:
     """What export lowers: vision encoder and connector as stages, the decoder as the language model."""
-    from mllm_edge.export.tokenizer import lead
+    from mllm_edge.checkpoints.tokenizer import lead
 
     dims: LlavaDims = checkpoint.dims
     names = list(tensor_shapes(dims))

@@ -14,8 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllm_edge.errors import BadInput
-from mllm_edge.export.checkpoint import (
+from mllm_edge.checkpoints.tensors import (
     Tensors,
     check_shapes,
     fingerprint,
@@ -27,6 +26,7 @@ from mllm_edge.export.checkpoint import (
     renamed,
     resolve_folder,
 )
+from mllm_edge.errors import BadInput
 from mllm_edge.models import llava_packaged
 from mllm_edge.models.blocks.encoders import encoder_dims, encoder_settings
 from mllm_edge.models.blocks.vit import VitDims

@@ -7,11 +7,11 @@ import pytest
 import torch
 from tokenizers_to_test import byte_level
 
+from mllm_edge.checkpoints.tensors import random_weights
+from mllm_edge.checkpoints.tokenizer import checkpoint_tokenizer
 from mllm_edge.errors import BadInput
-from mllm_edge.export.checkpoint import random_weights
 from mllm_edge.export.gguf import export_language_model
 from mllm_edge.export.gguf_source import open_gguf, write_tokenizer
-from mllm_edge.export.tokenizer import checkpoint_tokenizer
 from mllm_edge.models.interface import LanguageModelExport, LlamaDims
 from mllm_edge.models.llava import llama
 

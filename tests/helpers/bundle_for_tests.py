@@ -8,7 +8,7 @@ from pathlib import Path
 
 def write_bundle(folder: Path) -> Path:
     """A complete bundle with random weights: 16 px pictures, 4 positions each, a context of 128."""
-    maker = Path(__file__).parent / "runtime" / "conftest.py"
+    maker = Path(__file__).parents[1] / "runtime" / "conftest.py"
     spec = importlib.util.spec_from_file_location("runtime_bundle", maker)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -10,10 +10,10 @@ import torch
 from test_gguf import vocabulary_only
 from tokenizers_to_test import FLAGS, byte_level, llama_fast, llama_sentencepiece, write
 
+from mllm_edge.checkpoints.tokenizer import checkpoint_tokenizer, lead, read_tokenizer
 from mllm_edge.errors import BadInput, OutOfTolerance
 from mllm_edge.export.gguf import export_language_model, tensor_shapes
 from mllm_edge.export.same_tokens import NASTY, assert_same_tokens
-from mllm_edge.export.tokenizer import checkpoint_tokenizer, lead, read_tokenizer
 from mllm_edge.models.interface import LanguageModelExport, LlamaDims
 
 Data = dict[str, Any]
