@@ -21,7 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 import mllm_edge
-from mllm_edge.recipes.scenes import SHORT, Question, Scene, held_out_questions, questions, render, sample_scene
+from mllm_edge.scenes import SHORT, Question, Scene, held_out_questions, questions, render, sample_scene
 
 Asker = Callable[[Scene, np.random.Generator], list[Question]]
 

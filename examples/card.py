@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 import mllm_edge
-from mllm_edge.recipes.scenes import SHORT, questions, render, sample_scene
+from mllm_edge.scenes import SHORT, questions, render, sample_scene
 
 # The first of the test split, which no recipe trains on, that show several objects.
 SCENES = [index for index in range(100) if len(sample_scene("test", index).objects) > 1][:4]

@@ -18,11 +18,11 @@ import mllm_edge
 from mllm_edge import bundle
 from mllm_edge.errors import BadInput
 from mllm_edge.models.glamm import ADDED
-from mllm_edge.recipes.grounded import GROUNDED_QUESTION
-from mllm_edge.recipes.scenes import boxes, masks, render, sample_scene
+from mllm_edge.models.glamm_prompts import GROUNDED_QUESTION
 from mllm_edge.recipes.segmentation import decode_segmentation
 from mllm_edge.runtime import Model, budget, loading, rle
 from mllm_edge.runtime.masks import iou
+from mllm_edge.scenes import boxes, masks, render, sample_scene
 
 # Of the test split, which no recipe trains on: the first with two objects of different colors and shapes.
 INDEX = next(

@@ -195,8 +195,8 @@ def measure_apart(bundle: Path, options: dict[str, Any]) -> Result:
 def _picture(image: Path | None) -> NDArray[np.uint8]:
     if image is not None:
         return np.array(load_image(image))
-    from mllm_edge.recipes.scenes import render as draw
-    from mllm_edge.recipes.scenes import sample_scene
+    from mllm_edge.scenes import render as draw
+    from mllm_edge.scenes import sample_scene
 
     return draw(sample_scene("test", 0), PICTURE_SIZE)
 

@@ -15,15 +15,12 @@ from PIL import Image
 
 from mllm_edge.bundle import sha256
 from mllm_edge.errors import BadInput
-from mllm_edge.recipes.grounded import (
-    CAPTION_QUESTIONS,
-    GROUNDED_QUESTION,
-    REGION_QUESTIONS,
-    SEGMENT_TURNS,
-    region_caption,
-)
+from mllm_edge.models.glamm_prompts import CAPTION_QUESTIONS, GROUNDED_QUESTION, REGION_QUESTIONS, SEGMENT_TURNS
+from mllm_edge.recipes.grounded import region_caption
 from mllm_edge.recipes.readers import GroundedEntry, Reference, read_grandf, read_refcoco
-from mllm_edge.recipes.scenes import (
+from mllm_edge.recipes.segmentation import decode_segmentation
+from mllm_edge.runtime.images import load_image
+from mllm_edge.scenes import (
     boxes,
     grounded_caption,
     held_out_questions,
@@ -33,8 +30,6 @@ from mllm_edge.recipes.scenes import (
     render,
     sample_scene,
 )
-from mllm_edge.recipes.segmentation import decode_segmentation
-from mllm_edge.runtime.images import load_image
 
 Mask = NDArray[np.bool_]
 SCENES = {

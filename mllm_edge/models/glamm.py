@@ -198,7 +198,7 @@ def export_plan(checkpoint: Checkpoint) -> ExportPlan:
     """What export lowers: CLIP with its taps, connector, region encoder, SAM's encoder, and the mask decoder with the
     projection in front of it."""
     from mllm_edge.checkpoints.tokenizer import lead, read_tokenizer
-    from mllm_edge.recipes.grounded import GROUNDED_QUESTION
+    from mllm_edge.models.glamm_prompts import GROUNDED_QUESTION
 
     dims: GlammDims = checkpoint.dims
     llava, vision = dims.llava, dims.llava.vision

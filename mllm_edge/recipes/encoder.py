@@ -24,9 +24,9 @@ from mllm_edge.models.blocks.vit import VisionEncoder, VitDims
 from mllm_edge.models.llava import CONFIGS, LlavaDims, preprocessing
 from mllm_edge.recipes.conversation import IGNORE
 from mllm_edge.recipes.recipe import Recipe
-from mllm_edge.recipes.scenes import COLOR_RGB, COLORS, SHAPES, SIZES, Scene, masks, render, sample_scene
 from mllm_edge.recipes.weights import read_part, save_part
 from mllm_edge.runtime.preprocess import preprocess
+from mllm_edge.scenes import COLOR_RGB, COLORS, SHAPES, SIZES, Scene, masks, render, sample_scene
 
 COVERED = 0.08  # share of a patch that an object must cover to own it
 REPAINTED = 0.7  # share of training pictures whose objects get colors that have no name

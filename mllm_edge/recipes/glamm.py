@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mllm_edge.errors import BadInput
 from mllm_edge.models.glamm import ADDED, CONFIGS, Glamm, GlammDims, preprocessing
+from mllm_edge.models.glamm_prompts import BOX, SEG
 from mllm_edge.models.llava import PROMPTS
 from mllm_edge.recipes.conversation import (
     Sample,
@@ -30,14 +31,14 @@ from mllm_edge.recipes.conversation import (
     token_loss,
     visibility,
 )
-from mllm_edge.recipes.grounded import BOX, KINDS, SEG, GroundedTurn, caption_turns, region_turns, segment_turns
+from mllm_edge.recipes.grounded import KINDS, GroundedTurn, caption_turns, region_turns, segment_turns
 from mllm_edge.recipes.grounded_files import GroundedFiles
 from mllm_edge.recipes.language import plain_attention, read_vocabulary
 from mllm_edge.recipes.llava import add_lora, single_turns
 from mllm_edge.recipes.mask_losses import bce_loss, dice_loss, mean_iou, upscaled
 from mllm_edge.recipes.recipe import Recipe
-from mllm_edge.recipes.scenes import Scene, render, sample_scene
 from mllm_edge.runtime.preprocess import preprocess
+from mllm_edge.scenes import Scene, render, sample_scene
 
 SHARES = {"chat": 0.15, "region": 0.40, "segment": 0.45}  # of the optimizer steps, as the original has them
 WEIGHTS = {"ce": 1.0, "bce": 2.0, "dice": 0.5}

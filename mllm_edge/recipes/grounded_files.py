@@ -13,13 +13,14 @@ from PIL import Image
 
 from mllm_edge.errors import BadInput
 from mllm_edge.models.glamm import GlammDims
-from mllm_edge.recipes.grounded import CAPTION_QUESTIONS, REGION_QUESTIONS, SEGMENT_TURNS, GroundedTurn, tagged
+from mllm_edge.models.glamm_prompts import CAPTION_QUESTIONS, REGION_QUESTIONS, SEGMENT_TURNS
+from mllm_edge.recipes.grounded import GroundedTurn, tagged
 from mllm_edge.recipes.readers import GroundedEntry, Reference, read_grandf, read_refcoco
-from mllm_edge.recipes.scenes import pick
-from mllm_edge.recipes.scenes.phrases import capitalized
 from mllm_edge.recipes.segmentation import decode_segmentation
 from mllm_edge.runtime.images import load_image
 from mllm_edge.runtime.preprocess import longest_side
+from mllm_edge.scenes import pick
+from mllm_edge.scenes.phrases import capitalized
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 MOST = 3  # expressions of one picture in a conversation, as the original has them

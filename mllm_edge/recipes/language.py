@@ -27,8 +27,8 @@ from mllm_edge.recipes.conversation import (
     visibility,
 )
 from mllm_edge.recipes.recipe import Recipe
-from mllm_edge.recipes.scenes import SHORT, ToldScene, pick, scene_text, telegram, terse, told_scene
 from mllm_edge.recipes.weights import save_part
+from mllm_edge.scenes import SHORT, ToldScene, pick, scene_text, telegram, terse, told_scene
 
 TOKENIZER = "tokenizer.model"
 DESCRIBE = ("Describe the picture.", "What do you see?", "What is in the picture?")

@@ -40,7 +40,9 @@ from mllm_edge.recipes.language import (
 from mllm_edge.recipes.pictures.compose import TrainingPictures
 from mllm_edge.recipes.readers import Conversation, read_llava
 from mllm_edge.recipes.recipe import LoraSettings, Recipe
-from mllm_edge.recipes.scenes import (
+from mllm_edge.recipes.weights import PACKAGES, read_part, save_part, tokenizer_folder
+from mllm_edge.runtime.preprocess import preprocess
+from mllm_edge.scenes import (
     Scene,
     attributes,
     caption,
@@ -54,8 +56,6 @@ from mllm_edge.recipes.scenes import (
     terse,
     without_colors,
 )
-from mllm_edge.recipes.weights import PACKAGES, read_part, save_part, tokenizer_folder
-from mllm_edge.runtime.preprocess import preprocess
 
 DIALOGUES = 0.15  # share of pictures that get a conversation of several turns
 REPAINTED = 0.15  # share of the others that are shown in colors without a name

@@ -21,9 +21,9 @@ from mllm_edge.models.glamm import CONFIGS, GlammDims, preprocessing
 from mllm_edge.recipes.encoder import repaint
 from mllm_edge.recipes.mask_losses import bce_loss, dice_loss, mean_iou, upscaled
 from mllm_edge.recipes.recipe import Recipe
-from mllm_edge.recipes.scenes import Scene, masks, render, sample_scene
 from mllm_edge.recipes.weights import save_part
 from mllm_edge.runtime.preprocess import preprocess
+from mllm_edge.scenes import Scene, masks, render, sample_scene
 
 PROMPTS = 4  # per picture: half of them points, half boxes
 REPAINTED = 0.5  # share of pictures in colors that have no name

@@ -21,10 +21,10 @@ from mllm_edge.export.samples import Samples, pictures
 from mllm_edge.export.verify import compare
 from mllm_edge.models import glamm, llava
 from mllm_edge.models.interface import StageExport
-from mllm_edge.recipes.scenes import render, sample_scene
 from mllm_edge.runtime.cuda import Cuda
 from mllm_edge.runtime.masks import iou
 from mllm_edge.runtime.tensorrt_packages import RTX
+from mllm_edge.scenes import render, sample_scene
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install 'mllm-edge[rtx]'")
 

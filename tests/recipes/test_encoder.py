@@ -6,7 +6,7 @@ import torch
 from mllm_edge.models.llava import CONFIGS
 from mllm_edge.recipes.conversation import IGNORE
 from mllm_edge.recipes.encoder import APART, DenseModel, dense_labels, repaint, sine_positions
-from mllm_edge.recipes.scenes import COLOR_RGB, COLORS, SHAPES, Background, Scene, SceneObject, sample_scene
+from mllm_edge.scenes import COLOR_RGB, COLORS, SHAPES, Background, Scene, SceneObject, sample_scene
 
 PLAIN = Background("plain", (60, 60, 60), (60, 60, 60), 0.0, 0)
 

@@ -12,10 +12,11 @@ from PIL import Image
 
 from mllm_edge.errors import BadInput
 from mllm_edge.models.glamm import CONFIGS
+from mllm_edge.models.glamm_prompts import BOX, CAPTION_QUESTIONS, SEG
 from mllm_edge.recipes import train
 from mllm_edge.recipes.conversation import IGNORE
 from mllm_edge.recipes.glamm import GlammTask
-from mllm_edge.recipes.grounded import BOX, CAPTION_QUESTIONS, SEG, tagged
+from mllm_edge.recipes.grounded import tagged
 from mllm_edge.recipes.grounded_files import in_frame
 from mllm_edge.recipes.mask_losses import bce_loss, dice_loss, mean_iou
 from mllm_edge.recipes.recipe import Recipe, load

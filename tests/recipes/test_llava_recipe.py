@@ -12,7 +12,7 @@ from mllm_edge.recipes.conversation import IGNORE
 from mllm_edge.recipes.encoder import pixels
 from mllm_edge.recipes.llava import WORD_SCALE, LlavaTask, brief_turns, start_connector
 from mllm_edge.recipes.recipe import load
-from mllm_edge.recipes.scenes import COLORS, sample_scene
+from mllm_edge.scenes import COLORS, sample_scene
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,9 @@ from mllm_edge.cli import main
 from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError, OutOfTolerance
 from mllm_edge.export import tensorrt
 from mllm_edge.export.build import build_bundle
-from mllm_edge.recipes.scenes import render, sample_scene
 from mllm_edge.runtime import budget, tensorrt_packages
 from mllm_edge.runtime.cuda import Cuda, DeviceArray
+from mllm_edge.scenes import render, sample_scene
 
 SEGMENT = "Please segment the large object in this image."
 

@@ -6,8 +6,8 @@ from itertools import combinations, product
 
 import numpy as np
 
-from mllm_edge.recipes.scenes.model import ALL_COLORS, COLORS, HELD_OUT_PAIRS, SHAPES, SIZES, Scene, pick, shuffled
-from mllm_edge.recipes.scenes.phrases import (
+from mllm_edge.scenes.model import ALL_COLORS, COLORS, HELD_OUT_PAIRS, SHAPES, SIZES, Scene, pick, shuffled
+from mllm_edge.scenes.phrases import (
     RELATION_MARGIN,
     Description,
     at_location,

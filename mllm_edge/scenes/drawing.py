@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mllm_edge.recipes.scenes.model import Background, Scene, SceneObject
+from mllm_edge.scenes.model import Background, Scene, SceneObject
 
 Floats = npt.NDArray[np.float64]
 

@@ -10,8 +10,8 @@ from itertools import combinations
 
 import numpy as np
 
-from mllm_edge.recipes.scenes.drawing import REACH, visible_fractions
-from mllm_edge.recipes.scenes.model import (
+from mllm_edge.scenes.drawing import REACH, visible_fractions
+from mllm_edge.scenes.model import (
     COLOR_RGB,
     COLORS,
     HELD_OUT_PAIRS,

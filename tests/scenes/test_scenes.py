@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllm_edge.recipes.scenes import (
+from mllm_edge.scenes import (
     ALL_COLORS,
     COLOR_RGB,
     COLORS,

@@ -4,14 +4,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mllm_edge.recipes.scenes.brief import attributes
-from mllm_edge.recipes.scenes.captions import caption, full_caption
-from mllm_edge.recipes.scenes.edits import edit
-from mllm_edge.recipes.scenes.model import Scene, pick, shuffled
-from mllm_edge.recipes.scenes.phrases import cell_center
-from mllm_edge.recipes.scenes.questions import Question, draw_questions, questions
-from mllm_edge.recipes.scenes.renaming import rename
-from mllm_edge.recipes.scenes.sampling import is_legible, sample_scene
+from mllm_edge.scenes.brief import attributes
+from mllm_edge.scenes.captions import caption, full_caption
+from mllm_edge.scenes.edits import edit
+from mllm_edge.scenes.model import Scene, pick, shuffled
+from mllm_edge.scenes.phrases import cell_center
+from mllm_edge.scenes.questions import Question, draw_questions, questions
+from mllm_edge.scenes.renaming import rename
+from mllm_edge.scenes.sampling import is_legible, sample_scene
 
 _STREAM = 77  # sets the choice of words apart from the choice of the scene, which has the same index
 _MOST_QUESTIONS = 4

@@ -7,7 +7,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from mllm_edge.recipes.scenes import (
+from mllm_edge.scenes import (
     COLOR_RGB,
     COLORS,
     HELD_OUT_PAIRS,

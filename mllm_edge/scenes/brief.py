@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mllm_edge.recipes.scenes.model import SceneObject, pick, shuffled
-from mllm_edge.recipes.scenes.phrases import location
-from mllm_edge.recipes.scenes.questions import Question
+from mllm_edge.scenes.model import SceneObject, pick, shuffled
+from mllm_edge.scenes.phrases import location
+from mllm_edge.scenes.questions import Question
 
 _FILLERS = frozenset(("is", "the", "are", "there", "you", "can", "see", "which", "of", "in", "at", "on", "a", "an"))
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mllm_edge.recipes.scenes.model import Scene, pick
-from mllm_edge.recipes.scenes.phrases import (
+from mllm_edge.scenes.model import Scene, pick
+from mllm_edge.scenes.phrases import (
     at_location,
     capitalized,
     full_description,

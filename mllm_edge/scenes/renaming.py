@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from mllm_edge.recipes.scenes.model import COLORS, HELD_OUT_PAIRS, SHAPES, Scene
-from mllm_edge.recipes.scenes.questions import Question
+from mllm_edge.scenes.model import COLORS, HELD_OUT_PAIRS, SHAPES, Scene
+from mllm_edge.scenes.questions import Question
 
 # Of regular plural, and none begins another.
 MORE_COLORS = ("pink", "brown", "gray", "black", "golden", "silver", "beige", "teal", "violet", "lime", "navy", "tan")

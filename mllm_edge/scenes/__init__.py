@@ -1,10 +1,10 @@
 """Synthetic scenes: one generator of pictures, masks and language for every system trained here."""
 
-from mllm_edge.recipes.scenes.brief import attributes, telegram, terse
-from mllm_edge.recipes.scenes.captions import GroundedCaption, caption, grounded_caption
-from mllm_edge.recipes.scenes.drawing import boxes, masks, render
-from mllm_edge.recipes.scenes.edits import EDIT_KINDS, Edit, edit
-from mllm_edge.recipes.scenes.model import (
+from mllm_edge.scenes.brief import attributes, telegram, terse
+from mllm_edge.scenes.captions import GroundedCaption, caption, grounded_caption
+from mllm_edge.scenes.drawing import boxes, masks, render
+from mllm_edge.scenes.edits import EDIT_KINDS, Edit, edit
+from mllm_edge.scenes.model import (
     ALL_COLORS,
     COLOR_RGB,
     COLORS,
@@ -16,8 +16,8 @@ from mllm_edge.recipes.scenes.model import (
     SceneObject,
     pick,
 )
-from mllm_edge.recipes.scenes.phrases import LOCATIONS, referring_expressions
-from mllm_edge.recipes.scenes.questions import (
+from mllm_edge.scenes.phrases import LOCATIONS, referring_expressions
+from mllm_edge.scenes.questions import (
     QUESTION_KINDS,
     SHORT,
     Question,
@@ -27,8 +27,8 @@ from mllm_edge.recipes.scenes.questions import (
     questions,
     without_colors,
 )
-from mllm_edge.recipes.scenes.sampling import SPLITS, recolor, sample_scene, split_of
-from mllm_edge.recipes.scenes.story import ToldScene, scene_text, told_scene
+from mllm_edge.scenes.sampling import SPLITS, recolor, sample_scene, split_of
+from mllm_edge.scenes.story import ToldScene, scene_text, told_scene
 
 __all__ = [
     "ALL_COLORS",

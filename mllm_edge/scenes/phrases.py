@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 
-from mllm_edge.recipes.scenes.model import Scene, SceneObject, shuffled
+from mllm_edge.scenes.model import Scene, SceneObject, shuffled
 
 LOCATIONS: tuple[str, ...] = (
     "top left",
