@@ -257,8 +257,8 @@ def main() -> None:
     if options.verb == "prepare":
         prepare(options.folder)
         return
-    from mllm_edge.doctor import cpu_name
-    from mllm_edge.runtime.threads import usable_cores
+    from mllm_edge.machine.facts import cpu_name
+    from mllm_edge.machine.threads import usable_cores
 
     threads = options.threads or usable_cores()
     names = options.only or [name for name in PEERS if options.openvino_python or not name.startswith("openvino")]

@@ -22,11 +22,11 @@ from rich.table import Table
 from mllm_edge.bundle import StageEntry, TensorSpec
 from mllm_edge.export.onnx import export_stage
 from mllm_edge.export.samples import Samples, pictures
+from mllm_edge.machine.threads import usable_cores
 from mllm_edge.models import glamm
 from mllm_edge.models.blocks.sam import SamDims
 from mllm_edge.runtime.ort import OnnxStage
 from mllm_edge.runtime.stage import Options
-from mllm_edge.runtime.threads import usable_cores
 
 THEIRS = (
     (r"^patch_embed\.proj\.", "patch_embed.projection."),

@@ -41,7 +41,7 @@ def bench(
 ) -> None:
     """Measure speed and memory. Times by stage, time to first token, tokens per second, peak memory."""
     from mllm_edge import bench as measuring
-    from mllm_edge.runtime.threads import usable_cores
+    from mllm_edge.machine.threads import usable_cores
 
     form = "json" if screen.as_json else form
     measuring.check_form(form)

@@ -7,34 +7,24 @@ import importlib.metadata
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mllm_edge
-from mllm_edge import jetson
 from mllm_edge.errors import MissingPackage
+from mllm_edge.machine import facts, jetson
+from mllm_edge.machine.threads import usable_cores
 from mllm_edge.runtime import probe
 from mllm_edge.runtime.llama_library import library
 from mllm_edge.runtime.tensorrt_packages import bindings, usable
-from mllm_edge.runtime.threads import usable_cores
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mllm_edge.jetson import Jetson
+    from mllm_edge.machine.jetson import Jetson
 
-ROOT = Path("/")
-CPUINFO = Path("/proc/cpuinfo")
-MEMINFO = Path("/proc/meminfo")
-
-# CPU flags that decide how fast the engines are: x86, then ARM
-FEATURES = (
-    *("avx2", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
-    *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve"),
-)
 EXTRAS = ("runtime", "export", "train", "eval")  # `cuda` and `bench` are advised where they would help
 OPTIONAL = ("onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings", "nvidia-ml-py", "mllm-edge")
 RTX_LINE = "pip install 'mllm-edge[rtx]'"
@@ -49,16 +39,6 @@ class Advice:
 
     what: str
     run: str
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """An NVIDIA GPU as its driver describes it."""
-
-    name: str
-    memory: str
-    driver: str
-    compute_capability: str
 
 
 @dataclass(frozen=True)
@@ -83,7 +63,7 @@ class Findings:
     features: list[str]
     memory: dict[str, float]
     disk_free: float
-    gpus: list[Gpu]
+    gpus: list[facts.Gpu]
     jetson: Jetson | None
     packages: dict[str, str | None]
     engines: Engines
@@ -97,19 +77,19 @@ class Findings:
 def examine() -> Findings:
     """Look at the machine and at what is installed. Loads the engines, no model and no PyTorch."""
     wanted = extras()
-    packages = {name: version(name) for names in wanted.values() for name in names}
-    packages |= {name: found for name in OPTIONAL if (found := version(name))}
+    packages = {name: facts.version(name) for names in wanted.values() for name in names}
+    packages |= {name: found for name in OPTIONAL if (found := facts.version(name))}
     engines, broken = _engines()
-    gpus, board = _gpus(), jetson.find(ROOT)
-    advice = [*_missing(wanted), *broken, *_faster(engines, capability(gpus, board), board)]
+    gpus, board = facts.gpus(), jetson.find(facts.ROOT)
+    advice = [*_missing(wanted), *broken, *_faster(engines, facts.capability(gpus, board), board)]
     return Findings(
         mllm_edge=mllm_edge.__version__,
         python=f"{platform.python_version()} at {sys.executable}",
         system=platform.platform(),
-        cpu=cpu_name(),
+        cpu=facts.cpu_name(),
         cores=usable_cores(),
-        features=_features(),
-        memory=memory(),
+        features=facts.features(),
+        memory=facts.memory(),
         disk_free=round(shutil.disk_usage(Path.cwd()).free / 1e6),
         gpus=gpus,
         jetson=board,
@@ -168,27 +148,19 @@ def tables(findings: Findings) -> list[Table]:
     return [pairs("machine", machine), pairs("engines", running), pairs("packages", versions), advice]
 
 
-def version(package: str) -> str | None:
-    """The installed version, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _missing(wanted: dict[str, list[str]]) -> list[Advice]:
     advice = []
     flags = (
         'CXXFLAGS="-fno-tree-dse -fno-dse" ' if (platform.system(), platform.machine()) == ("Linux", "x86_64") else ""
     )
     for extra, names in wanted.items():
-        absent = [name for name in names if not version(name) and not version(INSTEAD.get(name, name))]
+        absent = [name for name in names if not facts.version(name) and not facts.version(INSTEAD.get(name, name))]
         if absent:
             compiles = flags if "llama-cpp-python" in absent else ""
             advice.append(Advice(f"{extra} needs {', '.join(absent)}", f"{compiles}pip install 'mllm-edge[{extra}]'"))
         if "llama-cpp-python" in absent and not shutil.which("c++"):
             advice.append(Advice("llama.cpp is compiled, and there is no C++ compiler", "apt install g++"))
-    if version("onnxruntime") and version("onnxruntime-gpu"):
+    if facts.version("onnxruntime") and facts.version("onnxruntime-gpu"):
         line = "pip uninstall -y onnxruntime onnxruntime-gpu; pip install --no-cache-dir onnxruntime-gpu"
         advice.append(Advice("onnxruntime and onnxruntime-gpu overwrite each other", line))
     return advice
@@ -199,7 +171,7 @@ def _engines() -> tuple[Engines, list[Advice]]:
     broken: list[Advice] = []
     providers: list[str] = []
     offload, info = None, ""
-    if package := next((name for name in ("onnxruntime", "onnxruntime-gpu") if version(name)), None):
+    if package := next((name for name in ("onnxruntime", "onnxruntime-gpu") if facts.version(name)), None):
         try:
             providers = list(importlib.import_module("onnxruntime").get_available_providers())
         except BROKEN as error:
@@ -224,13 +196,6 @@ def _amx() -> str:
         return "this CPU has none"
     tried = [f"{'crashes' if crashed else 'works'} on {name}" for name, crashed in verdict.crashed.items()]
     return ", ".join(tried) or "not tried yet; the first load of a quantized model does"
-
-
-def capability(gpus: list[Gpu], board: Jetson | None) -> str:
-    """The compute capability of this machine's GPU, "sm_89"; "" where there is none."""
-    if board and board.capability:
-        return board.capability
-    return f"sm_{gpus[0].compute_capability.replace('.', '')}" if gpus else ""
 
 
 def build_line(gpu: str) -> str:
@@ -265,52 +230,9 @@ def _for_engines(board: Jetson | None) -> list[Advice]:
     if not versions:
         line = "apt install python3-libnvinfer; use a venv with --system-site-packages" if board else RTX_LINE
         advice.append(Advice(broken or "there is a GPU, but no TensorRT for target trt", line))
-    if not version("cuda-bindings"):
+    if not facts.version("cuda-bindings"):
         advice.append(Advice("target trt needs cuda-bindings", f"pip install '{bindings()}'"))
     return advice
-
-
-def cpu_name() -> str:
-    text = jetson.read(CPUINFO)
-    named = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", text, re.MULTILINE)
-    return named[1].strip() if named else platform.processor() or platform.machine()
-
-
-def gpu_capability() -> str:
-    """The compute capability of this machine's GPU, "sm_89"; "" where there is none."""
-    return capability(_gpus(), jetson.find(ROOT))
-
-
-def gpu_name() -> str:
-    """The board or the NVIDIA GPU of this machine; "" where there is none."""
-    board = jetson.find(ROOT)
-    return board.model if board else next((gpu.name for gpu in _gpus()), "")
-
-
-def _features() -> list[str]:
-    listed = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", jetson.read(CPUINFO), re.MULTILINE)
-    flags = set(listed[1].split()) if listed else set()
-    return [feature for feature in FEATURES if feature in flags]
-
-
-def memory() -> dict[str, float]:
-    """RAM and swap in MB, where the system says so (Linux)."""
-    fields = dict(re.findall(r"^(\w+):\s+(\d+) kB$", jetson.read(MEMINFO), re.MULTILINE))
-    names = {"total": "MemTotal", "available": "MemAvailable", "swap": "SwapTotal", "free_swap": "SwapFree"}
-    return {name: round(int(fields[key]) * 1024 / 1e6) for name, key in names.items() if key in fields}
-
-
-def _gpus() -> list[Gpu]:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    command = [program, "--query-gpu=name,memory.total,driver_version,compute_cap", "--format=csv,noheader"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []  # a driver that does not answer has no usable GPU
-    lines = [[cell.strip() for cell in line.split(",")] for line in told.splitlines()]
-    return [Gpu(*cells) for cells in lines if len(cells) == 4]
 
 
 def _board(board: Jetson, memory: dict[str, float]) -> str:

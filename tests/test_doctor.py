@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mllm_edge import cli, doctor, jetson
+from mllm_edge import cli, doctor
+from mllm_edge.machine import facts, jetson
 from mllm_edge.runtime import probe
 
 X86 = """processor\t: 0
@@ -35,14 +36,14 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("MEMINFO", "meminfo"),
         ("ROOT", ""),
     ]:
-        monkeypatch.setattr(doctor, name, tmp_path / file)
+        monkeypatch.setattr(facts, name, tmp_path / file)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     return tmp_path
 
 
 def lacks(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    real = doctor.version
-    monkeypatch.setattr(doctor, "version", lambda package: None if package in names else real(package))
+    real = facts.version
+    monkeypatch.setattr(facts, "version", lambda package: None if package in names else real(package))
 
 
 def test_machine(machine: Path) -> None:
@@ -129,8 +130,8 @@ def nvidia_smi(machine: Path, script: str) -> None:
 def test_a_gpu_that_engines_cannot_use_brings_advice(machine: Path) -> None:
     nvidia_smi(machine, "echo 'Imaginary RTX, 8192 MiB, 590.1, 8.9'")
     found = doctor.examine()
-    assert found.gpus == [doctor.Gpu("Imaginary RTX", "8192 MiB", "590.1", "8.9")]
-    assert doctor.gpu_name() == "Imaginary RTX"
+    assert found.gpus == [facts.Gpu("Imaginary RTX", "8192 MiB", "590.1", "8.9")]
+    assert facts.gpu_name() == "Imaginary RTX"
     lines = [advice.run for advice in found.advice]
     can_offload, providers = found.engines.llama_gpu_offload, found.engines.onnxruntime_providers
     assert any("CUDA_ARCHITECTURES=89" in line for line in lines) == (not can_offload)

@@ -63,7 +63,7 @@ def get(name: str) -> Device:
 
 def _this() -> Device:
     from mllm_edge.bench.limits import measure_limits
-    from mllm_edge.doctor import cpu_name, memory
+    from mllm_edge.machine.facts import cpu_name, memory
 
     limits, found = measure_limits(), memory()
     total, free = found.get("total", 0) / 1000, found.get("available", 0) / 1000

@@ -29,7 +29,7 @@ from mllm_edge.bench.power import Meter, Sensor
 from mllm_edge.bench.result import Environment, Limits, Result, Spread, from_document
 from mllm_edge.bundle import read
 from mllm_edge.errors import BadInput, MllmEdgeError
-from mllm_edge.runtime.answer import peak_rss
+from mllm_edge.machine.facts import peak_rss
 from mllm_edge.runtime.grounding import LOGITS, SEG
 from mllm_edge.runtime.image_encoder import EMBEDS, needed_for
 from mllm_edge.runtime.images import load_image
@@ -296,7 +296,7 @@ def _spread(values: Sequence[float]) -> Spread:
 
 
 def _environment(threads: int, target: str, limits: Limits | None) -> Environment:
-    from mllm_edge.doctor import cpu_name, gpu_name, version
+    from mllm_edge.machine.facts import cpu_name, gpu_name, version
     from mllm_edge.runtime.llama_library import library
 
     on_cpu = target == "cpu"

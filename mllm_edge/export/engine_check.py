@@ -11,10 +11,10 @@ import numpy as np
 from mllm_edge.bundle import BuiltEngine, Manifest, Parity, StageEntry, TensorSpec
 from mllm_edge.errors import OutOfTolerance
 from mllm_edge.export.difference import compare
+from mllm_edge.machine.threads import usable_cores
 from mllm_edge.runtime.image_encoder import BOXES
 from mllm_edge.runtime.stage import STAGE_ENGINES, Array, Options, Stage
 from mllm_edge.runtime.tensorrt import Device, shape
-from mllm_edge.runtime.threads import usable_cores
 
 # The graph is the same, so only the order of sums and what the kernels round may differ. `relative_max` is the largest
 # difference over the largest value.

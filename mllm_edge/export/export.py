@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mllm_edge
-from mllm_edge import bundle, doctor, models
+from mllm_edge import bundle, models
 from mllm_edge.bundle import (
     BuildSettings,
     BuiltEngine,
@@ -35,6 +35,7 @@ from mllm_edge.export.samples import Samples, pictures
 from mllm_edge.export.tensorrt import ahead, settings, usual_devices
 from mllm_edge.export.verify import PICTURES, require, verify
 from mllm_edge.export.workplace import Finished, Workplace, disk_full_explained
+from mllm_edge.machine.facts import gpu_capability
 from mllm_edge.models.interface import Checkpoint, ExportPlan, LanguageModelExport, LlamaDims, StageExport
 from mllm_edge.runtime.tensorrt_packages import RTX
 
@@ -140,7 +141,7 @@ def _check_devices(target: str, devices: Sequence[str]) -> Sequence[str]:
         if devices:
             raise BadInput(f"--device goes with --target trt; leave it out for target {target}")
         return []
-    return devices or usual_devices(doctor.gpu_capability())
+    return devices or usual_devices(gpu_capability())
 
 
 class _Clock:

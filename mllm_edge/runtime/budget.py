@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from mllm_edge.bundle import LanguageModelEntry, Manifest, StageEntry
 from mllm_edge.errors import BadInput
+from mllm_edge.machine.facts import resident_memory
 from mllm_edge.runtime.image_encoder import EMBEDS, REGION_EMBEDS, needed_for
 from mllm_edge.runtime.stage import Options
 
-MEMINFO = Path("/proc/meminfo")
 KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
 INLINE = 200_000_000  # bytes; lighter stages are one file, of which two further copies exist while it is loaded
 SCRATCH = 150_000_000  # llama.cpp's compute buffers and the logits, and beside it for each value of a hidden state:
@@ -45,7 +42,8 @@ def residence(manifest: Manifest, options: Options, budget: int | None) -> Resid
     Raises:
         BadInput: even with one part in memory at a time it would not do; says what the parts take.
     """
-    base = int(_resident() * MARGIN) + PICTURES
+    resident = resident_memory()
+    base = int((PICTURES if resident is None else resident) * MARGIN) + PICTURES
     language_model = language_model_bytes(manifest.language_model, options)
     stages = {entry.name: stage_bytes(entry) for entry in manifest.stages}
     largest = max(stages.values(), default=0)
@@ -103,25 +101,3 @@ def parse_size(text: str) -> int:
     if not 0 < size < 2**60:
         raise BadInput(f"{text!r} is no amount of memory; write it as 6G or 512M")
     return int(size)
-
-
-def _resident() -> int:
-    """Bytes that this process has now, where the system tells it."""
-    statm = Path("/proc/self/statm")
-    if statm.is_file():
-        import resource
-
-        return int(statm.read_text(encoding="ascii").split()[1]) * resource.getpagesize()
-    if sys.platform == "darwin":
-        import resource
-
-        return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    return PICTURES
-
-
-def available_memory() -> int | None:
-    """Bytes that the system can give, where it says so (Linux)."""
-    if not MEMINFO.is_file():
-        return None
-    found = re.search(r"^MemAvailable:\s+(\d+) kB$", MEMINFO.read_text(encoding="ascii"), re.MULTILINE)
-    return int(found[1]) * 1024 if found else None

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from mllm_edge.errors import MllmEdgeError
+from mllm_edge.machine.facts import available_memory
 from mllm_edge.runtime import tensorrt_packages as packages
-from mllm_edge.runtime.budget import available_memory
 from mllm_edge.runtime.stage import Array
 
 NO_GPU = (35, 100)  # cudaErrorInsufficientDriver, which is also said where there is no driver, and cudaErrorNoDevice

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from mllm_edge import bundle
 from mllm_edge.bundle import Manifest
 from mllm_edge.errors import BadInput, MllmEdgeError
+from mllm_edge.machine.threads import usable_cores
 from mllm_edge.runtime.budget import residence, stage_bytes
 from mllm_edge.runtime.image_encoder import EMBEDS, needed_for
 from mllm_edge.runtime.late import LateLanguageModel, LateStage
 from mllm_edge.runtime.session import Model
 from mllm_edge.runtime.stage import LANGUAGE_MODEL_ENGINES, STAGE_ENGINES, LanguageModel, Options, check_engines
-from mllm_edge.runtime.threads import usable_cores
 
 if TYPE_CHECKING:
     from mllm_edge.runtime.tensorrt import Device

@@ -26,11 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mllm_edge.machine import facts
+
 REBUILD = (
     'CXXFLAGS="-fno-tree-dse -fno-dse" pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python '
     "llama-cpp-python"
 )
-CPUINFO = Path("/proc/cpuinfo")
 TIMEOUT_S = 600
 _CRASHES = {signal.SIGSEGV, signal.SIGILL, signal.SIGABRT, *({signal.SIGBUS} if hasattr(signal, "SIGBUS") else ())}
 _PLAIN = ("f32", "f16", "bf16")
@@ -59,13 +60,7 @@ def is_x86() -> bool:
 
 def has_amx() -> bool:
     """Whether this is an x86 CPU with AMX tiles that the system lets programs use."""
-    if not is_x86():
-        return False
-    try:
-        flags = next((line for line in CPUINFO.read_text().splitlines() if line.startswith("flags")), "")
-    except OSError:
-        return False
-    return "amx_tile" in flags.split()
+    return is_x86() and "amx_tile" in facts.features()
 
 
 def verdict() -> Verdict:
@@ -134,7 +129,7 @@ def _build_key() -> str:
 
 
 def _cache_file() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mllm-edge" / "amx.json"
+    return facts.cache_folder() / "amx.json"
 
 
 def _read_cache() -> dict[str, bool]:

@@ -13,7 +13,8 @@ from PIL import Image
 
 from mllm_edge.bundle import Manifest
 from mllm_edge.errors import BadInput
-from mllm_edge.runtime.answer import Answer, Tokens, peak_rss
+from mllm_edge.machine.facts import peak_rss
+from mllm_edge.runtime.answer import Answer, Tokens
 from mllm_edge.runtime.budget import Residence
 from mllm_edge.runtime.grounding import LOGITS, SEG, Grounding, MaskWork
 from mllm_edge.runtime.image_encoder import ImageEncoder, Picture, Region

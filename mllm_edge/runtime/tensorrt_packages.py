@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mllm_edge import jetson
 from mllm_edge.bundle import BuiltEngine, StageEntry, graph_of
 from mllm_edge.errors import MissingPackage, MllmEdgeError
+from mllm_edge.machine import jetson
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ GIGA = 10**9
 @pytest.fixture
 def manifest(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> bundle.Manifest:
     """Stages of 1 GB and 2 GB, which work with half a GB, and a language model of 4 GB; the process takes nothing."""
-    monkeypatch.setattr(budget, "_resident", lambda: 0)
+    monkeypatch.setattr(budget, "resident_memory", lambda: 0)
     for name in ("PICTURES", "SCRATCH", "SCRATCH_PER_WIDTH"):
         monkeypatch.setattr(budget, name, 0)
     monkeypatch.setattr(budget, "MARGIN", 1.0)

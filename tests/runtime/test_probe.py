@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mllm_edge.machine import facts
 from mllm_edge.runtime import probe
 
 AMX = "flags\t\t: fpu sse2 avx512f amx_bf16 amx_tile amx_int8\n"
@@ -31,7 +32,7 @@ def dies(number: int) -> Child:
 @pytest.fixture
 def amx_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{AMX}\n")
-    monkeypatch.setattr(probe, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(facts, "CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path

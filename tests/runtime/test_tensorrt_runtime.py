@@ -25,7 +25,8 @@ from mllm_edge.cli import main
 from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError, OutOfTolerance
 from mllm_edge.export import tensorrt
 from mllm_edge.export.build import build_bundle
-from mllm_edge.runtime import budget, tensorrt_packages
+from mllm_edge.machine import facts
+from mllm_edge.runtime import tensorrt_packages
 from mllm_edge.runtime.cuda import Cuda, DeviceArray
 from mllm_edge.scenes import render, sample_scene
 
@@ -274,7 +275,7 @@ def test_a_boards_page_cache_is_memory_that_can_be_had(
     gpu: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 8000000 kB\nMemFree: 100000 kB\nMemAvailable:    5000000 kB\n")
-    monkeypatch.setattr(budget, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(facts, "MEMINFO", tmp_path / "meminfo")
     assert Cuda().free_memory() == gpu.memory
     gpu.integrated = True
     assert Cuda().free_memory() == 5_120_000_000

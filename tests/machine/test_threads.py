@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from mllm_edge.runtime import threads
+from mllm_edge.machine import threads
 
 
 @pytest.fixture
