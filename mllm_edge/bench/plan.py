@@ -19,13 +19,12 @@ from mllm_edge.errors import BadInput
 from mllm_edge.export.cost import (
     BYTES_PER_WEIGHT,
     STAGE_BYTES_PER_WEIGHT,
-    product_weights,
     stage_flops,
-    weight_count,
     without_weights,
 )
 from mllm_edge.export.merging import embedding_stage
-from mllm_edge.models.interface import ExportPlan, LlamaDims
+from mllm_edge.models.interface import ExportPlan
+from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.runtime.budget import KV_BYTES
 from mllm_edge.runtime.image_encoder import EMBEDS, needed_for
 
@@ -172,7 +171,7 @@ def _files(stages: dict[str, tuple[int, int, tuple[str, ...]]], dims: LlamaDims,
     for name, (weights, _, precisions) in stages.items():
         precision = settings.precision if settings.precision in precisions else precisions[-1]
         sizes[name] = int(weights * STAGE_BYTES_PER_WEIGHT[precision])
-    return {**sizes, "language_model": int(weight_count(dims) * BYTES_PER_WEIGHT[settings.quant])}
+    return {**sizes, "language_model": int(dims.weights * BYTES_PER_WEIGHT[settings.quant])}
 
 
 def _full(files: dict[str, int], dims: LlamaDims, settings: Settings) -> float:
@@ -182,7 +181,7 @@ def _full(files: dict[str, int], dims: LlamaDims, settings: Settings) -> float:
 
 
 def _kv_bytes(dims: LlamaDims, settings: Settings) -> int:
-    return kv_bytes_per_token(dims.layers, dims.kv_heads * dims.head_dim, KV_BYTES[settings.kv_type])
+    return kv_bytes_per_token(dims.layers, dims.kv_width, KV_BYTES[settings.kv_type])
 
 
 def _advice(
@@ -215,12 +214,12 @@ def _parts(
     device: Device,
     measured: Result | None,
 ) -> list[Part]:
-    read = int(product_weights(dims) * BYTES_PER_WEIGHT[settings.quant])
+    read = int(dims.product_weights * BYTES_PER_WEIGHT[settings.quant])
     cache = tokens * _kv_bytes(dims, settings)
     attention = 2 * tokens**2 * dims.heads * dims.head_dim * dims.layers  # scores and values, half of them masked
     costs: dict[str, tuple[float, int]] = {name: (flops, files[name]) for name, (_, flops, _) in stages.items()}
-    costs["prefill"] = 2.0 * product_weights(dims) * tokens + attention, read
-    costs["decode"] = 2.0 * product_weights(dims), read + cache
+    costs["prefill"] = 2.0 * dims.product_weights * tokens + attention, read
+    costs["decode"] = 2.0 * dims.product_weights, read + cache
     seen: dict[str, Any] = {}
     if measured:
         seen = {name: spread.median for name, spread in measured.stages_ms.items()}

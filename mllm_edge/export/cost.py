@@ -9,24 +9,13 @@ import torch
 from torch import nn
 
 from mllm_edge.checkpoints.tensors import Tensors
-from mllm_edge.models.interface import Checkpoint, LlamaDims
+from mllm_edge.models.interface import Checkpoint
 
 if TYPE_CHECKING:
     from mllm_edge.bundle import TensorSpec
 
 BYTES_PER_WEIGHT = {"f32": 4.0, "f16": 2.0, "q8_0": 1.07, "q6_k": 0.83, "q5_k_m": 0.72, "q4_k_m": 0.62}
 STAGE_BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0}
-
-
-def weight_count(dims: LlamaDims) -> int:
-    """How many weights a decoder has; its norms are too few to count."""
-    return product_weights(dims) + (0 if dims.tied else dims.vocabulary * dims.width)
-
-
-def product_weights(dims: LlamaDims) -> int:
-    """The weights that every token is multiplied with: all but the embedding table, which only the head may share."""
-    attention = 2 * dims.width * dims.head_dim * (dims.heads + dims.kv_heads)
-    return dims.layers * (attention + 3 * dims.width * dims.ffn_width) + dims.vocabulary * dims.width
 
 
 def stage_flops(module: nn.Module, inputs: list[TensorSpec]) -> int:

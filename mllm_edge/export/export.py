@@ -26,7 +26,7 @@ from mllm_edge.bundle import (
 )
 from mllm_edge.errors import BadInput
 from mllm_edge.export.build import make_engine
-from mllm_edge.export.cost import BYTES_PER_WEIGHT, stage_flops, weight_count
+from mllm_edge.export.cost import BYTES_PER_WEIGHT, stage_flops
 from mllm_edge.export.footprint import activation_bytes
 from mllm_edge.export.gguf import export_language_model
 from mllm_edge.export.merging import with_merged_tokens
@@ -36,7 +36,8 @@ from mllm_edge.export.tensorrt import ahead, settings, usual_devices
 from mllm_edge.export.verify import PICTURES, require, verify
 from mllm_edge.export.workplace import Finished, Workplace, disk_full_explained
 from mllm_edge.machine.facts import gpu_capability
-from mllm_edge.models.interface import Checkpoint, ExportPlan, LanguageModelExport, LlamaDims, StageExport
+from mllm_edge.models.interface import Checkpoint, ExportPlan, LanguageModelExport, StageExport
+from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.runtime.tensorrt_packages import RTX
 
 if TYPE_CHECKING:
@@ -280,4 +281,4 @@ class _Job:
 
 def _language_model_bytes(dims: LlamaDims, quant: str) -> int:
     """Room that the language model takes."""
-    return int(weight_count(dims) * BYTES_PER_WEIGHT[quant] * 1.05)
+    return int(dims.weights * BYTES_PER_WEIGHT[quant] * 1.05)

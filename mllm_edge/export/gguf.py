@@ -25,9 +25,10 @@ import mllm_edge
 from mllm_edge.bundle import EmbeddingTable, LanguageModelEntry, file_entry
 from mllm_edge.checkpoints.tokenizer import UNUSED, Tokenizer, read_tokenizer
 from mllm_edge.errors import BadInput, MllmEdgeError
-from mllm_edge.export.cost import product_weights
 from mllm_edge.export.k_quants import K_QUANTS, chosen_types, quantize_rows
-from mllm_edge.models.interface import LanguageModelExport, LlamaDims
+from mllm_edge.models.interface import LanguageModelExport
+from mllm_edge.models.language.llama import LlamaDims
+from mllm_edge.models.language.llama_gguf import interleave_rotary
 
 TYPE = gguf.GGMLQuantizationType
 FILE_TYPE = gguf.LlamaFileType
@@ -157,7 +158,7 @@ def _begun(path: Path, head: bytes, ends: list[int]) -> int:
 
 def tensor_shapes(dims: LlamaDims) -> dict[str, tuple[int, ...]]:
     """Name (as in `LlamaForCausalLM`) -> shape of every tensor of the decoder."""
-    query, key = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
+    query, key = dims.heads * dims.head_dim, dims.kv_width
     layer = {
         "input_layernorm": (dims.width,),
         "self_attn.q_proj": (query, dims.width),
@@ -207,12 +208,6 @@ def _tensor(lm: LanguageModelExport, name: str, shape: tuple[int, ...], kind: TY
     if kind in (TYPE.F16, TYPE.F32):
         return np.ascontiguousarray(array)
     return quantize_rows(array, kind)
-
-
-def interleave_rotary(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder the rows of a q or k projection [H*d, D] from Hugging Face's half-rotation to llama.cpp's pairs."""
-    rows, width = weight.shape
-    return weight.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
 def _write_dims(writer: gguf.GGUFWriter, dims: LlamaDims, file_type: FILE_TYPE) -> None:
@@ -293,11 +288,11 @@ def _entry(lm: LanguageModelExport, path: Path, quant: str) -> LanguageModelEntr
         context_length=dims.context,
         hidden_width=dims.width,
         layers=dims.layers,
-        kv_width=dims.kv_heads * dims.head_dim,
+        kv_width=dims.kv_width,
         vocabulary=dims.vocabulary,
         embedding=embedding,
         special_tokens=special,
         state_positions=lm.state_positions,
-        flops_per_token=2 * product_weights(dims),
+        flops_per_token=2 * dims.product_weights,
         bytes_per_token=path.stat().st_size - unread,
     )

@@ -20,7 +20,6 @@ import torch
 from mllm_edge import bundle, models
 from mllm_edge.bundle import Manifest, Parity, StageEntry
 from mllm_edge.errors import BadInput, MllmEdgeError, OutOfTolerance
-from mllm_edge.export.cost import weight_count
 from mllm_edge.export.difference import compare
 from mllm_edge.export.engine_check import with_rows
 from mllm_edge.export.merging import embedding_stage, merged_like
@@ -28,7 +27,8 @@ from mllm_edge.export.same_tokens import assert_same_tokens
 from mllm_edge.export.samples import Samples, pictures
 from mllm_edge.machine.facts import available_memory
 from mllm_edge.machine.threads import usable_cores
-from mllm_edge.models.interface import Checkpoint, ExportPlan, LlamaDims, StageExport
+from mllm_edge.models.interface import Checkpoint, ExportPlan, StageExport
+from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.runtime import Model, load
 from mllm_edge.runtime.grounding import LOGITS, SEG, STATES
 from mllm_edge.runtime.masks import at_full_size, iou
@@ -289,7 +289,7 @@ def _reference(checkpoint: Checkpoint) -> Any:
 
 def _fits(dims: LlamaDims) -> bool:
     """Whether the fp32 reference fits in free memory; says so when it does not."""
-    needed = 2 * 4 * weight_count(dims)  # the module, and the tensors that it is filled from
+    needed = 2 * 4 * dims.weights  # the module, and the tensors that it is filled from
     free = available_memory()
     if free is None or needed < free:
         return True

@@ -17,10 +17,12 @@ from mllm_edge.models.blocks.region import RegionDims, RegionEncoder
 from mllm_edge.models.blocks.sam import SAM_VIT_B, SAM_VIT_H, SamDims, SamImageEncoder
 from mllm_edge.models.blocks.sam_decoder import MaskDecoder, MaskDecoderDims, PromptEncoder
 from mllm_edge.models.blocks.vit import VisionEncoder, VitDims
-from mllm_edge.models.interface import Checkpoint, ExportPlan, LanguageModelExport, LlamaDims, StageExport
-from mllm_edge.models.llava import CLIP_L_336, PROMPTS, Llava, LlavaDims, Part, connector, filled
+from mllm_edge.models.interface import Checkpoint, ExportPlan, LanguageModelExport, StageExport
+from mllm_edge.models.language.llama import LlamaDims
+from mllm_edge.models.llava import CLIP_L_336, PROMPTS, Llava, LlavaDims
 from mllm_edge.models.llava import CONFIGS as LLAVA_CONFIGS
 from mllm_edge.models.llava import preprocessing as clip_preprocessing
+from mllm_edge.models.parts import Part, filled
 
 # In the order in which groundingLMM's train.py adds them behind the trained vocabulary.
 ADDED = ("<im_start>", "<im_end>", "<bbox>", "<point>", "[SEG]", "<p>", "</p>")
@@ -232,7 +234,7 @@ def export_plan(checkpoint: Checkpoint) -> ExportPlan:
             ),
             StageExport(
                 "connector",
-                part("connector.", lambda: connector(llava)),
+                part("connector.", lambda: llava.projector()),
                 [features],
                 [TensorSpec("image_embeds", "float32", [1, llava.image_tokens, width])],
                 precisions=("fp32", "fp16"),

@@ -19,7 +19,8 @@ from mllm_edge.models.blocks.sam import SamDims
 from mllm_edge.models.blocks.sam_decoder import MaskDecoderDims
 from mllm_edge.models.blocks.vit import VitDims
 from mllm_edge.models.glamm import ADDED, GlammDims, tensor_shapes
-from mllm_edge.models.interface import Checkpoint, LlamaDims
+from mllm_edge.models.interface import Checkpoint
+from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.models.llava import LlavaDims
 from mllm_edge.models.llava_layouts import OURS, TOKENIZER_FILES, canonical_name, open_original
 

@@ -8,32 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_edge.bundle import Generation, ImagePreprocessing, Prompt, TensorSpec
+from mllm_edge.models.language.llama import LlamaDims
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-
-
-@dataclass(frozen=True)
-class LlamaDims:
-    """Shape of a LLaMA-architecture decoder (widths in channels, context in tokens)."""
-
-    vocabulary: int
-    width: int
-    ffn_width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    context: int
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    tied: bool = False
-    head_width: int | None = None
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of one attention head."""
-        return self.head_width or self.width // self.heads
 
 
 @dataclass(frozen=True)

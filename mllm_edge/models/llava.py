@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,13 @@ from torch import Tensor, nn
 
 from mllm_edge.bundle import Generation, ImagePreprocessing, Prompt, TensorSpec
 from mllm_edge.errors import BadInput
+from mllm_edge.models.blocks.connectors import connector
 from mllm_edge.models.blocks.encoders import EncoderDims, float32_modules, vision_encoder
 from mllm_edge.models.blocks.mobilenet import MobileNetDims
 from mllm_edge.models.blocks.vit import VitDims
-from mllm_edge.models.interface import Checkpoint, ExportPlan, LanguageModelExport, LlamaDims, StageExport
+from mllm_edge.models.interface import Checkpoint, ExportPlan, LanguageModelExport, StageExport
+from mllm_edge.models.language.llama import LlamaDims, llama
+from mllm_edge.models.parts import Part, filled
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -47,6 +48,10 @@ class LlavaDims:
     def image_tokens(self) -> int:
         """Places that a picture takes in the prompt."""
         return self.vision.patches // self.merge**2
+
+    def projector(self) -> nn.Sequential:
+        """The connector between encoder and decoder, freshly initialized."""
+        return connector(self.connector, self.vision.width, self.language.width, self.vision.patches, self.merge)
 
 
 CLIP_L_336 = VitDims(image_size=336, patch_size=14, width=1024, layers=24, heads=16, mlp_width=4096)
@@ -138,68 +143,6 @@ PROMPTS: dict[str, Prompt] = {
 }
 
 
-class MergeCells(nn.Module):
-    """The mean of each square of `side` x `side` neighbours: [B,N,D] -> [B,N/side**2,D], features by rows."""
-
-    def __init__(self, side: int):
-        super().__init__()
-        self.side = side
-
-    def forward(self, embeds: Tensor) -> Tensor:
-        batch, number, width = embeds.shape
-        cells = math.isqrt(number) // self.side
-        squares = embeds.reshape(batch, cells, self.side, cells, self.side, width)
-        return squares.mean(dim=(2, 4)).reshape(batch, cells * cells, width)
-
-
-def connector(dims: LlavaDims) -> nn.Sequential:
-    """The projector between vision encoder and decoder: [B,N,Dv] -> [B,M,D], with M = N / merge**2.
-
-    `dims.connector` is "linear" (v1) or "mlp{N}x_gelu" (v1.5: N=2), as in
-    llava/model/multimodal_projector/builder.py. What it says of the cells is merged last, so that a cell of
-    background does not blur another before it was looked at.
-
-    Raises:
-        BadInput: an unknown kind, or features that do not fall into squares.
-    """
-    kind, width = dims.connector, dims.language.width
-    depth = "1" if kind == "linear" else kind.removeprefix("mlp").removesuffix("x_gelu")
-    if not depth.isdecimal() or int(depth) < 1:
-        raise BadInput(f"connector {kind!r} is not known; use linear or mlp2x_gelu")
-    layers: list[nn.Module] = [nn.Linear(dims.vision.width, width)]
-    for _ in range(int(depth) - 1):
-        layers += [nn.GELU(), nn.Linear(width, width)]
-    if dims.merge > 1:
-        if math.isqrt(dims.vision.patches) % dims.merge:
-            raise BadInput(f"{dims.vision.patches} features do not fall into squares of {dims.merge} x {dims.merge}")
-        layers.append(MergeCells(dims.merge))
-    return nn.Sequential(*layers)
-
-
-def llama(dims: LlamaDims) -> nn.Module:
-    """The decoder: transformers' `LlamaForCausalLM`, which is the reference."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=dims.vocabulary,
-        hidden_size=dims.width,
-        intermediate_size=dims.ffn_width,
-        num_hidden_layers=dims.layers,
-        num_attention_heads=dims.heads,
-        num_key_value_heads=dims.kv_heads,
-        head_dim=dims.head_dim,
-        max_position_embeddings=dims.context,
-        rms_norm_eps=dims.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": dims.rope_theta},
-        tie_word_embeddings=dims.tied,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=dims.width**-0.5,  # the usual 0.02 at width 2500; narrow decoders learn little from it
-    )
-    model: nn.Module = LlamaForCausalLM(config)
-    return model
-
-
 class Llava(nn.Module):
     """The three parts, for training and as the reference of every parity check."""
 
@@ -207,7 +150,7 @@ class Llava(nn.Module):
         super().__init__()
         self.dims = dims
         self.vision_encoder = vision_encoder(dims.vision)
-        self.connector = connector(dims)
+        self.connector = dims.projector()
         self.language_model: Any = llama(dims.language)  # transformers' class, or peft's around it
 
     def encode(self, pixel_values: Tensor) -> Tensor:
@@ -249,7 +192,7 @@ def tensor_shapes(dims: LlavaDims) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         parts = {
             "vision_encoder": vision_encoder(dims.vision),
-            "connector": connector(dims),
+            "connector": dims.projector(),
             "language_model": llama(dims.language),
         }
     for prefix, module in parts.items():
@@ -305,31 +248,6 @@ def build(checkpoint: Checkpoint) -> Llava:
     return model.eval()
 
 
-class Part(Mapping[str, Tensor]):
-    """The tensors below a prefix, still lazy."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], names: list[str], prefix: str):
-        self.tensors, self.prefix = tensors, prefix
-        self.names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[self.prefix + name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-@torch.no_grad()
-def filled(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The module with its weights, which are read one by one: a second copy of them all is never held."""
-    for name, weight in module.state_dict().items():
-        weight.copy_(tensors[name])
-    return module.eval()
-
-
 def export_plan(checkpoint: Checkpoint) -> ExportPlan:
     """What export lowers: vision encoder and connector as stages, the decoder as the language model."""
     from mllm_edge.checkpoints.tokenizer import lead
@@ -355,7 +273,10 @@ def export_plan(checkpoint: Checkpoint) -> ExportPlan:
             ),
             StageExport(
                 "connector",
-                lambda: filled(connector(dims), bridge),
+                lambda: filled(
+                    dims.projector(),
+                    bridge,
+                ),
                 [features],
                 [embeds],
                 precisions=("fp32", "fp16"),

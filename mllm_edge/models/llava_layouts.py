@@ -30,7 +30,8 @@ from mllm_edge.errors import BadInput
 from mllm_edge.models import llava_packaged
 from mllm_edge.models.blocks.encoders import encoder_dims, encoder_settings
 from mllm_edge.models.blocks.vit import VitDims
-from mllm_edge.models.interface import Checkpoint, LlamaDims
+from mllm_edge.models.interface import Checkpoint
+from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.models.llava import IMAGE_MEAN, IMAGE_STD, LlavaDims, tensor_shapes
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mllm_edge.errors import BadInput
-from mllm_edge.models.llava import CONFIGS, IMAGE_INDEX, PROMPTS, llama
+from mllm_edge.models.language.llama import llama
+from mllm_edge.models.llava import CONFIGS, IMAGE_INDEX, PROMPTS
 from mllm_edge.recipes.conversation import (
     Sample,
     Vocabulary,

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from mllm_edge.errors import BadInput
 from mllm_edge.models.blocks.encoders import vision_encoder
-from mllm_edge.models.llava import CONFIGS, LlavaDims, connector, preprocessing
+from mllm_edge.models.llava import CONFIGS, LlavaDims, preprocessing
 from mllm_edge.recipes.language import read_vocabulary
 from mllm_edge.recipes.llava import hide_channels, unit_variance
 from mllm_edge.recipes.pictures.compose import TrainingPictures
@@ -52,7 +52,7 @@ class NamingModel(nn.Module):
     def __init__(self, dims: LlavaDims, names: Tensor, hidden: float = 0.0):
         super().__init__()
         self.hidden = hidden
-        self.connector = connector(dims)
+        self.connector = dims.projector()
         self.register_buffer("names", names - names.mean(dim=0))
         self.register_buffer("white", whitening(names))
 

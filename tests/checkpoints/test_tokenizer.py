@@ -14,7 +14,8 @@ from mllm_edge.checkpoints.tokenizer import checkpoint_tokenizer, lead, read_tok
 from mllm_edge.errors import BadInput, OutOfTolerance
 from mllm_edge.export.gguf import export_language_model, tensor_shapes
 from mllm_edge.export.same_tokens import NASTY, assert_same_tokens
-from mllm_edge.models.interface import LanguageModelExport, LlamaDims
+from mllm_edge.models.interface import LanguageModelExport
+from mllm_edge.models.language.llama import LlamaDims
 
 Data = dict[str, Any]
 

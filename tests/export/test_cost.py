@@ -5,14 +5,14 @@ from torch import nn
 from toy_system import DIMS, decoder
 
 from mllm_edge.bundle import TensorSpec
-from mllm_edge.export.cost import product_weights, stage_flops, weight_count, without_weights
+from mllm_edge.export.cost import stage_flops, without_weights
 from mllm_edge.models.llava import CONFIGS, export_plan, resolve
 
 
 def test_weight_count_is_that_of_the_reference() -> None:
     norms = (2 * DIMS.layers + 1) * DIMS.width
-    assert weight_count(DIMS) + norms == sum(parameter.numel() for parameter in decoder().parameters())
-    assert weight_count(DIMS) - product_weights(DIMS) == (0 if DIMS.tied else DIMS.vocabulary * DIMS.width)
+    assert DIMS.weights + norms == sum(parameter.numel() for parameter in decoder().parameters())
+    assert DIMS.weights - DIMS.product_weights == (0 if DIMS.tied else DIMS.vocabulary * DIMS.width)
 
 
 def test_operations_of_a_convolution_and_a_linear() -> None:
@@ -29,4 +29,4 @@ def test_full_size_costs_what_the_literature_says() -> None:
         module = plan.stages[0].module()
     # CLIP-L/14-336: 191 G multiplications with all 24 blocks, of which 23 run here
     assert 0.34e12 < stage_flops(module, plan.stages[0].inputs) < 0.39e12
-    assert abs(weight_count(CONFIGS["7b"].language) / 6.738e9 - 1) < 0.001
+    assert abs(CONFIGS["7b"].language.weights / 6.738e9 - 1) < 0.001

@@ -12,11 +12,12 @@ from tokenizers_to_test import byte_level, llama_fast, llama_sentencepiece, writ
 
 from mllm_edge.checkpoints.tokenizer import lead, read_tokenizer
 from mllm_edge.errors import BadInput, OutOfTolerance
-from mllm_edge.export.gguf import QUANTS, export_language_model, interleave_rotary, tensor_shapes
+from mllm_edge.export.gguf import QUANTS, export_language_model, tensor_shapes
 from mllm_edge.export.k_quants import K_QUANTS
 from mllm_edge.export.same_tokens import assert_same_tokens
-from mllm_edge.models.interface import LanguageModelExport, LlamaDims
-from mllm_edge.models.llava import llama
+from mllm_edge.models.interface import LanguageModelExport
+from mllm_edge.models.language.llama import LlamaDims, llama
+from mllm_edge.models.language.llama_gguf import interleave_rotary
 from mllm_edge.runtime.llama import LlamaLanguageModel
 from mllm_edge.runtime.llama_library import library
 from mllm_edge.runtime.stage import Options

@@ -10,7 +10,8 @@ from torch import nn
 
 from mllm_edge import bundle, models
 from mllm_edge.bundle import EmbeddingTable, Generation, ImagePreprocessing, LanguageModelEntry, Prompt, TensorSpec
-from mllm_edge.models.interface import Checkpoint, ExportPlan, LanguageModelExport, LlamaDims, StageExport
+from mllm_edge.models.interface import Checkpoint, ExportPlan, LanguageModelExport, StageExport
+from mllm_edge.models.language.llama import LlamaDims
 
 DIMS = LlamaDims(vocabulary=96, width=32, ffn_width=64, layers=2, heads=4, kv_heads=2, context=256)
 PROMPT = Prompt(

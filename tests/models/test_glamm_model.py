@@ -18,7 +18,7 @@ from mllm_edge.models.blocks.sam_decoder import MaskDecoderDims
 from mllm_edge.models.blocks.vit import VitDims
 from mllm_edge.models.glamm import ADDED, CONFIGS, Glamm, GlammDims, TappedEncoder, grounding, tensor_shapes
 from mllm_edge.models.glamm_layouts import load_glamm, read_sam, save_glamm
-from mllm_edge.models.interface import LlamaDims
+from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.models.llava import LlavaDims
 
 VISION = VitDims(image_size=28, patch_size=7, width=16, layers=11, heads=2, mlp_width=24)

@@ -7,18 +7,10 @@ import torch
 
 from mllm_edge.errors import BadInput
 from mllm_edge.models import get
+from mllm_edge.models.blocks.connectors import MergeCells, connector
 from mllm_edge.models.blocks.vit import VitDims
-from mllm_edge.models.interface import LlamaDims
-from mllm_edge.models.llava import (
-    CONFIGS,
-    IMAGE_INDEX,
-    PROMPTS,
-    Llava,
-    LlavaDims,
-    MergeCells,
-    connector,
-    tensor_shapes,
-)
+from mllm_edge.models.language.llama import LlamaDims
+from mllm_edge.models.llava import CONFIGS, IMAGE_INDEX, PROMPTS, Llava, LlavaDims, tensor_shapes
 
 SMALL = LlavaDims(
     vision=VitDims(image_size=14, patch_size=7, width=32, layers=2, heads=2, mlp_width=64),

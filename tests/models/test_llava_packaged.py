@@ -10,7 +10,8 @@ import torch
 
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.models import llava_packaged
-from mllm_edge.models.llava import CONFIGS, build, connector, resolve
+from mllm_edge.models.blocks.connectors import connector
+from mllm_edge.models.llava import CONFIGS, build, resolve
 from mllm_edge.models.llava_layouts import load_llava, save_on_packages
 from mllm_edge.recipes.llava import add_lora
 from mllm_edge.recipes.recipe import LoraSettings

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from mllm_edge.models.interface import LlamaDims
-from mllm_edge.models.llava import CONFIGS, IMAGE_INDEX, PROMPTS, llama
+from mllm_edge.models.language.llama import LlamaDims, llama
+from mllm_edge.models.llava import CONFIGS, IMAGE_INDEX, PROMPTS
 from mllm_edge.recipes.conversation import (
     IGNORE,
     Sample,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mllm_edge.checkpoints.tensors import Tensors
 from mllm_edge.errors import BadInput
-from mllm_edge.models.interface import LlamaDims
+from mllm_edge.models.language.llama import LlamaDims
 
 _OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -52,9 +52,9 @@ def open_gguf(path: Path) -> tuple[LlamaDims, Tensors]:
 
     def get(name: str) -> Tensor:
         tensor = found[name]
-        weight = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        weight = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
         heads = {"q_proj": dims.heads, "k_proj": dims.kv_heads}.get(name.split(".")[-2])
-        return _unpermuted(weight, heads) if heads else weight
+        return torch.from_numpy(half_rotary(weight, heads) if heads else weight)
 
     return dims, Tensors(list(found), get, lambda name: tuple(int(n) for n in reversed(found[name].shape)))
 
@@ -151,7 +151,13 @@ def _name(path: Path, name: str) -> str:
     return f"model.layers.{number}.{module}.weight"
 
 
-def _unpermuted(weight: Tensor, heads: int) -> Tensor:
-    """Undo the row order that llama.cpp's rotary embedding asks for: pairs (i, i + half) stand side by side there."""
-    half = weight.shape[0] // heads // 2
-    return weight.view(heads, half, 2, -1).transpose(1, 2).reshape(weight.shape)
+def interleave_rotary(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Reorder the rows of a q or k projection [H*d, D] from Hugging Face's half-rotation to llama.cpp's pairs."""
+    rows, width = weight.shape
+    return weight.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
+
+
+def half_rotary(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Undo `interleave_rotary`: pairs (i, i + half) stand side by side in a GGUF file."""
+    rows, width = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)

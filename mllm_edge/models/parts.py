@@ -1,0 +1,33 @@
+"""A part of a checkpoint, and a module filled with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class Part(Mapping[str, Tensor]):
+    """The tensors below a prefix, still lazy."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: list[str], prefix: str):
+        self.tensors, self.prefix = tensors, prefix
+        self.names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[self.prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@torch.no_grad()
+def filled(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The module with its weights, which are read one by one: a second copy of them all is never held."""
+    for name, weight in module.state_dict().items():
+        weight.copy_(tensors[name])
+    return module.eval()
