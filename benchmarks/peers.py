@@ -56,13 +56,14 @@ def prepare(folder: Path) -> None:
     import transformers
 
     import mllm_edge
-    from mllm_edge.models.llava import CONFIGS, shipped
+    from mllm_edge.models.llava.model import CONFIGS
+    from mllm_edge.models.resolve import shipped
 
     dims = CONFIGS["1b"]
     checkpoint = folder / "checkpoint"
     vision, language = dims.vision, dims.language
     if not (checkpoint / "config.json").is_file():
-        image_id = _tokenizer(shipped() / "tiny" / "tokenizer.model", checkpoint, vision.image_size)
+        image_id = _tokenizer(shipped("llava") / "tiny" / "tokenizer.model", checkpoint, vision.image_size)
         config = transformers.LlavaConfig(
             vision_config=transformers.CLIPVisionConfig(
                 hidden_size=vision.width,

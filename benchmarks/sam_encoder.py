@@ -23,8 +23,10 @@ from mllm_edge.bundle import StageEntry, TensorSpec
 from mllm_edge.export.onnx import export_stage
 from mllm_edge.export.samples import Samples, pictures
 from mllm_edge.machine.threads import usable_cores
-from mllm_edge.models import glamm
 from mllm_edge.models.blocks.sam import SamDims
+from mllm_edge.models.glamm import model as glamm
+from mllm_edge.models.glamm import plan as glamm_plan
+from mllm_edge.models.resolve import resolve
 from mllm_edge.runtime.ort import OnnxStage
 from mllm_edge.runtime.stage import Options
 
@@ -75,7 +77,7 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console()
     torch.set_num_threads(arguments.threads)
-    plan = glamm.export_plan(glamm.resolve("random", arguments.config))
+    plan = glamm_plan.plan(resolve("glamm", "random", arguments.config))
     stage = next(one for one in plan.stages if one.name == "mask_encoder")
     samples = Samples(plan, pictures(1))
     (feed,) = samples.inputs(stage)

@@ -47,10 +47,11 @@ def main() -> None:
     from tokenizers import Tokenizer
 
     import mllm_edge
-    from mllm_edge.models.llava import PROMPTS as TEMPLATES
-    from mllm_edge.models.llava import build, resolve
+    from mllm_edge.models.llava.model import build
+    from mllm_edge.models.llava.prompts import PROMPTS as TEMPLATES
+    from mllm_edge.models.resolve import resolve
 
-    checkpoint = resolve("smol", None)
+    checkpoint = resolve("llava", "smol", None)
     tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer / "tokenizer.json"))
     reference = build(checkpoint).language_model.half().float().eval()
     system = TEMPLATES[checkpoint.dims.template].system

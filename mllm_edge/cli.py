@@ -58,11 +58,11 @@ def root(
 @verb("systems", "systems --json")
 def systems(screen: Screen) -> None:
     """List the systems: tasks, stages, sizes, licenses."""
-    from mllm_edge.models import SYSTEMS
+    from mllm_edge import models
     from mllm_edge.show import system_table
 
-    known = list(SYSTEMS.values())
-    public = [{key: value for key, value in vars(info).items() if key != "module"} for info in known]
+    known = [models.get(name) for name in models.SYSTEMS]
+    public = [vars(info) for info in known]
     screen.result({"systems": public}, system_table(known))
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from mllm_edge.bundle import Manifest, Parity, TensorSpec
     from mllm_edge.export.build import Built
-    from mllm_edge.models import SystemInfo
+    from mllm_edge.models.info import SystemInfo
     from mllm_edge.runtime import Answer
 
 PLAIN_WIDTH = 160  # columns of tables that do not go to a terminal

@@ -17,8 +17,8 @@ from PIL import Image
 import mllm_edge
 from mllm_edge import bundle
 from mllm_edge.errors import BadInput
-from mllm_edge.models.glamm import ADDED
-from mllm_edge.models.glamm_prompts import GROUNDED_QUESTION
+from mllm_edge.models.glamm.model import ADDED
+from mllm_edge.models.glamm.prompts import GROUNDED_QUESTION
 from mllm_edge.recipes.segmentation import decode_segmentation
 from mllm_edge.runtime import Model, budget, loading, rle
 from mllm_edge.runtime.masks import iou

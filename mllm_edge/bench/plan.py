@@ -23,8 +23,9 @@ from mllm_edge.export.cost import (
     without_weights,
 )
 from mllm_edge.export.merging import embedding_stage
-from mllm_edge.models.interface import ExportPlan
 from mllm_edge.models.language.llama import LlamaDims
+from mllm_edge.models.plan import ExportPlan
+from mllm_edge.models.resolve import resolve
 from mllm_edge.runtime.budget import KV_BYTES
 from mllm_edge.runtime.image_encoder import EMBEDS, needed_for
 
@@ -114,8 +115,8 @@ def plan(system: str, config: str, chosen: Settings, device: Device, measured: R
         BadInput: an unknown name, a context past the model's, or a measurement of something else.
     """
     module = models.get(system).load_module()
-    checkpoint = without_weights(module.resolve("random", config))
-    lowered = module.export_plan(checkpoint)
+    checkpoint = without_weights(resolve(system, "random", config))
+    lowered = module.plan(checkpoint)
     dims = lowered.language_model.dims
     chosen = replace(chosen, context=chosen.context or dims.context)
     if not 1 <= chosen.context <= dims.context:

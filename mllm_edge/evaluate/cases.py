@@ -15,7 +15,7 @@ from PIL import Image
 
 from mllm_edge.bundle import sha256
 from mllm_edge.errors import BadInput
-from mllm_edge.models.glamm_prompts import CAPTION_QUESTIONS, GROUNDED_QUESTION, REGION_QUESTIONS, SEGMENT_TURNS
+from mllm_edge.models.glamm.prompts import CAPTION_QUESTIONS, GROUNDED_QUESTION, REGION_QUESTIONS, SEGMENT_TURNS
 from mllm_edge.recipes.grounded import region_caption
 from mllm_edge.recipes.readers import GroundedEntry, Reference, read_grandf, read_refcoco
 from mllm_edge.recipes.segmentation import decode_segmentation

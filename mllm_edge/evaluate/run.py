@@ -10,7 +10,7 @@ from typing import Any
 from mllm_edge.errors import BadInput
 from mllm_edge.evaluate.cases import Case, DataSet, Truth
 from mllm_edge.evaluate.scores import Prediction, score
-from mllm_edge.models.glamm_prompts import TEACHER_FORCED
+from mllm_edge.models.glamm.prompts import TEACHER_FORCED
 from mllm_edge.recipes.segmentation import decode_segmentation
 from mllm_edge.runtime import Model
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mllm_edge.checkpoints.tensors import Tensors
-from mllm_edge.models.interface import Checkpoint
+from mllm_edge.models.plan import Checkpoint
 
 if TYPE_CHECKING:
     from mllm_edge.bundle import TensorSpec

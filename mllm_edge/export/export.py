@@ -36,8 +36,9 @@ from mllm_edge.export.tensorrt import ahead, settings, usual_devices
 from mllm_edge.export.verify import PICTURES, require, verify
 from mllm_edge.export.workplace import Finished, Workplace, disk_full_explained
 from mllm_edge.machine.facts import gpu_capability
-from mllm_edge.models.interface import Checkpoint, ExportPlan, LanguageModelExport, StageExport
 from mllm_edge.models.language.llama import LlamaDims
+from mllm_edge.models.plan import Checkpoint, ExportPlan, LanguageModelExport, StageExport
+from mllm_edge.models.resolve import resolve
 from mllm_edge.runtime.tensorrt_packages import RTX
 
 if TYPE_CHECKING:
@@ -102,10 +103,10 @@ def export(
     capabilities = ahead(devices)
     how = settings(devices)
     module = models.get(system).load_module()
-    checkpoint = module.resolve(weights, config)
-    if mmproj and not hasattr(module, "write_mmproj"):
+    checkpoint = resolve(system, weights, config)
+    plan = module.plan(checkpoint)
+    if mmproj and "mmproj" not in plan.extras:
         raise BadInput(f"{system} has no multimodal projector in llama.cpp; export without --mmproj")
-    plan = module.export_plan(checkpoint)
     if merge_tokens is not None:
         if mmproj:
             raise BadInput("llama.cpp's projector file cannot merge tokens; export without --mmproj or --merge-tokens")
@@ -116,7 +117,7 @@ def export(
         job = _Job(place, checkpoint, plan, target, capabilities, how, precision, quant, clock)
         manifest = job.manifest()
         if mmproj:
-            manifest.extra_files.append(job.extra_file("mmproj", "mmproj.gguf", module.write_mmproj))
+            manifest.extra_files.append(job.extra_file("mmproj", "mmproj.gguf"))
         bundle.write(manifest, place.folder)
         if check:
             with job.clock.step("verify"):
@@ -198,11 +199,11 @@ class _Job:
             build=self.how,
         )
 
-    def extra_file(self, step: str, file: str, write: Callable[[Checkpoint, Path], None]) -> bundle.FileEntry:
+    def extra_file(self, step: str, file: str) -> bundle.FileEntry:
         """A file that belongs to the bundle but to no stage."""
 
         def build() -> Finished:
-            write(self.checkpoint, self.place.folder / file)
+            self.plan.extras[step](self.place.folder / file)
             return Finished([self.place.entry(self.place.folder / file)])
 
         with self.clock.step(step):

@@ -9,7 +9,7 @@ from torch import nn
 from mllm_edge.bundle import Manifest
 from mllm_edge.errors import BadInput
 from mllm_edge.kernels.token_merge import TokenMerge
-from mllm_edge.models.interface import ExportPlan, StageExport
+from mllm_edge.models.plan import ExportPlan, StageExport
 from mllm_edge.runtime.image_encoder import EMBEDS
 
 

@@ -24,7 +24,7 @@ from mllm_edge.export.precision import to_float16
 from mllm_edge.export.quantize import activation_peaks, quantize
 
 if TYPE_CHECKING:
-    from mllm_edge.models.interface import StageExport
+    from mllm_edge.models.plan import StageExport
 
 OPSET = 18
 PRECISIONS = ("fp32", "fp16", "int8")

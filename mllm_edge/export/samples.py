@@ -10,7 +10,7 @@ from PIL import Image
 
 from mllm_edge.bundle import ImagePreprocessing
 from mllm_edge.errors import BadInput
-from mllm_edge.models.interface import ExportPlan, StageExport
+from mllm_edge.models.plan import ExportPlan, StageExport
 from mllm_edge.runtime.preprocess import preprocess
 from mllm_edge.scenes import render, sample_scene
 

@@ -27,8 +27,9 @@ from mllm_edge.export.same_tokens import assert_same_tokens
 from mllm_edge.export.samples import Samples, pictures
 from mllm_edge.machine.facts import available_memory
 from mllm_edge.machine.threads import usable_cores
-from mllm_edge.models.interface import Checkpoint, ExportPlan, StageExport
 from mllm_edge.models.language.llama import LlamaDims
+from mllm_edge.models.plan import Checkpoint, ExportPlan, StageExport
+from mllm_edge.models.resolve import resolve
 from mllm_edge.runtime import Model, load
 from mllm_edge.runtime.grounding import LOGITS, SEG, STATES
 from mllm_edge.runtime.masks import at_full_size, iou
@@ -107,10 +108,10 @@ def verify_bundle(folder: Path, weights: str | None = None) -> list[Parity]:
     module = models.get(manifest.system).load_module()
     source = manifest.source
     weights = weights or source.get("path") or source["kind"]  # "random" and the shipped ones have no path
-    checkpoint = module.resolve(weights, manifest.config if weights == "random" else None)
+    checkpoint = resolve(manifest.system, weights, manifest.config if weights == "random" else None)
     if checkpoint.source.get("sha256") != source.get("sha256"):
         raise BadInput(f"{folder} was made from other weights ({source}); say where those are with --weights")
-    plan = merged_like(manifest, module.export_plan(checkpoint))
+    plan = merged_like(manifest, module.plan(checkpoint))
     rows = verify(folder, checkpoint, plan, pictures(PICTURES))
     bundle.write(dataclasses.replace(manifest, parity=with_rows(manifest.parity, rows)), folder)
     require(rows)

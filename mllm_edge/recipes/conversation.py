@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mllm_edge.bundle import Prompt
-from mllm_edge.models.llava import IMAGE_INDEX
+from mllm_edge.models.llava.model import IMAGE_INDEX
 
 IGNORE = -100
 

@@ -21,7 +21,8 @@ from torch.nn import functional
 
 from mllm_edge.errors import BadInput
 from mllm_edge.models.blocks.vit import VisionEncoder, VitDims
-from mllm_edge.models.llava import CONFIGS, LlavaDims, preprocessing
+from mllm_edge.models.llava.model import CONFIGS, LlavaDims
+from mllm_edge.models.llava.plan import preprocessing
 from mllm_edge.recipes.conversation import IGNORE
 from mllm_edge.recipes.recipe import Recipe
 from mllm_edge.recipes.weights import read_part, save_part

@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mllm_edge.errors import BadInput
-from mllm_edge.models.glamm import ADDED, CONFIGS, Glamm, GlammDims, preprocessing
-from mllm_edge.models.glamm_prompts import BOX, SEG
-from mllm_edge.models.llava import PROMPTS
+from mllm_edge.models.glamm.model import ADDED, CONFIGS, Glamm, GlammDims
+from mllm_edge.models.glamm.plan import preprocessing
+from mllm_edge.models.glamm.prompts import BOX, PROMPT, SEG
+from mllm_edge.models.resolve import resolve
 from mllm_edge.recipes.conversation import (
     Sample,
     Vocabulary,
@@ -190,7 +191,7 @@ class GlammTask:
         return GlammSample(sample, picture, masks, boxes[: sample.ids.count(self.vocabulary.added[BOX])])
 
     def _dialogue(self, turns: Sequence[GroundedTurn]) -> Sample:
-        prompt = PROMPTS[self.dims.llava.template]
+        prompt = PROMPT
         shown = prompt.image_joint.replace(prompt.image, prompt.image_open + prompt.image + prompt.image_close)
         pairs = [(turn.question, turn.answer) for turn in turns]
         pairs[0] = (shown + pairs[0][0], pairs[0][1])
@@ -234,7 +235,7 @@ class GlammTask:
         }
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
-        from mllm_edge.models.glamm_layouts import save_glamm
+        from mllm_edge.models.glamm.layouts import save_glamm
 
         if self.recipe.lora is not None:
             self.model.glamm.language_model = self.model.glamm.language_model.merge_and_unload()
@@ -251,18 +252,19 @@ def starting_parts(recipe: Recipe, dims: GlammDims) -> tuple[dict[str, Tensor], 
     whose tables get rows for the added tokens, and `init.sam` the folder of a run of `sam-pretrain` or a file in SAM's
     own layout.
     """
-    from mllm_edge.models import glamm, llava
-    from mllm_edge.models.glamm_layouts import read_sam
+    from mllm_edge.models.glamm import model as glamm
+    from mllm_edge.models.glamm.layouts import read_sam
+    from mllm_edge.models.llava import model as llava
 
     if "glamm" in recipe.init:
-        begun = glamm.resolve(recipe.init["glamm"], None)
+        begun = resolve("glamm", recipe.init["glamm"])
         if begun.dims != dims:
             raise BadInput(f"{recipe.init['glamm']} is not of config {recipe.config}; give a checkpoint of it")
         return {name: begun.tensors[name].float() for name in glamm.tensor_shapes(dims)}, begun.tokenizer
     missing = [part for part in ("llava", "sam") if part not in recipe.init]
     if missing:
         raise BadInput(f"the recipe's init names no {missing[0]}; add init.{missing[0]}=PATH")
-    checkpoint = llava.resolve(recipe.init["llava"], None)
+    checkpoint = resolve("llava", recipe.init["llava"])
     tensors = {name: checkpoint.tensors[name].float() for name in llava.tensor_shapes(checkpoint.dims)}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         table = tensors[f"language_model.{name}"]

@@ -8,7 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from mllm_edge.models.glamm_prompts import CAPTION_QUESTIONS, PHRASE, PHRASE_END, REGION_QUESTIONS, SEG, SEGMENT_TURNS
+from mllm_edge.models.glamm.prompts import (
+    CAPTION_QUESTIONS,
+    PHRASE,
+    PHRASE_END,
+    REGION_QUESTIONS,
+    SEG,
+    SEGMENT_TURNS,
+)
 from mllm_edge.scenes import Scene, SceneObject, boxes, grounded_caption, masks, pick, referring_expressions
 from mllm_edge.scenes.phrases import capitalized, full_description, with_article
 

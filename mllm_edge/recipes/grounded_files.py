@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from mllm_edge.errors import BadInput
-from mllm_edge.models.glamm import GlammDims
-from mllm_edge.models.glamm_prompts import CAPTION_QUESTIONS, REGION_QUESTIONS, SEGMENT_TURNS
+from mllm_edge.models.glamm.model import GlammDims
+from mllm_edge.models.glamm.prompts import CAPTION_QUESTIONS, REGION_QUESTIONS, SEGMENT_TURNS
 from mllm_edge.recipes.grounded import GroundedTurn, tagged
 from mllm_edge.recipes.readers import GroundedEntry, Reference, read_grandf, read_refcoco
 from mllm_edge.recipes.segmentation import decode_segmentation

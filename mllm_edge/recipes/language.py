@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from mllm_edge.errors import BadInput
 from mllm_edge.models.language.llama import llama
-from mllm_edge.models.llava import CONFIGS, IMAGE_INDEX, PROMPTS
+from mllm_edge.models.llava.model import CONFIGS, IMAGE_INDEX
+from mllm_edge.models.llava.prompts import PROMPTS
 from mllm_edge.recipes.conversation import (
     Sample,
     Vocabulary,

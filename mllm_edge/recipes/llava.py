@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mllm_edge.errors import BadInput
-from mllm_edge.models import llava_packaged
-from mllm_edge.models.llava import CONFIGS, IMAGE_INDEX, PROMPTS, Llava, LlavaDims, preprocessing
+from mllm_edge.models.llava import packaged as llava_packaged
+from mllm_edge.models.llava.model import CONFIGS, IMAGE_INDEX, Llava, LlavaDims
+from mllm_edge.models.llava.plan import preprocessing
+from mllm_edge.models.llava.prompts import PROMPTS
 from mllm_edge.recipes.conversation import (
     Sample,
     answer_loss,
@@ -318,7 +320,7 @@ class LlavaTask:
             self._save_whole(folder, state)
 
     def _save_whole(self, folder: Path, state: dict[str, Tensor]) -> None:
-        from mllm_edge.models.llava_layouts import save_llava, save_on_packages
+        from mllm_edge.models.llava.layouts import save_llava, save_on_packages
 
         dtype = getattr(torch, self.recipe.dtype)
         checkpoint = folder / "checkpoint"

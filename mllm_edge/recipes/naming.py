@@ -23,7 +23,8 @@ from torch.nn import functional
 
 from mllm_edge.errors import BadInput
 from mllm_edge.models.blocks.encoders import vision_encoder
-from mllm_edge.models.llava import CONFIGS, LlavaDims, preprocessing
+from mllm_edge.models.llava.model import CONFIGS, LlavaDims
+from mllm_edge.models.llava.plan import preprocessing
 from mllm_edge.recipes.language import read_vocabulary
 from mllm_edge.recipes.llava import hide_channels, unit_variance
 from mllm_edge.recipes.pictures.compose import TrainingPictures

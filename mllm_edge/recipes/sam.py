@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from mllm_edge.models.blocks.sam import SamImageEncoder
 from mllm_edge.models.blocks.sam_decoder import MaskDecoder, PromptEncoder
-from mllm_edge.models.glamm import CONFIGS, GlammDims, preprocessing
+from mllm_edge.models.glamm.model import CONFIGS, GlammDims
+from mllm_edge.models.glamm.plan import preprocessing
 from mllm_edge.recipes.encoder import repaint
 from mllm_edge.recipes.mask_losses import bce_loss, dice_loss, mean_iou, upscaled
 from mllm_edge.recipes.recipe import Recipe

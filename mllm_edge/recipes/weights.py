@@ -33,7 +33,7 @@ def tokenizer_folder(folder: str) -> Path:
     """Where the tokenizer of the decoder in `folder` lies. Raises MllmEdgeError when a package is not installed."""
     if folder != PACKAGES:
         return Path(folder)
-    from mllm_edge.models.llava_packaged import tokenizer
+    from mllm_edge.models.llava.packaged import tokenizer
 
     return tokenizer()
 
@@ -49,7 +49,7 @@ def read_part(folder: str, part: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if folder == PACKAGES:
-        from mllm_edge.models.llava_packaged import base_tensors
+        from mllm_edge.models.llava.packaged import base_tensors
 
         tensors, prefix = base_tensors(), f"{part}."
         return {name.removeprefix(prefix): tensors[name].float() for name in tensors if name.startswith(prefix)}

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_gguf import vocabulary_only
+from gguf_for_tests import vocabulary_only
 from tokenizers_to_test import FLAGS, byte_level, llama_fast, llama_sentencepiece, write
 
 from mllm_edge.checkpoints.tokenizer import checkpoint_tokenizer, lead, read_tokenizer
 from mllm_edge.errors import BadInput, OutOfTolerance
 from mllm_edge.export.gguf import export_language_model, tensor_shapes
 from mllm_edge.export.same_tokens import NASTY, assert_same_tokens
-from mllm_edge.models.interface import LanguageModelExport
 from mllm_edge.models.language.llama import LlamaDims
+from mllm_edge.models.plan import LanguageModelExport
 
 Data = dict[str, Any]
 

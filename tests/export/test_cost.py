@@ -6,7 +6,9 @@ from toy_system import DIMS, decoder
 
 from mllm_edge.bundle import TensorSpec
 from mllm_edge.export.cost import stage_flops, without_weights
-from mllm_edge.models.llava import CONFIGS, export_plan, resolve
+from mllm_edge.models.llava.model import CONFIGS
+from mllm_edge.models.llava.plan import plan
+from mllm_edge.models.resolve import resolve
 
 
 def test_weight_count_is_that_of_the_reference() -> None:
@@ -23,10 +25,10 @@ def test_operations_of_a_convolution_and_a_linear() -> None:
 
 
 def test_full_size_costs_what_the_literature_says() -> None:
-    checkpoint = without_weights(resolve("random", "7b"))
-    plan = export_plan(checkpoint)
+    checkpoint = without_weights(resolve("llava", "random", "7b"))
+    lowered = plan(checkpoint)
     with torch.device("meta"):
-        module = plan.stages[0].module()
+        module = lowered.stages[0].module()
     # CLIP-L/14-336: 191 G multiplications with all 24 blocks, of which 23 run here
-    assert 0.34e12 < stage_flops(module, plan.stages[0].inputs) < 0.39e12
+    assert 0.34e12 < stage_flops(module, lowered.stages[0].inputs) < 0.39e12
     assert abs(CONFIGS["7b"].language.weights / 6.738e9 - 1) < 0.001

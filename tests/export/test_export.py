@@ -275,6 +275,6 @@ def test_bad_options_are_named(toy, out, options, message):
 
 
 def test_mmproj_is_listed_in_the_manifest(toy, out):
-    toy.write_mmproj = lambda checkpoint, path: path.write_bytes(b"projector")
+    toy.extras = {"mmproj": lambda path: path.write_bytes(b"projector")}
     export("toy", out=out, mmproj=True)
     assert [(entry.file, entry.bytes) for entry in bundle.read(out).extra_files] == [("mmproj.gguf", 9)]

@@ -9,14 +9,15 @@ import onnxruntime
 import pytest
 from PIL import Image
 
+from mllm_edge import models
 from mllm_edge.errors import MllmEdgeError
 from mllm_edge.export.onnx import export_stage
 from mllm_edge.export.samples import Samples, pictures
 from mllm_edge.export.verify import compare
-from mllm_edge.models import glamm, llava
-from mllm_edge.models.interface import ExportPlan
+from mllm_edge.models.plan import ExportPlan
+from mllm_edge.models.resolve import resolve
 
-PLANS = {"llava tiny": (llava, ""), "glamm tiny": (glamm, ""), "llava smol": (llava, "smol")}
+PLANS = {"llava tiny": ("llava", ""), "glamm tiny": ("glamm", ""), "llava smol": ("llava", "smol")}
 LIMIT = 1e-2  # of the largest value
 
 
@@ -33,9 +34,9 @@ def photographs() -> list[np.ndarray]:
 
 
 def plan_of(name: str) -> ExportPlan:
-    module, weights = PLANS[name]
+    system, weights = PLANS[name]
     try:
-        return module.export_plan(module.resolve(weights, None))
+        return models.get(system).load_module().plan(resolve(system, weights))
     except MllmEdgeError as error:
         pytest.skip(str(error))
 

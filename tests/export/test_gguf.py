@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf_for_tests import vocabulary_only
 from tokenizers_to_test import byte_level, llama_fast, llama_sentencepiece, write
 
 from mllm_edge.checkpoints.tokenizer import lead, read_tokenizer
@@ -15,9 +16,9 @@ from mllm_edge.errors import BadInput, OutOfTolerance
 from mllm_edge.export.gguf import QUANTS, export_language_model, tensor_shapes
 from mllm_edge.export.k_quants import K_QUANTS
 from mllm_edge.export.same_tokens import assert_same_tokens
-from mllm_edge.models.interface import LanguageModelExport
 from mllm_edge.models.language.llama import LlamaDims, llama
 from mllm_edge.models.language.llama_gguf import interleave_rotary
+from mllm_edge.models.plan import LanguageModelExport
 from mllm_edge.runtime.llama import LlamaLanguageModel
 from mllm_edge.runtime.llama_library import library
 from mllm_edge.runtime.stage import Options
@@ -253,15 +254,6 @@ def test_wrong_shape_nan_and_small_vocabulary_are_named(tmp_path: Path, tokenize
     few = dataclasses.replace(NARROW, vocabulary=100)
     with pytest.raises(BadInput, match="422 tokens but the model 100 rows"):
         export_language_model(LanguageModelExport("llama", few, state, tokenizer), tmp_path / "a.gguf", "f32")
-
-
-def vocabulary_only(tmp_path: Path, folder: Path) -> Path:
-    size = len(read_tokenizer(folder).tokens)
-    dims = LlamaDims(vocabulary=size + 3, width=32, ffn_width=32, layers=1, heads=1, kv_heads=1, context=32)
-    state = {name: torch.zeros(shape) for name, shape in tensor_shapes(dims).items()}
-    path = tmp_path / "vocabulary.gguf"
-    export_language_model(LanguageModelExport("llama", dims, state, folder), path, "f32")
-    return path
 
 
 @pytest.mark.parametrize("kind", ["model", "legacy", "first", "gpt-2", "smollm", "llama-bpe", "qwen2"])

@@ -19,8 +19,10 @@ from mllm_edge.export.build import build_bundle
 from mllm_edge.export.onnx import export_stage
 from mllm_edge.export.samples import Samples, pictures
 from mllm_edge.export.verify import compare
-from mllm_edge.models import glamm, llava
-from mllm_edge.models.interface import StageExport
+from mllm_edge.models.glamm import plan as glamm_plan
+from mllm_edge.models.llava import plan as llava_plan
+from mllm_edge.models.plan import StageExport
+from mllm_edge.models.resolve import resolve
 from mllm_edge.runtime.cuda import Cuda
 from mllm_edge.runtime.masks import iou
 from mllm_edge.runtime.tensorrt_packages import RTX
@@ -33,11 +35,11 @@ GPUS = ["sm_86", "sm_89", "sm_120"]
 
 def stages() -> list[tuple[str, StageExport]]:
     plans = {
-        "llava tiny": llava.export_plan(llava.resolve("", None)),
-        "glamm tiny": glamm.export_plan(glamm.resolve("", None)),
+        "llava tiny": llava_plan.plan(resolve("llava", "", None)),
+        "glamm tiny": glamm_plan.plan(resolve("glamm", "", None)),
     }
     found = [(f"{name} {stage.name}", stage) for name, plan in plans.items() for stage in plan.stages]
-    full = {stage.name: stage for stage in glamm.export_plan(glamm.resolve("random", "7b-lite")).stages}
+    full = {stage.name: stage for stage in glamm_plan.plan(resolve("glamm", "random", "7b-lite")).stages}
     return [*found, ("CLIP-L/14-336", full["vision_encoder"]), ("SAM ViT-B", full["mask_encoder"])]
 
 
@@ -54,7 +56,7 @@ def test_every_stage_builds_for_three_gpus(name: str, stage: StageExport, tmp_pa
 
 
 def test_int8_builds_too(tmp_path: Path) -> None:
-    plan = glamm.export_plan(glamm.resolve("", None))
+    plan = glamm_plan.plan(resolve("glamm", "", None))
     samples = Samples(plan, pictures(4))
     quantized = [stage for stage in plan.stages if "int8" in stage.precisions]
     assert len(quantized) == 3
@@ -69,7 +71,7 @@ def test_int8_builds_too(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StageExport]:
-    stage = llava.export_plan(llava.resolve("", None)).stages[1]
+    stage = llava_plan.plan(resolve("llava", "", None)).stages[1]
     path = tmp_path_factory.mktemp("small") / "connector.onnx"
     export_stage(stage, path, "fp32")
     return path, stage

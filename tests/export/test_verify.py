@@ -92,10 +92,10 @@ class Toy:
     noise: float = 0.0
 
     def checkpoint(self):
-        return self.system.resolve("here", None)
+        return self.system.load(self.folder)
 
     def plan(self):
-        return self.system.export_plan(self.checkpoint())
+        return self.system.plan(self.checkpoint())
 
     def verify(self):
         return {row.name: row for row in verify(self.folder, self.checkpoint(), self.plan(), pictures(2))}
@@ -286,7 +286,7 @@ def test_result_is_written_into_the_manifest(toy):
 def test_other_weights_are_refused(toy):
     toy.system.source = "b"
     with pytest.raises(BadInput, match="made from other weights"):
-        verify_bundle(toy.folder, "elsewhere")
+        verify_bundle(toy.folder, str(toy.folder))
     assert bundle.read(toy.folder).parity == []
 
 

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional
 
 from mllm_edge.bundle import TensorSpec
-from mllm_edge.models.interface import StageExport
+from mllm_edge.models.plan import StageExport
 
 SIZE, PATCH, WIDTH, HEADS = 32, 8, 64, 4
 PATCHES = (SIZE // PATCH) ** 2

@@ -3,6 +3,7 @@
 import dataclasses
 import types
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from tiny_vit import FEATURES, PATCH, PATCHES, PIXELS, SIZE, WIDTH
@@ -10,8 +11,8 @@ from torch import nn
 
 from mllm_edge import bundle, models
 from mllm_edge.bundle import EmbeddingTable, Generation, ImagePreprocessing, LanguageModelEntry, Prompt, TensorSpec
-from mllm_edge.models.interface import Checkpoint, ExportPlan, LanguageModelExport, StageExport
 from mllm_edge.models.language.llama import LlamaDims
+from mllm_edge.models.plan import Checkpoint, ExportPlan, LanguageModelExport, StageExport
 
 DIMS = LlamaDims(vocabulary=96, width=32, ffn_width=64, layers=2, heads=4, kv_heads=2, context=256)
 PROMPT = Prompt(
@@ -50,33 +51,35 @@ class ToySystem(types.SimpleNamespace):
     """What a system's module offers. `built` counts how often each stage was built; `source` is the weights' name."""
 
     def __init__(self, tmp_path: Path) -> None:
-        super().__init__(built={"vision_encoder": 0, "connector": 0}, source="a", tokenizer=tmp_path)
+        super().__init__(built={"vision_encoder": 0, "connector": 0}, source="a", tokenizer=tmp_path, extras={})
 
     def _module(self, name):
         self.built[name] += 1
         torch.manual_seed(2)
         return Encoder() if name == "vision_encoder" else nn.Linear(WIDTH, DIMS.width)
 
-    def resolve(self, weights, config):
-        source = {"kind": "path", "path": str(weights), "sha256": self.source}
-        return Checkpoint("toy", config or "small", DIMS, {}, self.tokenizer, source)
+    CONFIGS: ClassVar = {"small": DIMS}
+    SHIPPED: ClassVar = ("small",)
 
-    def export_plan(self, checkpoint):
+    def load(self, folder):
+        source = {"kind": "path", "path": str(folder), "sha256": self.source}
+        return Checkpoint("toy", "small", DIMS, {}, self.tokenizer, source)
+
+    def plan(self, checkpoint):
         stages = [
             StageExport("vision_encoder", lambda: self._module("vision_encoder"), [PIXELS], [FEATURES]),
             StageExport("connector", lambda: self._module("connector"), [FEATURES], [EMBEDS], ("fp32", "fp16")),
         ]
         pixels = ImagePreprocessing("vision_encoder", PIXELS.name, SIZE, "pad", "bicubic", [127] * 3, HALF, HALF)
         lm = LanguageModelExport("llama", DIMS, {}, checkpoint.tokenizer)
-        return ExportPlan(["chat"], stages, lm, [pixels], PROMPT, Generation(), {"weights": "none"})
+        return ExportPlan(["chat"], stages, lm, [pixels], PROMPT, Generation(), {"weights": "none"}, extras=self.extras)
 
     def build(self, checkpoint):
         return types.SimpleNamespace(language_model=decoder())
 
 
 def register(monkeypatch, system):
-    info = types.SimpleNamespace(load_module=lambda: system)
-    monkeypatch.setitem(models.SYSTEMS, "toy", info)
+    monkeypatch.setattr(models, "get", lambda name: types.SimpleNamespace(load_module=lambda: system))
 
 
 def fake_gguf(lm, path, quant, *_, **__):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mllm_edge.bundle import TensorSpec
 from mllm_edge.export.onnx import export_stage
 from mllm_edge.kernels.token_merge import TokenMerge, matching, merge_tokens
-from mllm_edge.models.interface import StageExport
+from mllm_edge.models.plan import StageExport
 
 X, Y, Z = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]
 

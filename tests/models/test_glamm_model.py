@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import save_file
 
 from mllm_edge.errors import BadInput
-from mllm_edge.models import glamm
 from mllm_edge.models.blocks.region import RegionDims
 from mllm_edge.models.blocks.sam import SamDims
 from mllm_edge.models.blocks.sam_decoder import MaskDecoderDims
 from mllm_edge.models.blocks.vit import VitDims
-from mllm_edge.models.glamm import ADDED, CONFIGS, Glamm, GlammDims, TappedEncoder, grounding, tensor_shapes
-from mllm_edge.models.glamm_layouts import load_glamm, read_sam, save_glamm
+from mllm_edge.models.glamm import plan as glamm_plan
+from mllm_edge.models.glamm.layouts import load, read_sam, save_glamm
+from mllm_edge.models.glamm.model import ADDED, CONFIGS, Glamm, GlammDims, TappedEncoder, grounding, tensor_shapes
 from mllm_edge.models.language.llama import LlamaDims
-from mllm_edge.models.llava import LlavaDims
+from mllm_edge.models.llava.model import LlavaDims
+from mllm_edge.models.resolve import resolve, shipped
 
 VISION = VitDims(image_size=28, patch_size=7, width=16, layers=11, heads=2, mlp_width=24)
 LANGUAGE = LlamaDims(768, 32, 48, layers=1, heads=4, kv_heads=2, context=128)
@@ -52,7 +53,7 @@ def test_paper_sized_dims_have_the_papers_shapes() -> None:
 
 
 def test_the_shipped_checkpoint_stays_under_12_mb() -> None:
-    files = [file for file in (glamm.shipped() / "tiny").rglob("*") if file.is_file()]
+    files = [file for file in (shipped("glamm") / "tiny").rglob("*") if file.is_file()]
     assert {"config.json", "model.safetensors", "tokenizer.model", "added_tokens.json"} <= {file.name for file in files}
     assert sum(file.stat().st_size for file in files) <= 12_000_000
 
@@ -115,7 +116,7 @@ def published(model: Glamm, folder: Path) -> Path:
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     for file in ("tokenizer.model", "added_tokens.json"):
-        (folder / file).write_bytes((glamm.shipped() / "tiny" / file).read_bytes())
+        (folder / file).write_bytes((shipped("glamm") / "tiny" / file).read_bytes())
     return folder
 
 
@@ -125,18 +126,18 @@ def same(checkpoint, model: Glamm, atol: float = 0.0) -> None:
 
 
 def test_the_published_layout(model: Glamm, tmp_path: Path) -> None:
-    checkpoint = load_glamm(published(model, tmp_path / "GLaMM-Small"))
+    checkpoint = load(published(model, tmp_path / "GLaMM-Small"))
     assert checkpoint.dims == SMALL
     same(checkpoint, model)
-    assert [stage.name for stage in glamm.export_plan(checkpoint).stages] == [
+    assert [stage.name for stage in glamm_plan.plan(checkpoint).stages] == [
         "vision_encoder", "connector", "region_encoder", "mask_encoder", "mask_decoder",
     ]  # fmt: skip
 
 
 def test_our_layout(model: Glamm, tmp_path: Path) -> None:
-    tokenizer = glamm.shipped() / "tiny"
+    tokenizer = shipped("glamm") / "tiny"
     save_glamm(tmp_path / "saved", "small", SMALL, model.state_dict(), tokenizer, torch.float32)
-    checkpoint = load_glamm(tmp_path / "saved")
+    checkpoint = load(tmp_path / "saved")
     assert (checkpoint.dims, checkpoint.config) == (SMALL, "small")
     same(checkpoint, model)
     assert json.loads((tmp_path / "saved" / "added_tokens.json").read_text())["[SEG]"] == 768 + ADDED.index("[SEG]")
@@ -177,11 +178,10 @@ def test_what_is_not_glamm(model: Glamm, tmp_path: Path) -> None:
     kept = {n: t for n, t in load_all(folder).items() if "grounding_encoder" not in n}
     save_file(kept, folder / "model.safetensors")
     with pytest.raises(BadInput, match="without a grounding encoder"):
-        load_glamm(folder)
-    from mllm_edge.models import llava
+        load(folder)
 
     with pytest.raises(BadInput, match="holds weights of llava, not of glamm"):
-        load_glamm(llava.shipped() / "tiny")
+        load(shipped("llava") / "tiny")
 
 
 def load_all(folder: Path) -> dict[str, torch.Tensor]:
@@ -194,7 +194,7 @@ def test_a_tokenizer_without_glamms_tokens(model: Glamm, tmp_path: Path) -> None
     folder = published(model, tmp_path / "old")
     (folder / "added_tokens.json").unlink()
     with pytest.raises(BadInput, match="has no <im_start>; give GLaMM's own tokenizer"):
-        glamm.export_plan(load_glamm(folder))
+        glamm_plan.plan(load(folder))
 
 
 @pytest.mark.parametrize(
@@ -202,10 +202,10 @@ def test_a_tokenizer_without_glamms_tokens(model: Glamm, tmp_path: Path) -> None
 )
 def test_weights_that_cannot_be_found(weights: str, config: str | None) -> None:
     with pytest.raises(BadInput):
-        glamm.resolve(weights, config)
+        resolve("glamm", weights, config)
 
 
 def test_random_weights_of_any_config_are_lazy() -> None:
-    checkpoint = glamm.resolve("random", "7b-lite")
+    checkpoint = resolve("glamm", "random", "7b-lite")
     assert dataclasses.replace(checkpoint.dims) == CONFIGS["7b-lite"]
     assert checkpoint.tensors["mask_head.projection.2.bias"].shape == (256,)

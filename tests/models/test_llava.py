@@ -7,10 +7,11 @@ import torch
 
 from mllm_edge.errors import BadInput
 from mllm_edge.models import get
-from mllm_edge.models.blocks.connectors import MergeCells, connector
+from mllm_edge.models.blocks.connectors import MergeCells
 from mllm_edge.models.blocks.vit import VitDims
 from mllm_edge.models.language.llama import LlamaDims
-from mllm_edge.models.llava import CONFIGS, IMAGE_INDEX, PROMPTS, Llava, LlavaDims, tensor_shapes
+from mllm_edge.models.llava.model import CONFIGS, IMAGE_INDEX, Llava, LlavaDims, tensor_shapes
+from mllm_edge.models.llava.prompts import PROMPTS
 
 SMALL = LlavaDims(
     vision=VitDims(image_size=14, patch_size=7, width=32, layers=2, heads=2, mlp_width=64),
@@ -33,19 +34,19 @@ def test_splice_puts_each_picture_at_its_place() -> None:
 
 def test_connector_sizes_of_the_paper() -> None:
     with torch.device("meta"):
-        sizes = [sum(p.numel() for p in connector(CONFIGS[name]).parameters()) for name in ("7b", "13b")]
+        sizes = [sum(p.numel() for p in CONFIGS[name].projector().parameters()) for name in ("7b", "13b")]
     assert sizes == [20_979_712, 31_467_520]  # reference: 7B and 13B
 
 
 def test_unknown_connector_is_named() -> None:
     with pytest.raises(BadInput, match="resampler"):
-        connector(dataclasses.replace(SMALL, connector="resampler"))
+        dataclasses.replace(SMALL, connector="resampler").projector()
 
 
 def test_embeddings_of_neighbouring_cells_are_merged() -> None:
     merging = dataclasses.replace(SMALL, connector="linear", merge=2)
     assert (SMALL.vision.patches, merging.image_tokens) == (4, 1)
-    model = connector(merging)
+    model = merging.projector()
     features = torch.randn(2, 4, SMALL.vision.width)
     torch.testing.assert_close(model(features)[:, 0], model[0](features).mean(dim=1))
     rows = torch.arange(16.0).reshape(1, 16, 1)  # 4 x 4 cells: 0 1 4 5 | 2 3 6 7 | ...
@@ -54,7 +55,7 @@ def test_embeddings_of_neighbouring_cells_are_merged() -> None:
 
 def test_features_that_do_not_fall_into_squares_are_refused() -> None:
     with pytest.raises(BadInput, match="4 features do not fall into squares of 3 x 3"):
-        connector(dataclasses.replace(SMALL, merge=3))
+        dataclasses.replace(SMALL, merge=3).projector()
 
 
 def published_tensors(width: int, ffn_width: int, layers: int) -> dict[str, tuple[int, ...]]:

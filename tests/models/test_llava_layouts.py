@@ -9,9 +9,10 @@ import transformers
 from checkpoints_to_test import canonical, port, write_original, write_weights
 
 from mllm_edge.errors import BadInput
-from mllm_edge.models.interface import Checkpoint
-from mllm_edge.models.llava import build, resolve, tensor_shapes
-from mllm_edge.models.llava_layouts import load_llava, save_llava
+from mllm_edge.models.llava.layouts import load, save_llava
+from mllm_edge.models.llava.model import build, tensor_shapes
+from mllm_edge.models.plan import Checkpoint
+from mllm_edge.models.resolve import resolve
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def with_tokenizer(folder: Path) -> Path:
 def test_transformers_layout(tmp_path: Path, model: transformers.LlavaForConditionalGeneration, shard: str) -> None:
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "40KB")
-    checkpoint = load_llava(with_tokenizer(tmp_path))
+    checkpoint = load(with_tokenizer(tmp_path))
     same(checkpoint, model)
     assert checkpoint.dims.fit == "crop"
     assert checkpoint.dims.template == "vicuna_v1_no_system"
@@ -50,7 +51,7 @@ def test_old_names_of_transformers(tmp_path: Path, model: transformers.LlavaForC
         old[name.replace("connector.2", "multi_modal_projector.linear_2")] = tensor
     write_weights(old, tmp_path, "safetensors")
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_pad": True, "image_mean": [0.5] * 3}))
-    checkpoint = load_llava(with_tokenizer(tmp_path))
+    checkpoint = load(with_tokenizer(tmp_path))
     same(checkpoint, model)
     assert (checkpoint.dims.fit, checkpoint.dims.mean) == ("pad", (0.5, 0.5, 0.5))
 
@@ -60,17 +61,17 @@ def test_old_names_of_transformers(tmp_path: Path, model: transformers.LlavaForC
 def test_original_layout(
     tmp_path: Path, model: transformers.LlavaForConditionalGeneration, suffix: str, inside: bool
 ) -> None:
-    checkpoint = load_llava(with_tokenizer(write_original(model, tmp_path / "llava-v1.5-small", suffix, inside)))
+    checkpoint = load(with_tokenizer(write_original(model, tmp_path / "llava-v1.5-small", suffix, inside)))
     same(checkpoint, model)
     assert (checkpoint.dims.fit, checkpoint.dims.template) == ("pad", "vicuna_v1")
     assert checkpoint.dims.language.vocabulary == 448
 
 
 def test_our_layout(tmp_path: Path, model: transformers.LlavaForConditionalGeneration) -> None:
-    dims = load_llava(with_tokenizer(write_original(model, tmp_path / "a", "bin"))).dims
+    dims = load(with_tokenizer(write_original(model, tmp_path / "a", "bin"))).dims
     tokenizer = with_tokenizer(tmp_path)
     save_llava(tmp_path / "ours", "small", dims, canonical(model), tokenizer, torch.float32)
-    checkpoint = resolve(str(tmp_path / "ours"), None)
+    checkpoint = resolve("llava", str(tmp_path / "ours"), None)
     same(checkpoint, model)
     assert (checkpoint.dims, checkpoint.config) == (dims, "small")
 
@@ -88,7 +89,7 @@ def test_lora_layout(tmp_path: Path, model: transformers.LlavaForConditionalGene
     weights = {f"base_model.model.{target}.lora_A.weight": a, f"base_model.model.{target}.lora_B.weight": b}
     torch.save(weights, lora / "adapter_model.bin")
     torch.save({"base_model.model.model.mm_projector.0.bias": torch.full((64,), 3.0)}, lora / "non_lora_trainables.bin")
-    checkpoint = load_llava(with_tokenizer(lora))
+    checkpoint = load(with_tokenizer(lora))
     before = canonical(model)[f"language_model.{target}.weight"]
     assert torch.allclose(checkpoint.tensors[f"language_model.{target}.weight"], before + 3 * b @ a, atol=1e-5)
     assert torch.equal(checkpoint.tensors["connector.0.bias"], torch.full((64,), 3.0))
@@ -96,7 +97,7 @@ def test_lora_layout(tmp_path: Path, model: transformers.LlavaForConditionalGene
 
 def test_the_reference_is_transformers(tmp_path: Path, model: transformers.LlavaForConditionalGeneration) -> None:
     model.save_pretrained(tmp_path)
-    ours = build(load_llava(with_tokenizer(tmp_path)))
+    ours = build(load(with_tokenizer(tmp_path)))
     ids = torch.tensor([[1, 5, *[420] * 16, 7, 9]])
     pixels = torch.randn(1, 3, 28, 28)
     with torch.no_grad():
@@ -128,7 +129,7 @@ def test_what_does_not_fit_is_named(
     config = {key: value for key, value in config.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadInput, match=message):
-        load_llava(folder)
+        load(folder)
 
 
 def test_weights_of_another_system_and_no_tokenizer(
@@ -136,9 +137,9 @@ def test_weights_of_another_system_and_no_tokenizer(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"system": "glamm"}))
     with pytest.raises(BadInput, match="weights of glamm"):
-        load_llava(tmp_path)
+        load(tmp_path)
     with pytest.raises(BadInput, match=r"no tokenizer\.model"):
-        load_llava(write_original(model, tmp_path / "llava", "bin"))
+        load(write_original(model, tmp_path / "llava", "bin"))
 
 
 def test_a_missing_head_is_not_taken_for_a_tied_one(
@@ -149,10 +150,10 @@ def test_a_missing_head_is_not_taken_for_a_tied_one(
     del state["lm_head.weight"]
     torch.save(state, folder / "pytorch_model.bin")
     with pytest.raises(BadInput, match=r"lm_head\.weight"):
-        load_llava(folder)
+        load(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    assert load_llava(folder).dims.language.tied
+    assert load(folder).dims.language.tied
 
 
 def test_missing_weights_are_named(tmp_path: Path, model: transformers.LlavaForConditionalGeneration) -> None:
@@ -161,4 +162,4 @@ def test_missing_weights_are_named(tmp_path: Path, model: transformers.LlavaForC
     del state["model.norm.weight"]
     torch.save(state, folder / "pytorch_model.bin")
     with pytest.raises(BadInput, match=r"lacks 1 tensors \(language_model\.model\.norm\.weight\)"):
-        load_llava(folder)
+        load(folder)

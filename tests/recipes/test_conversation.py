@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mllm_edge.models.language.llama import LlamaDims, llama
-from mllm_edge.models.llava import CONFIGS, IMAGE_INDEX, PROMPTS
+from mllm_edge.models.llava.model import CONFIGS, IMAGE_INDEX
+from mllm_edge.models.llava.prompts import PROMPTS
 from mllm_edge.recipes.conversation import (
     IGNORE,
     Sample,

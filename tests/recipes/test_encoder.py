@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from mllm_edge.models.llava import CONFIGS
+from mllm_edge.models.llava.model import CONFIGS
 from mllm_edge.recipes.conversation import IGNORE
 from mllm_edge.recipes.encoder import APART, DenseModel, dense_labels, repaint, sine_positions
 from mllm_edge.scenes import COLOR_RGB, COLORS, SHAPES, Background, Scene, SceneObject, sample_scene

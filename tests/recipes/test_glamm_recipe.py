@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from mllm_edge.errors import BadInput
-from mllm_edge.models.glamm import CONFIGS
-from mllm_edge.models.glamm_prompts import BOX, CAPTION_QUESTIONS, SEG
+from mllm_edge.models.glamm.model import CONFIGS
+from mllm_edge.models.glamm.prompts import BOX, CAPTION_QUESTIONS, SEG
+from mllm_edge.models.resolve import resolve
 from mllm_edge.recipes import train
 from mllm_edge.recipes.conversation import IGNORE
 from mllm_edge.recipes.glamm import GlammTask
@@ -135,9 +136,8 @@ def test_the_state_that_foretells_seg_makes_the_mask(task: GlammTask) -> None:
 def test_two_steps_and_what_they_leave(sam: Path, tmp_path: Path) -> None:
     report = train("glamm-finetune", [*QUIET, f"init.sam={sam}", f"out={tmp_path}"], False, lambda *_: None)
     assert {"validation_region_exact", "validation_mask_iou"} == set(report["metrics"])
-    from mllm_edge.models import glamm
 
-    checkpoint = glamm.resolve(str(tmp_path / "checkpoint"), None)
+    checkpoint = resolve("glamm", str(tmp_path / "checkpoint"), None)
     assert checkpoint.dims == CONFIGS["tiny"]
     assert not [name for name in checkpoint.tensors if "lora" in name]
 

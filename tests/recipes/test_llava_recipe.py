@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mllm_edge.models.llava import CONFIGS, IMAGE_INDEX, Llava
+from mllm_edge.models.llava.model import CONFIGS, IMAGE_INDEX, Llava
 from mllm_edge.recipes import train
 from mllm_edge.recipes.conversation import IGNORE
 from mllm_edge.recipes.encoder import pixels

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from mllm_edge.errors import BadInput
-from mllm_edge.models.llava import CONFIGS, Llava, shipped
+from mllm_edge.models.llava.model import CONFIGS, Llava
+from mllm_edge.models.resolve import shipped
 from mllm_edge.recipes.naming import WORD_SCALE, NamingTask, named, whitening
 from mllm_edge.recipes.readers import Conversation
 from mllm_edge.recipes.recipe import Recipe
@@ -29,7 +30,7 @@ def recipe(tmp_path: Path) -> Recipe:
     state = llava.state_dict()
     for part in ("vision_encoder", "language_model"):
         save_part(tmp_path, part, {}, state, f"{part}.", "float32")
-    shutil.copy(shipped() / "tiny" / "tokenizer.model", tmp_path)
+    shutil.copy(shipped("llava") / "tiny" / "tokenizer.model", tmp_path)
     entries = []
     for name, color in THINGS.items():
         Image.new("RGB", (128, 128), color).save(tmp_path / f"{name}.png")

@@ -69,7 +69,8 @@ def test_accumulation_equals_a_large_batch(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_whole_chain(tmp_path: Path, lora: bool) -> None:
-    from mllm_edge.models.llava import build, resolve
+    from mllm_edge.models.llava.model import build
+    from mllm_edge.models.resolve import resolve
 
     parts = {name: tmp_path / name for name in ("encoder", "lm", "stage1", "stage2")}
     train("encoder-pretrain", [*SMALL, f"out={parts['encoder']}", "steps=1", "evaluate=2"], False, quiet)
@@ -79,7 +80,7 @@ def test_the_whole_chain(tmp_path: Path, lora: bool) -> None:
     init += [f"init.connector={parts['stage1']}", "evaluate=2", *(["lora.r=4"] if lora else [])]
     report = train("llava-finetune", [*SMALL, *init, f"out={parts['stage2']}", "steps=2"], False, quiet)
     assert 0 <= report["metrics"]["validation_exact"] <= 1
-    model = build(resolve(str(parts["stage2"] / "checkpoint"), None))
+    model = build(resolve("llava", str(parts["stage2"] / "checkpoint"), None))
     frozen = read_part(str(parts["encoder"]), "vision_encoder")
     for name, tensor in model.vision_encoder.state_dict().items():
         assert torch.equal(tensor, frozen[name]), name

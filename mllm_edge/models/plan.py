@@ -62,7 +62,8 @@ class ExportPlan:
     """Everything that export needs to know about one checkpoint of one system.
 
     `examples` are inputs of stages, by tensor name, that no picture and no earlier stage gives; `question` is one whose
-    answer has all that the system can answer with.
+    answer has all that the system can answer with. `extras` write files that belong to no stage, by
+    the option that asks for them.
     """
 
     tasks: list[str]
@@ -74,3 +75,4 @@ class ExportPlan:
     licences: dict[str, str]
     examples: dict[str, np.ndarray] = field(default_factory=dict)
     question: str = "What is in the picture?"
+    extras: dict[str, Callable[[Path], None]] = field(default_factory=dict)

@@ -25,7 +25,7 @@ from mllm_edge.models.blocks.vit import VitDims
 if TYPE_CHECKING:
     import torch
 
-    from mllm_edge.models.llava import LlavaDims
+    from mllm_edge.models.llava.model import LlavaDims
 
 BLOCK_NAMES = {
     "self_attn.q_proj": "attn_q",

@@ -11,11 +11,12 @@ from tokenizers_to_test import llama_sentencepiece
 
 from mllm_edge.errors import BadInput
 from mllm_edge.export.gguf import export_language_model
-from mllm_edge.export.mmproj import write_mmproj
 from mllm_edge.models.blocks.vit import VitDims
-from mllm_edge.models.interface import LanguageModelExport
 from mllm_edge.models.language.llama import LlamaDims
-from mllm_edge.models.llava import Llava, LlavaDims, preprocessing
+from mllm_edge.models.llava.mmproj import write_mmproj
+from mllm_edge.models.llava.model import Llava, LlavaDims
+from mllm_edge.models.llava.plan import preprocessing
+from mllm_edge.models.plan import LanguageModelExport
 from mllm_edge.runtime.llama_library import library
 from mllm_edge.runtime.preprocess import preprocess
 

@@ -6,23 +6,23 @@ import dataclasses
 import json
 import math
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllm_edge.checkpoints.tensors import Tensors, check_shapes, fingerprint, open_file, open_folder, read_json, renamed
+from mllm_edge.checkpoints.tensors import Tensors, check_shapes, open_file, open_folder, read_json, renamed
 from mllm_edge.errors import BadInput
 from mllm_edge.models.blocks.encoders import encoder_dims, encoder_settings
 from mllm_edge.models.blocks.region import RegionDims
 from mllm_edge.models.blocks.sam import SamDims
 from mllm_edge.models.blocks.sam_decoder import MaskDecoderDims
 from mllm_edge.models.blocks.vit import VitDims
-from mllm_edge.models.glamm import ADDED, GlammDims, tensor_shapes
-from mllm_edge.models.interface import Checkpoint
+from mllm_edge.models.glamm.model import ADDED, GlammDims, tensor_shapes
 from mllm_edge.models.language.llama import LlamaDims
-from mllm_edge.models.llava import LlavaDims
-from mllm_edge.models.llava_layouts import OURS, TOKENIZER_FILES, canonical_name, open_original
+from mllm_edge.models.layouts import OURS, canonical_name, copy_tokenizer, opened, save
+from mllm_edge.models.llava.layouts import open_original
+from mllm_edge.models.llava.model import LlavaDims
+from mllm_edge.models.plan import Checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ _GROUNDING = (
 )
 
 
-def load_glamm(folder: Path) -> Checkpoint:
+def load(folder: Path) -> Checkpoint:
     """Detect a folder's layout and open it.
 
     Raises:
@@ -54,10 +54,7 @@ def load_glamm(folder: Path) -> Checkpoint:
     else:
         dims, tensors, folders = _published(folder, config)
     check_shapes(tensors, tensor_shapes(dims), str(folder))
-    source = {"kind": "checkpoint", "path": str(folder), "sha256": fingerprint(*folders)}
-    if "licence" in config:
-        source["licence"] = config["licence"]
-    return Checkpoint("glamm", config.get("name", folder.resolve().name), dims, tensors, folder, source)
+    return opened("glamm", folder, config, dims, tensors, folders)
 
 
 def save_glamm(
@@ -65,18 +62,10 @@ def save_glamm(
 ) -> None:
     """Write our own layout: `config.json`, `model.safetensors` with canonical names, LLaVA's tokenizer with GLaMM's
     tokens behind its own."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = {key: state[key].detach().cpu().to(dtype).contiguous() for key in tensor_shapes(dims)}
-    save_file(kept, folder / "model.safetensors", {"format": "pt"})
     shape = dataclasses.asdict(dims)
     shape["llava"]["vision"] = encoder_settings(dims.llava.vision)
-    config = {OURS: "glamm", "name": name, "licence": "Apache-2.0", "dims": shape}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for file in TOKENIZER_FILES:
-        if (tokenizer / file).is_file():
-            shutil.copy(tokenizer / file, folder / file)
+    save(folder, "glamm", shape, {key: state[key] for key in tensor_shapes(dims)}, dtype, name=name)
+    copy_tokenizer(tokenizer, folder)
     added = {token: dims.added_id(token) for token in ADDED}
     (folder / "added_tokens.json").write_text(json.dumps(added, indent=2) + "\n", encoding="utf-8")
 

@@ -7,9 +7,6 @@ Ours (`config.json` with "system"), the original (`liuhaotian/llava-*`, LoRA inc
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,24 +24,16 @@ from mllm_edge.checkpoints.tensors import (
     resolve_folder,
 )
 from mllm_edge.errors import BadInput
-from mllm_edge.models import llava_packaged
 from mllm_edge.models.blocks.encoders import encoder_dims, encoder_settings
 from mllm_edge.models.blocks.vit import VitDims
-from mllm_edge.models.interface import Checkpoint
 from mllm_edge.models.language.llama import LlamaDims
-from mllm_edge.models.llava import IMAGE_MEAN, IMAGE_STD, LlavaDims, tensor_shapes
+from mllm_edge.models.layouts import OURS, TOKENIZER_FILES, canonical_name, copy_tokenizer, opened, save
+from mllm_edge.models.llava import packaged
+from mllm_edge.models.llava.model import IMAGE_MEAN, IMAGE_STD, LlavaDims, tensor_shapes
+from mllm_edge.models.plan import Checkpoint
 
 if TYPE_CHECKING:
     import torch
-
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "added_tokens.json",
-    "special_tokens_map.json",
-)
-OURS = "system"
 
 # The first rule that matches gives the canonical name; what matches none is not ours (post_layernorm, inv_freq, ...).
 _VISION = r"(?:vision_model\.)?(embeddings\.|pre_layrnorm\.|encoder\.layers\.)"
@@ -66,7 +55,7 @@ _PORT = (
 )
 
 
-def load_llava(folder: Path) -> Checkpoint:
+def load(folder: Path) -> Checkpoint:
     """Detect a folder's layout and open it.
 
     Raises:
@@ -89,56 +78,42 @@ def load_llava(folder: Path) -> Checkpoint:
     check_shapes(tensors, tensor_shapes(dims), str(folder))
     if not any((folder / file).is_file() for file in TOKENIZER_FILES[:2]):
         raise BadInput(f"{folder} has no tokenizer.model or tokenizer.json; copy the checkpoint's tokenizer there")
-    source = {"kind": "checkpoint", "path": str(folder), "sha256": fingerprint(*folders)}
-    if "licence" in config:
-        source["licence"] = config["licence"]
-    return Checkpoint("llava", config.get("name", folder.resolve().name), dims, tensors, folder, source)
+    return opened("llava", folder, config, dims, tensors, folders)
 
 
 def save_llava(
     folder: Path, name: str, dims: LlavaDims, state: Mapping[str, torch.Tensor], tokenizer: Path, dtype: torch.dtype
 ) -> None:
     """Write our own layout: `config.json`, `model.safetensors` with canonical names, and the tokenizer's files."""
-    _save(folder, dims, {key: state[key] for key in tensor_shapes(dims)}, dtype, name=name, licence="Apache-2.0")
-    for file in TOKENIZER_FILES:
-        if (tokenizer / file).is_file():
-            shutil.copy(tokenizer / file, folder / file)
+    save(folder, "llava", _settings(dims), {key: state[key] for key in tensor_shapes(dims)}, dtype, name=name)
+    copy_tokenizer(tokenizer, folder)
 
 
 def save_on_packages(
     folder: Path, name: str, dims: LlavaDims, connector: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> None:
-    """Write our own layout without the parts that packages bring (see `llava_packaged`); a LoRA goes to `adapter/`."""
-    _save(folder, dims, connector, dtype, name=name, licence="Apache-2.0", packages=llava_packaged.PACKAGES)
+    """Write our own layout without the parts that packages bring (see `packaged`); a LoRA goes to `adapter/`."""
+    save(folder, "llava", _settings(dims), connector, dtype, name=name, packages=packaged.PACKAGES)
 
 
-def _save(folder: Path, dims: LlavaDims, state: Mapping[str, torch.Tensor], dtype: torch.dtype, **config: str) -> None:
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = {key: tensor.detach().cpu().to(dtype).contiguous() for key, tensor in state.items()}
-    save_file(kept, folder / "model.safetensors", {"format": "pt"})
-    shape = {**dataclasses.asdict(dims), "vision": encoder_settings(dims.vision)}
-    text = json.dumps({OURS: "llava", **config, "dims": shape}, indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+def _settings(dims: LlavaDims) -> dict[str, Any]:
+    return {**dataclasses.asdict(dims), "vision": encoder_settings(dims.vision)}
 
 
 def _packaged(folder: Path, config: dict[str, Any], dims: LlavaDims, trained: Tensors) -> Checkpoint:
     """Our own layout on top of packages' parts."""
-    if config["packages"] != llava_packaged.PACKAGES:
-        raise BadInput(
-            f"{folder} was made for {config['packages']}, known are {llava_packaged.PACKAGES}; train it anew"
-        )
-    tensors = llava_packaged.complete(trained, folder)
+    if config["packages"] != packaged.PACKAGES:
+        raise BadInput(f"{folder} was made for {config['packages']}, known are {packaged.PACKAGES}; train it anew")
+    tensors = packaged.complete(trained, folder)
     check_shapes(tensors, tensor_shapes(dims), str(folder))
     source = {
         "kind": "checkpoint",
         "path": str(folder),
-        "packages": llava_packaged.PACKAGES,
-        "sha256": fingerprint(folder, folder / llava_packaged.ADAPTER),
+        "packages": packaged.PACKAGES,
+        "sha256": fingerprint(folder, folder / packaged.ADAPTER),
         "licence": f"{config.get('licence', '')}; SmolLM2 Apache-2.0; MobileNetV2 MIT",
     }
-    return Checkpoint("llava", str(config["name"]), dims, tensors, llava_packaged.tokenizer(), source)
+    return Checkpoint("llava", str(config["name"]), dims, tensors, packaged.tokenizer(), source)
 
 
 def _ours(folder: Path, config: dict[str, Any]) -> tuple[LlavaDims, Tensors]:
@@ -262,14 +237,6 @@ def _template(folder: Path, config: dict[str, Any], kind: str) -> str:
     if "v0" in name:
         return "llava_v0"
     return "llava_v1" if kind == "linear" else "vicuna_v1"
-
-
-def canonical_name(name: str, rules: tuple[tuple[str, str], ...]) -> str | None:
-    """Our name of a tensor by the first rule that matches, or None where none does."""
-    for pattern, replacement in rules:
-        if re.match(pattern, name):
-            return re.sub("^" + pattern, replacement, name) if not name.endswith("position_ids") else None
-    return None
 
 
 def _vit(config: Mapping[str, Any], tap: int) -> VitDims:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from mllm_edge.bundle import Prompt
+from mllm_edge.models.llava.prompts import PROMPTS
+
 SEG, PHRASE, PHRASE_END, BOX = "[SEG]", "<p>", "</p>", "<bbox>"
 
 _INTERLEAVED = "Please respond with interleaved segmentation masks for the corresponding parts of the answer."
@@ -27,3 +30,18 @@ REGION_QUESTIONS: tuple[str, ...] = (
     f"What is {BOX}?",
 )
 TEACHER_FORCED = SEGMENT_TURNS[0][1]  # an answer to give where the mask alone is judged
+
+# LLaVA's v1 template with the picture's place marked and introduced (groundingLMM app.py)
+PROMPT = Prompt(
+    "glamm",
+    PROMPTS["llava_v1"].system,
+    PROMPTS["llava_v1"].first,
+    PROMPTS["llava_v1"].next,
+    " {text}</s>",
+    "<image>",
+    "The <image> provides an overview of the picture.\n",
+    lead="",
+    stop=["</s>"],
+    image_open="<im_start>",
+    image_close="<im_end>",
+)
