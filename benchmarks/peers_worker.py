@@ -23,7 +23,7 @@ Turn = Callable[[np.ndarray], Times]
 def ours(folder: Path, threads: int, bundle: str) -> Turn:
     """Through the public Python interface, text assembly and stop rules included."""
     import mllm_edge
-    from mllm_edge.runtime.llama_library import library
+    from mllm_edge.runtime.engines.llama.library import library
 
     llama: Any = library()
     decode, inside = llama.llama_decode, []
@@ -62,7 +62,7 @@ def llama_cpp(folder: Path, threads: int, bundle: str) -> Turn:
     """libmtmd through the same binding, on the same GGUF and our projector file; decoding is a bare loop."""
     from llama_cpp import mtmd_cpp as mtmd
 
-    from mllm_edge.runtime.llama_library import library
+    from mllm_edge.runtime.engines.llama.library import library
 
     llama: Any = library()
     home = folder / f"{bundle}.bundle"

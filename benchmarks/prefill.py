@@ -21,7 +21,7 @@ FLASH = {"auto": -1, "off": 0, "on": 1}
 
 def measure(path: str, repacked: bool, positions: int, options: argparse.Namespace) -> tuple[float, float]:
     """Seconds of a prefill, milliseconds of a step behind it: medians, the first prefill left out."""
-    from mllm_edge.runtime.llama_library import library
+    from mllm_edge.runtime.engines.llama.library import library
 
     llama: Any = library()
     loading = llama.llama_model_default_params()

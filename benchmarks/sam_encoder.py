@@ -27,8 +27,8 @@ from mllm_edge.models.blocks.sam import SamDims
 from mllm_edge.models.glamm import model as glamm
 from mllm_edge.models.glamm import plan as glamm_plan
 from mllm_edge.models.resolve import resolve
-from mllm_edge.runtime.ort import OnnxStage
-from mllm_edge.runtime.stage import Options
+from mllm_edge.runtime.engines.interface import Options
+from mllm_edge.runtime.engines.ort import OnnxStage
 
 THEIRS = (
     (r"^patch_embed\.proj\.", "patch_embed.projection."),

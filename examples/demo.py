@@ -19,7 +19,7 @@ from rich.text import Text
 import mllm_edge
 from mllm_edge.cli import main as mllm_edge_command
 from mllm_edge.models.glamm.prompts import GROUNDED_QUESTION
-from mllm_edge.runtime.overlay import COLORS, write_pictures
+from mllm_edge.runtime.answers.write import COLORS, write_pictures
 from mllm_edge.scenes import SHORT, Question, Scene, questions, render, sample_scene
 
 FOLDER = Path("build/demo")

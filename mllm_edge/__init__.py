@@ -11,11 +11,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mllm_edge.version import __version__
+
 if TYPE_CHECKING:
     from mllm_edge import export as export
     from mllm_edge.runtime import load as load
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "export", "load"]
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import mllm_edge
 from mllm_edge.errors import BadInput, OutOfTolerance
 from mllm_edge.options import (
     Boxes,
@@ -27,6 +26,7 @@ from mllm_edge.options import (
     verb,
 )
 from mllm_edge.show import Interrupted, Screen
+from mllm_edge.version import __version__
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -50,7 +50,7 @@ def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
-        typer.echo(f"mllm-edge {mllm_edge.__version__}")
+        typer.echo(f"mllm-edge {__version__}")
     elif ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
 
@@ -307,7 +307,7 @@ def _boxes(texts: list[str] | None) -> list[list[float]]:
 def _write_masks(screen: Screen, answer: Answer, pictures: list[PIL.Image.Image], out: Path | None) -> None:
     """The answer's pictures under `out`; an answer without masks leaves none, and says so."""
     if out and pictures and answer.masks:
-        from mllm_edge.runtime.overlay import write_pictures
+        from mllm_edge.runtime.answers.write import write_pictures
 
         files = write_pictures(answer, pictures[-1], out)
         screen.aside(f"wrote {files[0]} and {len(answer.masks)} mask(s) beside it")

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mllm_edge
 from mllm_edge.errors import MissingPackage
 from mllm_edge.machine import facts, jetson
 from mllm_edge.machine.threads import usable_cores
-from mllm_edge.runtime import probe
-from mllm_edge.runtime.llama_library import library
-from mllm_edge.runtime.tensorrt_packages import bindings, usable
+from mllm_edge.runtime.engines.llama import probe
+from mllm_edge.runtime.engines.llama.library import library
+from mllm_edge.runtime.engines.tensorrt.packages import bindings, usable
+from mllm_edge.version import __version__
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -83,7 +83,7 @@ def examine() -> Findings:
     gpus, board = facts.gpus(), jetson.find(facts.ROOT)
     advice = [*_missing(wanted), *broken, *_faster(engines, facts.capability(gpus, board), board)]
     return Findings(
-        mllm_edge=mllm_edge.__version__,
+        mllm_edge=__version__,
         python=f"{platform.python_version()} at {sys.executable}",
         system=platform.platform(),
         cpu=facts.cpu_name(),

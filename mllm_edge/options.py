@@ -69,7 +69,7 @@ class Loading:
 
     def open(self, bundle: Path) -> Model:
         """Load a bundle so."""
-        from mllm_edge.runtime.budget import parse_size
+        from mllm_edge.runtime.memory import parse_size
 
         options = {name: value for name, value in vars(self).items() if name not in ("no_verify_hash", "memory_budget")}
         if self.memory_budget is not None:

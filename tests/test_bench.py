@@ -20,7 +20,7 @@ from mllm_edge import bench, bundle, cli
 from mllm_edge.bench import forms, limits, power, runs
 from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
 from mllm_edge.runtime import Answer, Tokens
-from mllm_edge.runtime.stage import Step
+from mllm_edge.runtime.engines.interface import Step
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 
 from mllm_edge import cli, doctor
 from mllm_edge.machine import facts, jetson
-from mllm_edge.runtime import probe
+from mllm_edge.runtime.engines.llama import probe
 
 X86 = """processor\t: 0
 model name\t: Imaginary CPU 9000

@@ -20,8 +20,10 @@ from mllm_edge.errors import BadInput
 from mllm_edge.models.glamm.model import ADDED
 from mllm_edge.models.glamm.prompts import GROUNDED_QUESTION
 from mllm_edge.recipes.segmentation import decode_segmentation
-from mllm_edge.runtime import Model, budget, loading, rle
-from mllm_edge.runtime.masks import iou
+from mllm_edge.runtime import Model, loading
+from mllm_edge.runtime import memory as budget
+from mllm_edge.runtime.answers import rle
+from mllm_edge.runtime.answers.resize import iou
 from mllm_edge.scenes import boxes, masks, render, sample_scene
 
 # Of the test split, which no recipe trains on: the first with two objects of different colors and shapes.

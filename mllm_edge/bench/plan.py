@@ -26,8 +26,8 @@ from mllm_edge.export.merging import embedding_stage
 from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.models.plan import ExportPlan
 from mllm_edge.models.resolve import resolve
-from mllm_edge.runtime.budget import KV_BYTES
-from mllm_edge.runtime.image_encoder import EMBEDS, needed_for
+from mllm_edge.runtime.memory import KV_BYTES
+from mllm_edge.runtime.wiring import EMBEDS, needed_for
 
 TEXT = 64  # tokens of text around the picture
 WORK_GB = 0.3  # Python, the engines' code and working memory

@@ -23,21 +23,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-import mllm_edge
 from mllm_edge.bench.limits import measure_limits, shares
 from mllm_edge.bench.power import Meter, Sensor
 from mllm_edge.bench.result import Environment, Limits, Result, Spread, from_document
 from mllm_edge.bundle import read
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.machine.facts import peak_rss
-from mllm_edge.runtime.grounding import LOGITS, SEG
-from mllm_edge.runtime.image_encoder import EMBEDS, needed_for
+from mllm_edge.runtime.answers.masks import LOGITS, SEG
 from mllm_edge.runtime.images import load_image
+from mllm_edge.runtime.wiring import EMBEDS, needed_for
+from mllm_edge.version import __version__
 
 if TYPE_CHECKING:
     from mllm_edge.progress import Report
     from mllm_edge.runtime import Answer, Model
-    from mllm_edge.runtime.stage import LanguageModel
+    from mllm_edge.runtime.engines.interface import LanguageModel
 
 PROMPT = "Describe the picture."
 PICTURE_SIZE = 512
@@ -297,12 +297,12 @@ def _spread(values: Sequence[float]) -> Spread:
 
 def _environment(threads: int, target: str, limits: Limits | None) -> Environment:
     from mllm_edge.machine.facts import cpu_name, gpu_name, version
-    from mllm_edge.runtime.llama_library import library
+    from mllm_edge.runtime.engines.llama.library import library
 
     on_cpu = target == "cpu"
     names = [name for name in ENGINES if not (on_cpu and name.startswith("tensorrt"))]
     engines = {engine: found for engine in names if (found := version(engine))}
-    versions = {"mllm-edge": mllm_edge.__version__, **engines}
+    versions = {"mllm-edge": __version__, **engines}
     return Environment(
         cpu=cpu_name(),
         threads=threads,

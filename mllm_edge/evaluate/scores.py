@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from mllm_edge.errors import MissingPackage
 from mllm_edge.evaluate.cases import Truth
 from mllm_edge.evaluate.texts import cider, exact, meteor, words
-from mllm_edge.runtime import rle
-from mllm_edge.runtime.masks import box_of, iou
+from mllm_edge.runtime.answers import rle
+from mllm_edge.runtime.answers.resize import box_of, iou
 
 Mask = NDArray[np.bool_]
 LEAST_IOU, LEAST_WORDS = 0.5, 0.5  # of a pair that counts as found

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 # PyTorch and llama.cpp share one OpenMP library, which reads this when PyTorch loads it: later than here is too late
-# for the verification, whose threads would spin on a busy machine (runtime/llama_library.py).
+# for the verification, whose threads would spin on a busy machine (runtime/engines/llama/library.py).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 

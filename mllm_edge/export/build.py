@@ -15,8 +15,8 @@ from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
 from mllm_edge.export.engine_check import EngineCheck, with_rows
 from mllm_edge.export.tensorrt import BOARDS, Work, ahead, build, replaced
 from mllm_edge.export.workplace import disk_full_explained
-from mllm_edge.runtime.tensorrt import Device
-from mllm_edge.runtime.tensorrt_packages import RTX, Package, has_free_axes, package_named, usable
+from mllm_edge.runtime.engines.tensorrt.packages import RTX, Package, has_free_axes, package_named, usable
+from mllm_edge.runtime.engines.tensorrt.stage import Device
 
 if TYPE_CHECKING:
     from mllm_edge.progress import Report

@@ -12,9 +12,10 @@ from mllm_edge.bundle import BuiltEngine, Manifest, Parity, StageEntry, TensorSp
 from mllm_edge.errors import OutOfTolerance
 from mllm_edge.export.difference import compare
 from mllm_edge.machine.threads import usable_cores
-from mllm_edge.runtime.image_encoder import BOXES
-from mllm_edge.runtime.stage import STAGE_ENGINES, Array, Options, Stage
-from mllm_edge.runtime.tensorrt import Device, shape
+from mllm_edge.runtime.engines.interface import Array, Options, Stage
+from mllm_edge.runtime.engines.table import STAGE_ENGINES
+from mllm_edge.runtime.engines.tensorrt.stage import Device, shape
+from mllm_edge.runtime.wiring import BOXES
 
 # The graph is the same, so only the order of sums and what the kernels round may differ. `relative_max` is the largest
 # difference over the largest value.

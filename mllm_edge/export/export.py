@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mllm_edge
 from mllm_edge import bundle, models
 from mllm_edge.bundle import (
     BuildSettings,
@@ -39,7 +38,8 @@ from mllm_edge.machine.facts import gpu_capability
 from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.models.plan import Checkpoint, ExportPlan, LanguageModelExport, StageExport
 from mllm_edge.models.resolve import resolve
-from mllm_edge.runtime.tensorrt_packages import RTX
+from mllm_edge.runtime.engines.tensorrt.packages import RTX
+from mllm_edge.version import __version__
 
 if TYPE_CHECKING:
     from mllm_edge.progress import Report
@@ -187,7 +187,7 @@ class _Job:
             config=self.checkpoint.config,
             target=self.target,
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            tool_version=mllm_edge.__version__,
+            tool_version=__version__,
             licences=self.plan.licences,
             source=self.checkpoint.source,
             tasks=self.plan.tasks,
@@ -277,7 +277,7 @@ class _Job:
 
     def _made_from(self, **options: Any) -> dict[str, Any]:
         weights = {"source": self.checkpoint.source, "dims": repr(self.checkpoint.dims)}
-        return {"tool": mllm_edge.__version__, **weights, **options}
+        return {"tool": __version__, **weights, **options}
 
 
 def _language_model_bytes(dims: LlamaDims, quant: str) -> int:

@@ -21,7 +21,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-import mllm_edge
 from mllm_edge.bundle import EmbeddingTable, LanguageModelEntry, file_entry
 from mllm_edge.checkpoints.tokenizer import UNUSED, Tokenizer, read_tokenizer
 from mllm_edge.errors import BadInput, MllmEdgeError
@@ -29,6 +28,7 @@ from mllm_edge.export.k_quants import K_QUANTS, chosen_types, quantize_rows
 from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.models.language.llama_gguf import interleave_rotary
 from mllm_edge.models.plan import LanguageModelExport
+from mllm_edge.version import __version__
 
 TYPE = gguf.GGMLQuantizationType
 FILE_TYPE = gguf.LlamaFileType
@@ -212,7 +212,7 @@ def _tensor(lm: LanguageModelExport, name: str, shape: tuple[int, ...], kind: TY
 
 def _write_dims(writer: gguf.GGUFWriter, dims: LlamaDims, file_type: FILE_TYPE) -> None:
     writer.add_name("mllm-edge language model")
-    writer.add_string("general.mllm_edge_version", mllm_edge.__version__)
+    writer.add_string("general.mllm_edge_version", __version__)
     writer.add_file_type(file_type)
     writer.add_context_length(dims.context)
     writer.add_embedding_length(dims.width)

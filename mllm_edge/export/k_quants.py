@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 
 from mllm_edge.errors import MllmEdgeError
-from mllm_edge.runtime.llama_library import library, recent_errors
+from mllm_edge.runtime.engines.llama.library import library, recent_errors
 
 TYPE = gguf.GGMLQuantizationType
 K_QUANTS = {

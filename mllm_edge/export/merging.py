@@ -10,7 +10,7 @@ from mllm_edge.bundle import Manifest
 from mllm_edge.errors import BadInput
 from mllm_edge.kernels.token_merge import TokenMerge
 from mllm_edge.models.plan import ExportPlan, StageExport
-from mllm_edge.runtime.image_encoder import EMBEDS
+from mllm_edge.runtime.wiring import EMBEDS
 
 
 def with_merged_tokens(plan: ExportPlan, tokens: int) -> ExportPlan:

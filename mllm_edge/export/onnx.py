@@ -17,11 +17,11 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-from mllm_edge import __version__
 from mllm_edge.bundle import TensorSpec
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.export.precision import to_float16
 from mllm_edge.export.quantize import activation_peaks, quantize
+from mllm_edge.version import __version__
 
 if TYPE_CHECKING:
     from mllm_edge.models.plan import StageExport

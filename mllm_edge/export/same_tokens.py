@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mllm_edge.checkpoints.tokenizer import CONTROL, USER_DEFINED, checkpoint_tokenizer, read_tokenizer
 from mllm_edge.errors import MllmEdgeError, OutOfTolerance
-from mllm_edge.runtime.llama_library import library
+from mllm_edge.runtime.engines.llama.library import library
 
 NASTY = (
     "",

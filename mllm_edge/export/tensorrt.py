@@ -1,8 +1,8 @@
 """TensorRT engines out of a stage's ONNX file, strongly typed: precision is the graph's, not a flag of the builder.
 
 TensorRT-RTX builds ahead of time, on any x86 machine and without a GPU, for the compute capabilities that are named;
-TensorRT builds for the GPU at hand. `runtime/tensorrt_packages.py` has what differs between them. No PyTorch is needed
-here: boards build, too.
+TensorRT builds for the GPU at hand. `runtime/engines/tensorrt/packages.py` has what differs between them. No PyTorch is
+needed here: boards build, too.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 
 from mllm_edge.bundle import BuildSettings, TensorSpec
 from mllm_edge.errors import BadInput, MllmEdgeError
-from mllm_edge.runtime.tensorrt import logger, shape
-from mllm_edge.runtime.tensorrt_packages import RTX, Package
+from mllm_edge.runtime.engines.tensorrt.packages import RTX, Package
+from mllm_edge.runtime.engines.tensorrt.stage import logger, shape
 
 USUAL = ("sm_86", "sm_89", "sm_120")  # GeForce RTX 30, 40 and 50
 # Boards build their own engines. How much scratch memory a kernel may take there, in MB: on the small one TensorRT's

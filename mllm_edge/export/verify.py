@@ -31,10 +31,11 @@ from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.models.plan import Checkpoint, ExportPlan, StageExport
 from mllm_edge.models.resolve import resolve
 from mllm_edge.runtime import Model, load
-from mllm_edge.runtime.grounding import LOGITS, SEG, STATES
-from mllm_edge.runtime.masks import at_full_size, iou
+from mllm_edge.runtime.answers.masks import LOGITS, SEG, STATES
+from mllm_edge.runtime.answers.resize import at_full_size, iou
+from mllm_edge.runtime.engines.interface import Floats, LanguageModel, Options
+from mllm_edge.runtime.engines.table import STAGE_ENGINES
 from mllm_edge.runtime.prompt import piece_ids, render
-from mllm_edge.runtime.stage import STAGE_ENGINES, Floats, LanguageModel, Options
 
 # cosine, top1 and agreement are at least this, the others at most. relative_max is the largest difference over the
 # largest value of the reference. Agreement is asked for only where rounding cannot turn a close decision.

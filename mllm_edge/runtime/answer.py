@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mllm_edge.runtime import rle
+from mllm_edge.runtime.answers import rle
 
 
 @dataclass(frozen=True)

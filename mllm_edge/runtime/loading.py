@@ -14,14 +14,15 @@ from mllm_edge import bundle
 from mllm_edge.bundle import Manifest
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.machine.threads import usable_cores
-from mllm_edge.runtime.budget import residence, stage_bytes
-from mllm_edge.runtime.image_encoder import EMBEDS, needed_for
-from mllm_edge.runtime.late import LateLanguageModel, LateStage
-from mllm_edge.runtime.session import Model
-from mllm_edge.runtime.stage import LANGUAGE_MODEL_ENGINES, STAGE_ENGINES, LanguageModel, Options, check_engines
+from mllm_edge.runtime.engines.interface import LanguageModel, Options
+from mllm_edge.runtime.engines.lazy import LazyLanguageModel, LazyStage
+from mllm_edge.runtime.engines.table import LANGUAGE_MODEL_ENGINES, STAGE_ENGINES, check_engines
+from mllm_edge.runtime.memory import residence, stage_bytes
+from mllm_edge.runtime.model import Model
+from mllm_edge.runtime.wiring import EMBEDS, needed_for
 
 if TYPE_CHECKING:
-    from mllm_edge.runtime.tensorrt import Device
+    from mllm_edge.runtime.engines.tensorrt.stage import Device
 
 DEFAULT_CONTEXT = 4096  # positions, where the bundle allows more: the KV cache of a longer one must be asked for
 
@@ -76,17 +77,17 @@ def load(
         )  # the others are loaded before the decoder
         reserve = later if place.keep_stages else max(sizes.values(), default=0)
         options = dataclasses.replace(options, gpu_reserve=reserve)
-        stages: dict[str, LateStage] = {}
+        stages: dict[str, LazyStage] = {}
         for entry in manifest.stages:
             engine = functools.partial(STAGE_ENGINES[entry.engine], bundle.locate(folder, entry.file), entry, options)
-            stages[entry.name] = stage = LateStage(entry, engine, place.keep_stages)
+            stages[entry.name] = stage = LazyStage(entry, engine, place.keep_stages)
             opened.callback(stage.close)
             if entry.name in first and place.keep_stages:
                 stage.load()
         decoder = manifest.language_model
         file = bundle.locate(folder, decoder.file)
         make = functools.partial(LANGUAGE_MODEL_ENGINES[decoder.engine], file, decoder, options)
-        language_model: LanguageModel = make() if place.keep_language_model else LateLanguageModel(make)
+        language_model: LanguageModel = make() if place.keep_language_model else LazyLanguageModel(make)
         opened.callback(language_model.close)
         load_ms = 1000 * (time.perf_counter() - start)
         model = Model(manifest, stages, language_model, load_ms, opened, place, options.target)
@@ -95,7 +96,7 @@ def load(
 
 
 def _device(manifest: Manifest, folder: Path, opened: contextlib.ExitStack) -> Device:
-    from mllm_edge.runtime.tensorrt import Device
+    from mllm_edge.runtime.engines.tensorrt.stage import Device
 
     device = Device(manifest)
     opened.callback(device.close)

@@ -19,9 +19,9 @@ from mllm_edge.export.same_tokens import assert_same_tokens
 from mllm_edge.models.language.llama import LlamaDims, llama
 from mllm_edge.models.language.llama_gguf import interleave_rotary
 from mllm_edge.models.plan import LanguageModelExport
-from mllm_edge.runtime.llama import LlamaLanguageModel
-from mllm_edge.runtime.llama_library import library
-from mllm_edge.runtime.stage import Options
+from mllm_edge.runtime.engines.interface import Options
+from mllm_edge.runtime.engines.llama.library import library
+from mllm_edge.runtime.engines.llama.model import LlamaLanguageModel
 
 NARROW = LlamaDims(vocabulary=422, width=64, ffn_width=96, layers=2, heads=4, kv_heads=4, context=128)
 WIDE = LlamaDims(

@@ -23,9 +23,9 @@ from mllm_edge.models.glamm import plan as glamm_plan
 from mllm_edge.models.llava import plan as llava_plan
 from mllm_edge.models.plan import StageExport
 from mllm_edge.models.resolve import resolve
-from mllm_edge.runtime.cuda import Cuda
-from mllm_edge.runtime.masks import iou
-from mllm_edge.runtime.tensorrt_packages import RTX
+from mllm_edge.runtime.answers.resize import iou
+from mllm_edge.runtime.engines.tensorrt.cuda import Cuda
+from mllm_edge.runtime.engines.tensorrt.packages import RTX
 from mllm_edge.scenes import render, sample_scene
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install 'mllm-edge[rtx]'")

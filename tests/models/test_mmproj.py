@@ -17,7 +17,7 @@ from mllm_edge.models.llava.mmproj import write_mmproj
 from mllm_edge.models.llava.model import Llava, LlavaDims
 from mllm_edge.models.llava.plan import preprocessing
 from mllm_edge.models.plan import LanguageModelExport
-from mllm_edge.runtime.llama_library import library
+from mllm_edge.runtime.engines.llama.library import library
 from mllm_edge.runtime.preprocess import preprocess
 
 mtmd = pytest.importorskip("llama_cpp.mtmd_cpp", reason="this llama-cpp-python has no multimodal part")

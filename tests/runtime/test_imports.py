@@ -13,7 +13,7 @@ for name in ("torch", "transformers", "onnx", "gguf", "typer", "rich", "safetens
     sys.modules[name] = None
 import mllm_edge
 mllm_edge.load
-import mllm_edge.runtime.llama, mllm_edge.runtime.ort, mllm_edge.runtime.probe
+import mllm_edge.runtime.engines.llama.model, mllm_edge.runtime.engines.ort, mllm_edge.runtime.engines.llama.probe
 """
     done = run(code)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,1 @@
+"""From logits to text: the loop, the choice of tokens, what may be shown."""

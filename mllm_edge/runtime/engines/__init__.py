@@ -1,0 +1,1 @@
+"""What runs stages and language models; `table.py` lists it."""

@@ -1,0 +1,177 @@
+"""Does this machine's llama.cpp survive AMX?
+
+Built by GCC 12, llama.cpp's AMX kernels crash in `decode` of a quantized model: the compiler believes that
+`_tile_loadconfig` reads 8 of its 64 bytes and drops the stores to the rest. So before the first quantized model is
+loaded on such a CPU, a child process tries it. After a crash the model is loaded without repacked weights
+(`use_extra_bufts = False`): slower, but it runs. On ARM repacking is what makes it fast and it is never switched off.
+
+An x86 CPU without AMX reads K-quants as they are: there llama.cpp's tiled products of the plain format take two thirds
+of the time of its repacked ones (docs/performance.md), and the file stays mapped.
+
+    python -m mllm_edge.runtime.engines.llama.probe MODEL.gguf      what the child runs
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mllm_edge.machine import facts
+
+REBUILD = (
+    'CXXFLAGS="-fno-tree-dse -fno-dse" pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python '
+    "llama-cpp-python"
+)
+TIMEOUT_S = 600
+_CRASHES = {signal.SIGSEGV, signal.SIGILL, signal.SIGABRT, *({signal.SIGBUS} if hasattr(signal, "SIGBUS") else ())}
+_PLAIN = ("f32", "f16", "bf16")
+K_QUANTS = ("q4_k_m", "q5_k_m", "q6_k")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of AMX here, for `doctor`.
+
+    Attributes:
+        amx: the CPU has AMX tiles, so the question arises.
+        crashed: per precision that was tried with this build, whether it crashed.
+        rebuild: the line that installs a build which does not.
+    """
+
+    amx: bool
+    crashed: dict[str, bool]
+    rebuild: str = REBUILD
+
+
+def is_x86() -> bool:
+    """Whether this is a 64-bit x86 CPU."""
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def has_amx() -> bool:
+    """Whether this is an x86 CPU with AMX tiles that the system lets programs use."""
+    return is_x86() and "amx_tile" in facts.features()
+
+
+def verdict() -> Verdict:
+    """What earlier probes of the installed llama.cpp found; runs nothing."""
+    if not has_amx():
+        return Verdict(False, {})
+    prefix = _build_key() + "/"
+    known = {key.removeprefix(prefix): crashed for key, crashed in _read_cache().items() if key.startswith(prefix)}
+    return Verdict(True, known)
+
+
+def use_extra_buffers(path: Path, precision: str) -> bool:
+    """Whether to load the model with repacked weights; on a CPU with AMX probes once per build and precision.
+
+    Args:
+        path: the GGUF file.
+        precision: its quantization, as in the manifest.
+    """
+    if precision.lower() in _PLAIN:
+        return True
+    if not has_amx():
+        return not (is_x86() and precision.lower() in K_QUANTS)
+    key = f"{_build_key()}/{precision}"
+    crashed = _read_cache().get(key)
+    if crashed is None:
+        crashed = _probe(path)
+        if crashed is not None:
+            _write_cache({**_read_cache(), key: crashed})
+    if crashed is False:
+        return True
+    found = "crashes" if crashed else "could not be tried"
+    warnings.warn(
+        f"llama.cpp's AMX code {found} on {precision} models, so it runs without; for full speed rebuild it: {REBUILD}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
+
+
+def command(path: Path) -> list[str]:
+    """The child process that loads the model with default settings and decodes a few tokens."""
+    return [sys.executable, "-m", "mllm_edge.runtime.engines.llama.probe", str(path)]
+
+
+def _probe(path: Path) -> bool | None:
+    """True after a crash, False when it ran, None when the child failed in another way (memory, time)."""
+    environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
+    try:
+        child = subprocess.run(command(path), capture_output=True, env=environment, timeout=TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if child.returncode == 0:
+        return False
+    return True if -child.returncode in _CRASHES else None
+
+
+def _build_key() -> str:
+    """Names the installed build: version, size and time of llama.cpp's libraries."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        return "none"
+    folder = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(spec.origin).parent / "lib")
+    states = [file.stat() for file in sorted(folder.glob("*")) if file.is_file()]
+    size, changed = sum(state.st_size for state in states), max((state.st_mtime_ns for state in states), default=0)
+    return f"{importlib.metadata.version('llama-cpp-python')}-{size}-{changed}"
+
+
+def _cache_file() -> Path:
+    return facts.cache_folder() / "amx.json"
+
+
+def _read_cache() -> dict[str, bool]:
+    try:
+        cache: Any = json.loads(_cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    entries = cache.items() if isinstance(cache, dict) else ()
+    return {str(key): value for key, value in entries if isinstance(value, bool)}
+
+
+def _write_cache(cache: dict[str, bool]) -> None:
+    """Keep the verdicts; a read-only home only means that the next load probes again."""
+    file = _cache_file()
+    temporary = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(cache, indent=2), encoding="utf-8")
+        temporary.replace(file)
+    except OSError as error:
+        warnings.warn(f"the AMX verdict cannot be kept in {file} ({error.strerror})", RuntimeWarning, stacklevel=2)
+
+
+def _try_decode(path: str) -> int:
+    """Load with default settings, decode a batch and a single token. 0 when it ran."""
+    from mllm_edge.runtime.engines.llama.library import library
+
+    llama = library()
+    model = llama.llama_model_load_from_file(os.fsencode(path), llama.llama_model_default_params())
+    if not model:
+        return 1
+    settings = llama.llama_context_default_params()
+    settings.n_ctx = settings.n_batch = 64
+    context = llama.llama_init_from_model(model, settings)
+    if not context:
+        return 1
+    for tokens in ([1] * 32, [1]):
+        ids = (llama.llama_token * len(tokens))(*tokens)  # the batch holds only a pointer to it
+        if llama.llama_decode(context, llama.llama_batch_get_one(ids, len(tokens))) != 0:
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_try_decode(sys.argv[1]))

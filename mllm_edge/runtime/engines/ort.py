@@ -1,0 +1,141 @@
+"""ONNX Runtime as an engine of stages: on the CPU, by CUDA, or by TensorRT-RTX, which it drives itself."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mllm_edge.bundle import StageEntry, TensorSpec
+from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
+from mllm_edge.runtime.engines.interface import Array, Options, check_arrays
+
+if TYPE_CHECKING:
+    import onnxruntime  # type: ignore[import-untyped]
+
+_CPU = "CPUExecutionProvider"
+# By target: the provider, what brings it, and what it needs beside.
+_GPU = {
+    "cuda": ("CUDAExecutionProvider", "onnxruntime-gpu", "driver, CUDA or cuDNN missing"),
+    "ort-rtx": ("NvTensorRTRTXExecutionProvider", "onnxruntime-trt-rtx", "driver or TensorRT-RTX missing"),
+}
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+}
+
+
+class OnnxStage:
+    """A stage run by ONNX Runtime.
+
+    Raises:
+        BadInput: the file is not a graph that ONNX Runtime reads, or not the graph that the manifest describes.
+        MllmEdgeError: the CUDA provider was asked for and is not there.
+        MissingPackage: onnxruntime is not installed.
+    """
+
+    def __init__(self, path: Path, spec: StageEntry, options: Options):
+        self.spec = spec
+        self._failures = _failures()
+        self._session: onnxruntime.InferenceSession | None = _open(path, options, self._failures)
+        _check_graph(path, "takes", self._session.get_inputs(), spec.inputs)
+        _check_graph(path, "gives", self._session.get_outputs(), spec.outputs)
+
+    def __call__(self, **arrays: Array) -> dict[str, Array]:
+        """Run the graph. Raises MllmEdgeError when an array does not fit the spec, or after `close`."""
+        if self._session is None:
+            raise MllmEdgeError(f"stage {self.spec.name} is closed; load the bundle again")
+        check_arrays(self.spec.name, self.spec.inputs, arrays)
+        names = [output.name for output in self.spec.outputs]
+        inputs = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        try:
+            return dict(zip(names, self._session.run(names, inputs)))
+        except self._failures as error:
+            raise MllmEdgeError(f"stage {self.spec.name}: ONNX Runtime failed ({_first_line(error)})") from error
+
+    @property
+    def provider(self) -> str:
+        """The execution provider in use."""
+        return str(self._session.get_providers()[0]) if self._session else ""
+
+    def close(self) -> None:
+        """Free the session."""
+        self._session = None
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises; its exceptions have no base class of their own."""
+    try:
+        from onnxruntime.capi import onnxruntime_pybind11_state as state  # type: ignore[import-untyped]
+    except ModuleNotFoundError:
+        raise MissingPackage("onnxruntime", "runtime") from None
+    names = ["EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented"]
+    return tuple(getattr(state, name) for name in [*names, "RuntimeException"])
+
+
+def _open(path: Path, options: Options, failures: tuple[type[Exception], ...]) -> onnxruntime.InferenceSession:
+    import onnxruntime as ort
+
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = options.threads
+    settings.inter_op_num_threads = 1
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    settings.log_severity_level = 3
+    # Its idle threads would take the cores from the language model, which runs next.
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
+    if options.lean:
+        settings.enable_cpu_mem_arena = False
+        settings.add_session_config_entry("session.disable_prepacking", "1")
+    providers = _providers(options, ort.get_available_providers())
+    try:
+        session = ort.InferenceSession(str(path), settings, providers=providers)
+    except failures as error:
+        raise BadInput(f"{path}: ONNX Runtime cannot load it ({_first_line(error)}); export it again") from None
+    if providers[0] != session.get_providers()[0]:
+        _, _, needs = _GPU[_gpu_target(options)]
+        _on_the_cpu(options, f"ONNX Runtime could not start its {providers[0]} ({needs})")
+    return session
+
+
+def _providers(options: Options, available: list[str]) -> list[str]:
+    if options.target == "cpu":
+        return [_CPU]
+    provider, package, _ = _GPU[_gpu_target(options)]
+    if provider in available:
+        return [provider, _CPU]
+    _on_the_cpu(options, f"this onnxruntime has no {provider} (pip install {package})")
+    return [_CPU]
+
+
+def _gpu_target(options: Options) -> str:
+    return options.target if options.target in _GPU else "cuda"
+
+
+def _on_the_cpu(options: Options, why: str) -> None:
+    if options.strict:
+        raise MllmEdgeError(f"{why}; install it, or use target cpu")
+    warnings.warn(f"{why}; the bundle's stages run on the CPU", RuntimeWarning, stacklevel=2)
+
+
+def _check_graph(path: Path, verb: str, nodes: list[Any], specs: list[TensorSpec]) -> None:
+    graph = {node.name: (_DTYPES.get(node.type, node.type), node.shape) for node in nodes}
+    for spec in specs:
+        dtype, shape = graph.get(spec.name, ("nothing", []))
+        fixed = [(a, b) for a, b in zip(shape, spec.shape) if isinstance(a, int) and isinstance(b, int)]
+        if dtype != spec.dtype or len(shape) != len(spec.shape) or any(a != b for a, b in fixed):
+            raise BadInput(
+                f"{path} {verb} {spec.name} as {dtype} {shape}, but the manifest says {spec.dtype} {spec.shape}; "
+                "export the bundle again"
+            )
+    if len(graph) != len(specs):
+        raise BadInput(f"{path} {verb} {', '.join(graph)}, which is not what the manifest says; export it again")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,225 @@
+"""TensorRT engines as stages, on one CUDA stream; what goes from stage to stage stays on the GPU."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from mllm_edge import bundle
+from mllm_edge.bundle import BuiltEngine, Manifest, StageEntry, TensorSpec
+from mllm_edge.errors import MllmEdgeError
+from mllm_edge.runtime.engines.interface import Array, check_arrays
+from mllm_edge.runtime.engines.tensorrt import packages
+from mllm_edge.runtime.engines.tensorrt.cuda import Cuda, DeviceArray
+
+log = logging.getLogger(__name__)
+
+
+class TensorRtStage:
+    """A stage run by an engine.
+
+    Inputs may be arrays, which are copied through page-locked memory, or what another stage gave, which stays on the
+    GPU; so do the outputs, until numpy reads them. A stage whose shapes are static is recorded as a CUDA graph.
+
+    Raises:
+        MllmEdgeError: the engine cannot be read, is not the stage of the manifest, or the GPU has too little memory.
+    """
+
+    def __init__(self, path: Path, spec: StageEntry, built: BuiltEngine, profile: list[int], cuda: Cuda):
+        self.spec, self._cuda = spec, cuda
+        self._most = profile[-1]
+        self._lock = threading.Lock()
+        trt = packages.package_named(built.package).load()
+        self._reasons: list[str] = []
+        self._require(built.bytes, "its weights")
+        self._runtime = trt.Runtime(logger(trt, self._reasons))
+        self._engine: Any = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if self._engine is None:
+            raise MllmEdgeError(f"{path}: TensorRT cannot read it ({self._why()}); run: mllm-edge build {path.parent}")
+        self._check(trt, path)
+        tensors = [*spec.inputs, *spec.outputs]
+        sizes = {tensor.name: nbytes(tensor, self._most) for tensor in tensors}
+        self._require(int(self._engine.device_memory_size_v2) + sum(sizes.values()), "its work")
+        self._context: Any = self._engine.create_execution_context()
+        if self._context is None:
+            raise MllmEdgeError(f"{path}: TensorRT cannot start it ({self._why()}); free GPU memory or use target cuda")
+        self._buffers = {name: cuda.allocate(size) for name, size in sizes.items()}
+        self._staging = {tensor.name: cuda.allocate_host(sizes[tensor.name]) for tensor in spec.inputs}
+        for name, buffer in self._buffers.items():
+            self._accepted(self._context.set_tensor_address(name, buffer.address), name)
+        self._varies = packages.has_free_axes(spec)
+        self._static = not self._varies  # and so worth recording
+        self._launch: Callable[[], None] | None = None
+
+    def __call__(self, **arrays: Array) -> dict[str, Array]:
+        """Queue the engine. What is returned is read by `np.asarray`, and stands until the next call.
+
+        Raises:
+            MllmEdgeError: an array does not fit the spec, or the engine fails or is closed.
+        """
+        if self._engine is None:
+            raise MllmEdgeError(f"stage {self.spec.name} is closed; load the bundle again")
+        check_arrays(self.spec.name, self.spec.inputs, arrays)
+        length = self._length(arrays)
+        if length > self._most:
+            return self._in_parts(arrays, length)
+        with self._lock:
+            self._read(arrays)
+            self._run()
+        # A buffer's arrays pass for numpy's wherever a stage's outputs go: see DeviceArray.
+        outputs = {
+            spec.name: DeviceArray(self._buffers[spec.name], shape(spec, length), np.dtype(spec.dtype))
+            for spec in self.spec.outputs
+        }
+        return cast("dict[str, Array]", outputs)
+
+    def _length(self, arrays: Mapping[str, Array]) -> int:
+        """Of the axis that varies; 1 where none does."""
+        for spec in self.spec.inputs:
+            for size, found in zip(spec.shape, arrays[spec.name].shape, strict=True):
+                if isinstance(size, str):
+                    return int(found)
+        return 1
+
+    def _in_parts(self, arrays: Mapping[str, Array], length: int) -> dict[str, Array]:
+        """More than the engine takes at once: one part after the other."""
+        varying = [spec.name for spec in self.spec.inputs if isinstance(spec.shape[0], str)]
+        found: list[dict[str, Array]] = []
+        for start in range(0, length, self._most):
+            part = {name: np.asarray(arrays[name])[start : start + self._most] for name in varying}
+            found.append({name: np.asarray(array) for name, array in self(**{**arrays, **part}).items()})
+        return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+    def _read(self, arrays: Mapping[str, Array]) -> None:
+        if any(isinstance(array, np.ndarray) for array in arrays.values()):
+            self._cuda.wait()  # the last copy out of the staging memory
+        for name, array in arrays.items():
+            if isinstance(array, DeviceArray):
+                source = array.buffer.address
+            else:
+                self._staging[name].view(array.shape, array.dtype)[...] = array
+                source = self._staging[name].address
+            self._cuda.copy(self._buffers[name].address, source, array.nbytes)
+            if self._varies:
+                self._accepted(self._context.set_input_shape(name, tuple(array.shape)), f"{name} {list(array.shape)}")
+
+    def _run(self) -> None:
+        if self._launch:
+            self._launch()
+            return
+        self._enqueue()
+        if self._static:  # once run, nothing is left that would be allocated or compiled while it is recorded
+            self._cuda.wait()
+            try:
+                self._launch = self._cuda.record(self._enqueue)
+            except MllmEdgeError as error:
+                self._static = False
+                log.info("stage %s is not recorded as a CUDA graph: %s", self.spec.name, error)
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(int(self._cuda.stream)):
+            raise MllmEdgeError(f"stage {self.spec.name}: TensorRT failed ({self._why()}); see mllm-edge doctor")
+
+    def _accepted(self, done: bool, what: str) -> None:
+        if not done:
+            raise MllmEdgeError(f"stage {self.spec.name}: TensorRT refuses {what} ({self._why()}); build it again")
+
+    def _require(self, size: int, what: str) -> None:
+        free = self._cuda.free_memory()
+        if size > free:
+            raise MllmEdgeError(
+                f"stage {self.spec.name} needs {size / 1e6:.0f} MB of GPU memory for {what}, {free / 1e6:.0f} MB are "
+                "free; close other programs, lower --gpu-layers, or export it smaller"
+            )
+
+    def _check(self, trt: Any, path: Path) -> None:
+        engine = self._engine
+        found = {}
+        for index in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(index)
+            sizes = [None if size < 0 else size for size in engine.get_tensor_shape(name)]
+            found[name] = (np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name, sizes)
+        tensors = [*self.spec.inputs, *self.spec.outputs]
+        wanted = {s.name: (s.dtype, [None if isinstance(size, str) else size for size in s.shape]) for s in tensors}
+        if found != wanted:
+            raise MllmEdgeError(f"{path} is not the stage that the manifest says ({found}); build it again")
+
+    def _why(self) -> str:
+        return self._reasons[-1] if self._reasons else "it gives no reason"
+
+    def close(self) -> None:
+        """Free the engine and its memory."""
+        if self._engine is not None:
+            self._cuda.wait()
+            self._launch = self._context = self._engine = None
+            self._buffers.clear()
+            self._staging.clear()
+
+
+class Device:
+    """The GPU that a bundle's engines share, with their stream.
+
+    Raises:
+        MllmEdgeError: there is no usable GPU, or cuda-bindings is not installed.
+    """
+
+    def __init__(self, manifest: Manifest):
+        self._profile = manifest.build.profile
+        self._cuda = Cuda()
+        self.close = self._cuda.close
+
+    @property
+    def capability(self) -> str:
+        """Its compute capability, "sm_87"."""
+        return self._cuda.capability
+
+    def check(self, manifest: Manifest, folder: Path) -> None:
+        """Check that every stage has an engine for this GPU, before any is loaded.
+
+        Raises:
+            MllmEdgeError: names the stages that have none, and why.
+        """
+        found = {stage.name: packages.find(stage, self.capability, self._profile) for stage in manifest.stages}
+        lacking = {name: why for name, why in found.items() if isinstance(why, str)}
+        if lacking:
+            raise MllmEdgeError(
+                f"{', '.join(lacking)} cannot run here: {next(iter(lacking.values()))}; run: mllm-edge build {folder}, "
+                "or load it with target cuda or cpu"
+            )
+
+    def open(self, folder: Path, stage: StageEntry, engine: BuiltEngine | None = None) -> TensorRtStage:
+        """An engine of the stage, by default the one that fits. Raises MllmEdgeError where none does, or it fails."""
+        built = engine or packages.find(stage, self.capability, self._profile)
+        if isinstance(built, str):
+            raise MllmEdgeError(f"{stage.name} cannot run here: {built}; run: mllm-edge build {folder}")
+        return TensorRtStage(bundle.locate(folder, built.file), stage, built, self._profile, self._cuda)
+
+
+def shape(spec: TensorSpec, length: int) -> tuple[int, ...]:
+    """A tensor's shape where the axis that varies has a length."""
+    return tuple(length if isinstance(size, str) else size for size in spec.shape)
+
+
+def nbytes(spec: TensorSpec, length: int) -> int:
+    """A tensor's bytes at that length."""
+    return math.prod(shape(spec, length)) * np.dtype(spec.dtype).itemsize
+
+
+def logger(trt: Any, reasons: list[str]) -> Any:
+    """A logger for TensorRT that keeps what went wrong."""
+
+    class Reasons(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                reasons.append(" ".join(message.split()))
+
+    return Reasons()
