@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mllm_edge.bundle import StageEntry, TensorSpec
-from mllm_edge.export.onnx import export_stage
-from mllm_edge.export.samples import Samples, pictures
+from mllm_edge.export.onnx.lower import export_stage
+from mllm_edge.export.verify.samples import Samples, pictures
 from mllm_edge.machine.threads import usable_cores
 from mllm_edge.models.blocks.sam import SamDims
 from mllm_edge.models.glamm import model as glamm

@@ -168,7 +168,7 @@ def build(
     force: Annotated[bool, typer.Option("--force", help="Build again what is there.")] = False,
 ) -> None:
     """Build a bundle's TensorRT engines. On the device that will run them; what is there and fits stays."""
-    from mllm_edge.export.build import build_bundle
+    from mllm_edge.export.tensorrt.build import build_bundle
     from mllm_edge.show import engine_table
 
     screen.kept = "finished engines are kept, the same command goes on with the others"
@@ -185,7 +185,7 @@ def verify(
 ) -> None:
     """Compare a bundle with PyTorch. Per stage and end to end; exit code 1 when it is out of tolerance."""
     with needs("export"):
-        from mllm_edge.export.verify import verify_bundle
+        from mllm_edge.export.verify.verify import verify_bundle
 
     from mllm_edge.show import parity_table
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mllm_edge.bundle import Manifest, Parity, TensorSpec
-    from mllm_edge.export.build import Built
+    from mllm_edge.export.tensorrt.build import Built
     from mllm_edge.models.info import SystemInfo
     from mllm_edge.runtime import Answer
 

@@ -19,7 +19,7 @@ ROWS = [Parity("connector", False, {"cosine": 0.5}, {"cosine": 0.99})]
 
 @pytest.fixture
 def verification(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    import mllm_edge.export.verify as module
+    import mllm_edge.export.verify.verify as module
 
     return module
 

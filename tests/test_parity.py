@@ -14,7 +14,7 @@ from tokenizers_to_test import llama_sentencepiece
 import mllm_edge
 from mllm_edge import bundle
 from mllm_edge.errors import BadInput
-from mllm_edge.export.verify import verify_bundle
+from mllm_edge.export.verify.verify import verify_bundle
 from mllm_edge.runtime.preprocess import preprocess
 
 PROMPT = "USER: <image>\nWhat color is the circle? ASSISTANT:"

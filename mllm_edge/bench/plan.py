@@ -22,7 +22,7 @@ from mllm_edge.export.cost import (
     stage_flops,
     without_weights,
 )
-from mllm_edge.export.merging import embedding_stage
+from mllm_edge.export.onnx.merging import embedding_stage
 from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.models.plan import ExportPlan
 from mllm_edge.models.resolve import resolve

@@ -24,15 +24,15 @@ from mllm_edge.bundle import (
     graph_of,
 )
 from mllm_edge.errors import BadInput
-from mllm_edge.export.build import make_engine
 from mllm_edge.export.cost import BYTES_PER_WEIGHT, stage_flops
-from mllm_edge.export.footprint import activation_bytes
-from mllm_edge.export.gguf import export_language_model
-from mllm_edge.export.merging import with_merged_tokens
-from mllm_edge.export.onnx import PRECISIONS, export_stage
-from mllm_edge.export.samples import Samples, pictures
-from mllm_edge.export.tensorrt import ahead, settings, usual_devices
-from mllm_edge.export.verify import PICTURES, require, verify
+from mllm_edge.export.gguf.writer import export_language_model
+from mllm_edge.export.onnx.footprint import activation_bytes
+from mllm_edge.export.onnx.lower import PRECISIONS, export_stage
+from mllm_edge.export.onnx.merging import with_merged_tokens
+from mllm_edge.export.tensorrt.build import make_engine
+from mllm_edge.export.tensorrt.engine import ahead, settings, usual_devices
+from mllm_edge.export.verify.samples import Samples, pictures
+from mllm_edge.export.verify.verify import PICTURES, require, verify
 from mllm_edge.export.workplace import Finished, Workplace, disk_full_explained
 from mllm_edge.machine.facts import gpu_capability
 from mllm_edge.models.language.llama import LlamaDims

@@ -15,7 +15,7 @@ from mllm_edge.errors import BadInput, MllmEdgeError, OutOfTolerance
 from mllm_edge.export import export as export_module
 from mllm_edge.export import workplace
 from mllm_edge.export.export import export
-from mllm_edge.export.onnx import export_stage
+from mllm_edge.export.onnx.lower import export_stage
 
 
 @pytest.fixture(scope="module")

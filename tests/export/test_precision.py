@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mllm_edge.errors import MllmEdgeError
-from mllm_edge.export.precision import LARGEST, to_float16
+from mllm_edge.export.onnx.fp16 import LARGEST, to_float16
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 

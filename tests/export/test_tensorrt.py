@@ -14,11 +14,11 @@ import mllm_edge
 from mllm_edge import bundle
 from mllm_edge.bundle import BuildSettings, TensorSpec
 from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
-from mllm_edge.export import tensorrt
-from mllm_edge.export.build import build_bundle
-from mllm_edge.export.onnx import export_stage
-from mllm_edge.export.samples import Samples, pictures
-from mllm_edge.export.verify import compare
+from mllm_edge.export.onnx.lower import export_stage
+from mllm_edge.export.tensorrt.build import build_bundle
+from mllm_edge.export.tensorrt.engine import engine as tensorrt
+from mllm_edge.export.verify.samples import Samples, pictures
+from mllm_edge.export.verify.verify import compare
 from mllm_edge.models.glamm import plan as glamm_plan
 from mllm_edge.models.llava import plan as llava_plan
 from mllm_edge.models.plan import StageExport

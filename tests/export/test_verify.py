@@ -10,9 +10,9 @@ from toy_system import DIMS, PROMPT, ToySystem, decoder, fake_gguf, register
 from mllm_edge import bundle
 from mllm_edge.bundle import Manifest, StageEntry
 from mllm_edge.errors import BadInput, MllmEdgeError, OutOfTolerance
-from mllm_edge.export import verify as verify_module
-from mllm_edge.export.samples import Samples, pictures
-from mllm_edge.export.verify import compare, parity, require, verify, verify_bundle
+from mllm_edge.export.verify.samples import Samples, pictures
+from mllm_edge.export.verify.verify import compare, parity, require, verify, verify_bundle
+from mllm_edge.export.verify.verify import verify as verify_module
 from mllm_edge.runtime.preprocess import preprocess
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from mllm_edge.checkpoints.tokenizer import read_tokenizer
-from mllm_edge.export.gguf import export_language_model, tensor_shapes
+from mllm_edge.export.gguf.writer import export_language_model, tensor_shapes
 from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.models.plan import LanguageModelExport
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mllm_edge.bundle import TensorSpec
-from mllm_edge.export.onnx import export_stage
+from mllm_edge.export.onnx.lower import export_stage
 from mllm_edge.kernels.token_merge import TokenMerge, matching, merge_tokens
 from mllm_edge.models.plan import StageExport
 

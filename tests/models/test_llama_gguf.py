@@ -10,7 +10,7 @@ from tokenizers_to_test import byte_level
 from mllm_edge.checkpoints.tensors import random_weights
 from mllm_edge.checkpoints.tokenizer import checkpoint_tokenizer
 from mllm_edge.errors import BadInput
-from mllm_edge.export.gguf import export_language_model
+from mllm_edge.export.gguf.writer import export_language_model
 from mllm_edge.models.language.llama import LlamaDims, llama
 from mllm_edge.models.language.llama_gguf import open_gguf, write_tokenizer
 from mllm_edge.models.plan import LanguageModelExport

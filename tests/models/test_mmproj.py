@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizers_to_test import llama_sentencepiece
 
 from mllm_edge.errors import BadInput
-from mllm_edge.export.gguf import export_language_model
+from mllm_edge.export.gguf.writer import export_language_model
 from mllm_edge.models.blocks.vit import VitDims
 from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.models.llava.mmproj import write_mmproj

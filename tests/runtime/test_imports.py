@@ -24,7 +24,7 @@ def test_a_board_builds_engines_without_the_export_side() -> None:
 import sys
 for name in ("torch", "transformers", "onnx", "onnxscript", "gguf", "safetensors"):
     sys.modules[name] = None
-import mllm_edge.export.build
+import mllm_edge.export.tensorrt.build
 """
     done = run(code)
     assert done.returncode == 0, done.stderr

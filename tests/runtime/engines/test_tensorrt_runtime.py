@@ -23,8 +23,8 @@ from mllm_edge import bundle
 from mllm_edge.bundle import BuiltEngine, StageEntry
 from mllm_edge.cli import main
 from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError, OutOfTolerance
-from mllm_edge.export import tensorrt
-from mllm_edge.export.build import build_bundle
+from mllm_edge.export.tensorrt.build import build_bundle
+from mllm_edge.export.tensorrt.engine import engine as tensorrt
 from mllm_edge.machine import facts
 from mllm_edge.runtime.engines.tensorrt import packages as tensorrt_packages
 from mllm_edge.runtime.engines.tensorrt.cuda import Cuda, DeviceArray

@@ -20,11 +20,11 @@ import torch
 from mllm_edge import bundle, models
 from mllm_edge.bundle import Manifest, Parity, StageEntry
 from mllm_edge.errors import BadInput, MllmEdgeError, OutOfTolerance
-from mllm_edge.export.difference import compare
-from mllm_edge.export.engine_check import with_rows
-from mllm_edge.export.merging import embedding_stage, merged_like
-from mllm_edge.export.same_tokens import assert_same_tokens
-from mllm_edge.export.samples import Samples, pictures
+from mllm_edge.export.gguf.same_tokens import assert_same_tokens
+from mllm_edge.export.onnx.merging import embedding_stage, merged_like
+from mllm_edge.export.tensorrt.check import with_rows
+from mllm_edge.export.verify.difference import compare
+from mllm_edge.export.verify.samples import Samples, pictures
 from mllm_edge.machine.facts import available_memory
 from mllm_edge.machine.threads import usable_cores
 from mllm_edge.models.language.llama import LlamaDims

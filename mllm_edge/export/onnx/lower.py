@@ -19,8 +19,8 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from mllm_edge.bundle import TensorSpec
 from mllm_edge.errors import BadInput, MllmEdgeError
-from mllm_edge.export.precision import to_float16
-from mllm_edge.export.quantize import activation_peaks, quantize
+from mllm_edge.export.onnx.fp16 import to_float16
+from mllm_edge.export.onnx.int8 import activation_peaks, quantize
 from mllm_edge.version import __version__
 
 if TYPE_CHECKING:

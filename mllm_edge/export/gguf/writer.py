@@ -24,7 +24,7 @@ import numpy as np
 from mllm_edge.bundle import EmbeddingTable, LanguageModelEntry, file_entry
 from mllm_edge.checkpoints.tokenizer import UNUSED, Tokenizer, read_tokenizer
 from mllm_edge.errors import BadInput, MllmEdgeError
-from mllm_edge.export.k_quants import K_QUANTS, chosen_types, quantize_rows
+from mllm_edge.export.gguf.k_quants import K_QUANTS, chosen_types, quantize_rows
 from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.models.language.llama_gguf import interleave_rotary
 from mllm_edge.models.plan import LanguageModelExport

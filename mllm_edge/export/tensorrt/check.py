@@ -10,7 +10,7 @@ import numpy as np
 
 from mllm_edge.bundle import BuiltEngine, Manifest, Parity, StageEntry, TensorSpec
 from mllm_edge.errors import OutOfTolerance
-from mllm_edge.export.difference import compare
+from mllm_edge.export.verify.difference import compare
 from mllm_edge.machine.threads import usable_cores
 from mllm_edge.runtime.engines.interface import Array, Options, Stage
 from mllm_edge.runtime.engines.table import STAGE_ENGINES

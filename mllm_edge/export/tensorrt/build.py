@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, cast
 from mllm_edge import bundle
 from mllm_edge.bundle import BuildSettings, BuiltEngine, Manifest, Parity, StageEntry, file_entry, graph_of
 from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
-from mllm_edge.export.engine_check import EngineCheck, with_rows
-from mllm_edge.export.tensorrt import BOARDS, Work, ahead, build, replaced
+from mllm_edge.export.tensorrt.check import EngineCheck, with_rows
+from mllm_edge.export.tensorrt.engine import BOARDS, Work, ahead, build, replaced
 from mllm_edge.export.workplace import disk_full_explained
 from mllm_edge.runtime.engines.tensorrt.packages import RTX, Package, has_free_axes, package_named, usable
 from mllm_edge.runtime.engines.tensorrt.stage import Device

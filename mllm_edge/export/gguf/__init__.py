@@ -1,0 +1,1 @@
+"""The language model as a GGUF file, and the proof that it tokenizes as its checkpoint does."""
