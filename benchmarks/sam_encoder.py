@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mllm_edge.bundle import StageEntry, TensorSpec
+from mllm_edge.bundle.manifest import StageEntry, TensorSpec
 from mllm_edge.export.onnx.lower import export_stage
 from mllm_edge.export.verify.samples import Samples, pictures
 from mllm_edge.machine.threads import usable_cores

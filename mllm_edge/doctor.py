@@ -115,7 +115,7 @@ def extras() -> dict[str, list[str]]:
 
 def tables(findings: Findings) -> list[Table]:
     """For people."""
-    from mllm_edge.show import pairs, size, table
+    from mllm_edge.tables import pairs, size, table
 
     engines = findings.engines
     memory = ", ".join(f"{name.replace('_', ' ')} {size(1e6 * value)}" for name, value in findings.memory.items())
@@ -237,7 +237,7 @@ def _for_engines(board: Jetson | None) -> list[Advice]:
 
 def _board(board: Jetson, memory: dict[str, float]) -> str:
     """A Jetson for people; its CPU and GPU share one memory."""
-    from mllm_edge.show import size
+    from mllm_edge.tables import size
 
     told = [board.model, f"L4T {board.l4t or 'unknown'}", f"JetPack {board.jetpack or 'unknown'}"]
     told.append(f"power mode {board.power_mode or 'unknown'}")

@@ -16,8 +16,9 @@ from bundle_for_tests import write_bundle
 from PIL import Image
 
 import mllm_edge
-from mllm_edge import bench, bundle, cli
+from mllm_edge import bench, cli
 from mllm_edge.bench import forms, limits, power, runs
+from mllm_edge.bundle.read import read_manifest
 from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
 from mllm_edge.runtime import Answer, Tokens
 from mllm_edge.runtime.engines.interface import Step
@@ -62,7 +63,7 @@ class FakeModel:
 
 @pytest.fixture
 def fake(folder: Path) -> FakeModel:
-    return FakeModel(bundle.read(folder))
+    return FakeModel(read_manifest(folder))
 
 
 def measured(model: Any, **options: Any) -> bench.Result:
@@ -207,7 +208,7 @@ def test_command_scores_answers(folder: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_energy_is_that_of_the_answer(fake: FakeModel) -> None:
-    sensor = power.Sensor("a rail", lambda: 12.0)
+    sensor = power.Sensor("a rail", lambda: 12e3)  # a fake answer takes microseconds
     result = bench.measure(fake, "a.bundle", threads=1, gen_tokens=2, sensor=sensor)  # type: ignore[arg-type]
     assert result.energy_j is not None and result.energy_j.min > 0
     assert result.power_sensor == "a rail"
@@ -266,7 +267,7 @@ MACHINE = bench.Limits(memory_gb_per_s=10.0, matmul_tflops=0.1)
 
 
 def test_shares_of_the_limit_are_the_hand_computed_ones(folder: Path) -> None:
-    manifest = bundle.read(folder)
+    manifest = read_manifest(folder)
     # 2 GFLOP at 0.1 TFLOP/s take 20 ms; 1 GB at 10 GB/s takes 100 ms, so the second stage is bound by memory.
     stages = [
         dataclasses.replace(manifest.stages[0], name="one", flops=2_000_000_000, bytes=1000),
@@ -283,7 +284,7 @@ def test_shares_of_the_limit_are_the_hand_computed_ones(folder: Path) -> None:
 
 
 def test_what_was_not_counted_has_no_share(folder: Path) -> None:
-    manifest = bundle.read(folder)
+    manifest = read_manifest(folder)
     stages = [dataclasses.replace(stage, flops=0) for stage in manifest.stages]
     lm = dataclasses.replace(manifest.language_model, flops_per_token=0)
     manifest = dataclasses.replace(manifest, stages=stages, language_model=lm)

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllm_edge import bundle
-from mllm_edge.bundle import (
+from mllm_edge.bundle.manifest import (
     EmbeddingTable,
     Generation,
     ImagePreprocessing,
@@ -21,6 +20,7 @@ from mllm_edge.bundle import (
     StageEntry,
     TensorSpec,
 )
+from mllm_edge.bundle.read import file_entry, read_manifest, write_manifest
 from mllm_edge.errors import BadInput
 
 
@@ -30,7 +30,7 @@ def make(folder: Path) -> Manifest:
         (folder / name).write_bytes(name.encode())
 
     def stage(name: str, file: str, inputs: TensorSpec, outputs: TensorSpec) -> StageEntry:
-        entry = vars(bundle.file_entry(folder, file))
+        entry = vars(file_entry(folder, file))
         return StageEntry(**entry, name=name, engine="onnx", precision="fp32", inputs=[inputs], outputs=[outputs])
 
     pixels = TensorSpec("pixel_values", "float32", [1, 3, 28, 28])
@@ -50,7 +50,7 @@ def make(folder: Path) -> Manifest:
             stage("connector", "connector.onnx", features, embeds),
         ],
         language_model=LanguageModelEntry(
-            **vars(bundle.file_entry(folder, "model.gguf")),
+            **vars(file_entry(folder, "model.gguf")),
             name="language_model",
             engine="gguf",
             precision="f32",
@@ -69,13 +69,13 @@ def make(folder: Path) -> Manifest:
         prompt=Prompt("plain", "", "{text}", "{text}", "{text}", "<image>", "<image>\n", "", []),
         generation=Generation(),
     )
-    bundle.write(manifest, folder)
+    write_manifest(manifest, folder)
     return manifest
 
 
 def test_round_trip(tmp_path: Path) -> None:
     manifest = make(tmp_path)
-    assert bundle.read(tmp_path) == manifest
+    assert read_manifest(tmp_path) == manifest
     assert json.loads((tmp_path / "bundle.json").read_text())["schema"] == 1
 
 
@@ -123,7 +123,7 @@ def test_broken_manifest(tmp_path: Path, change: Callable[[dict[str, Any]], None
     change(data)
     path.write_text(json.dumps(data))
     with pytest.raises(BadInput, match=message):
-        bundle.read(tmp_path)
+        read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "\x00"])
@@ -131,12 +131,12 @@ def test_not_a_manifest(tmp_path: Path, text: str) -> None:
     make(tmp_path)
     (tmp_path / "bundle.json").write_text(text)
     with pytest.raises(BadInput):
-        bundle.read(tmp_path)
+        read_manifest(tmp_path)
 
 
 def test_not_a_bundle(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="mllm-edge export"):
-        bundle.read(tmp_path)
+        read_manifest(tmp_path)
 
 
 def test_missing_truncated_flipped_and_swapped_files(tmp_path: Path) -> None:
@@ -145,17 +145,17 @@ def test_missing_truncated_flipped_and_swapped_files(tmp_path: Path) -> None:
     original = model.read_bytes()
     model.write_bytes(original[:-1])
     with pytest.raises(BadInput, match="bytes"):
-        bundle.read(tmp_path)
+        read_manifest(tmp_path)
     model.write_bytes(bytes([original[0] ^ 1]) + original[1:])
     with pytest.raises(BadInput, match="SHA-256"):
-        bundle.read(tmp_path)
-    assert bundle.read(tmp_path, verify_hash=False)
+        read_manifest(tmp_path)
+    assert read_manifest(tmp_path, verify_hash=False)
     model.unlink()
     with pytest.raises(BadInput, match=r"model\.gguf is missing"):
-        bundle.read(tmp_path)
+        read_manifest(tmp_path)
     model.write_bytes((tmp_path / "vision.onnx").read_bytes())
     with pytest.raises(BadInput, match=r"model\.gguf"):
-        bundle.read(tmp_path)
+        read_manifest(tmp_path)
 
 
 def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_bytes(b"model.gguf")
     (inside / "model.gguf").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(BadInput, match="outside its folder"):
-        bundle.read(inside)
+        read_manifest(inside)
 
 
 json_values = st.recursive(
@@ -188,7 +188,7 @@ def test_any_value_anywhere_is_read_or_refused_in_one_line(
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
     message = ""
     try:
-        bundle.read(folder)
+        read_manifest(folder)
     except BadInput as error:
         message = str(error)
     assert "\n" not in message

@@ -15,25 +15,16 @@ import pytest
 from calls_for_tests import Call
 
 import mllm_edge
-from mllm_edge import bundle, cli, models
+from mllm_edge import cli, models
+from mllm_edge.bundle.read import read_manifest
 from mllm_edge.models import SYSTEMS
 from mllm_edge.recipes.recipe import available
 
 VERBS = [
-    "systems",
-    "recipes",
-    "train",
-    "export",
-    "build",
-    "verify",
-    "inspect",
-    "run",
-    "chat",
-    "doctor",
-    "bench",
-    "compare",
-    "eval",
-    "plan",
+    *("systems", "recipes", "inspect", "doctor"),
+    *("train", "export", "build", "verify"),
+    *("run", "chat"),
+    *("bench", "compare", "eval", "plan"),
 ]
 
 
@@ -200,7 +191,7 @@ def test_chat_answers_on_stdout(folder: Path, call: Call) -> None:
 
 
 def test_inspect_shows_the_manifest(folder: Path, call: Call) -> None:
-    manifest = bundle.read(folder)
+    manifest = read_manifest(folder)
     assert call("inspect", folder, "--json").document == dataclasses.asdict(manifest)
     shown = call("inspect", folder).out
     for part in (manifest.stages[0].sha256[:12], "pixel_values float32 [1, 3, 16, 16]", "connector", "vicuna_v1"):
@@ -265,7 +256,7 @@ def test_export_passes_its_options_and_reports_steps(
         "[1/2] language_model ...",
         "[1/2] language_model 0.2 s",
     ]
-    document, size = call(*words, "--json").document, sum(entry.bytes for entry in bundle.read(folder).files())
+    document, size = call(*words, "--json").document, sum(entry.bytes for entry in read_manifest(folder).files())
     assert (document["bundle"], document["bytes"], document["parity"]) == (str(folder), size, [])
 
 

@@ -10,8 +10,8 @@ from types import ModuleType
 import pytest
 from calls_for_tests import Call
 
-from mllm_edge import bundle
-from mllm_edge.bundle import Parity
+from mllm_edge.bundle.manifest import Parity
+from mllm_edge.bundle.read import read_manifest, write_manifest
 from mllm_edge.errors import OutOfTolerance
 
 ROWS = [Parity("connector", False, {"cosine": 0.5}, {"cosine": 0.99})]
@@ -43,7 +43,7 @@ def test_verify_out_of_tolerance_shows_the_rows_and_fails(
 
     def fail(at: Path, weights: str | None) -> list[Parity]:
         assert weights == "elsewhere"
-        bundle.write(dataclasses.replace(bundle.read(at), parity=ROWS), at)
+        write_manifest(dataclasses.replace(read_manifest(at), parity=ROWS), at)
         raise OutOfTolerance("out of tolerance: connector cosine 0.5; export again")
 
     monkeypatch.setattr(verification, "verify_bundle", fail)

@@ -15,7 +15,7 @@ from calls_for_tests import Call
 from PIL import Image
 
 import mllm_edge
-from mllm_edge import bundle
+from mllm_edge.bundle.read import read_manifest
 from mllm_edge.errors import BadInput
 from mllm_edge.models.glamm.model import ADDED
 from mllm_edge.models.glamm.prompts import GROUNDED_QUESTION
@@ -60,7 +60,7 @@ def loaded(model: Model) -> set[str]:
 
 
 def test_parity_down_to_masks(glamm: Path) -> None:
-    rows = {row.name: row for row in bundle.read(glamm).parity}
+    rows = {row.name: row for row in read_manifest(glamm).parity}
     assert all(row.passed for row in rows.values())
     for stage in ("vision_encoder", "connector", "region_encoder", "mask_encoder", "mask_decoder"):
         assert rows[stage].measured["cosine"] >= 0.9999
@@ -71,7 +71,7 @@ def test_parity_down_to_masks(glamm: Path) -> None:
 
 def test_q4_k_m_keeps_seg_and_head_fine(tmp_path: Path) -> None:
     folder = mllm_edge.export("glamm", precision="fp32", quant="q4_k_m", out=tmp_path / "q4.bundle")
-    rows = {row.name: row for row in bundle.read(folder).parity}
+    rows = {row.name: row for row in read_manifest(folder).parity}
     assert rows["masks"].measured["mask_iou"] >= 0.97
     reader = gguf.GGUFReader(folder / "language_model.gguf")
     types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}

@@ -12,7 +12,7 @@ from PIL import Image
 from tokenizers_to_test import llama_sentencepiece
 
 import mllm_edge
-from mllm_edge import bundle
+from mllm_edge.bundle.read import read_manifest
 from mllm_edge.errors import BadInput
 from mllm_edge.export.verify.verify import verify_bundle
 from mllm_edge.runtime.preprocess import preprocess
@@ -50,7 +50,7 @@ def picture() -> Image.Image:
 
 
 def test_logits_and_64_greedy_tokens(exported: Path, model: transformers.LlavaForConditionalGeneration) -> None:
-    manifest = bundle.read(exported)
+    manifest = read_manifest(exported)
     assert all(row.passed for row in manifest.parity)
     with mllm_edge.load(exported, kv_type="f32") as ours:
         answer = ours.generate(PROMPT, image=picture(), raw=True, max_tokens=TOKENS, stop=[])
@@ -96,7 +96,7 @@ def test_merged_tokens_are_verified_against_the_merged_reference(
     llama_sentencepiece(tmp_path / "checkpoint")
     options = {"precision": "fp32", "quant": "f32", "merge_tokens": 7}
     folder = mllm_edge.export("llava", str(tmp_path / "checkpoint"), out=tmp_path / "merged.bundle", **options)
-    parity = bundle.read(folder).parity
+    parity = read_manifest(folder).parity
     assert [row.passed for row in parity] == [True] * 4
     assert [row.measured for row in verify_bundle(folder)] == [row.measured for row in parity]
     with mllm_edge.load(folder) as ours:

@@ -132,7 +132,7 @@ def colored(text: str) -> str:
 
 def ratio_table(ratios: Sequence[Ratio], fail_above: float | None) -> Table:
     """What `compare` found; medians that are worse than allowed are marked."""
-    from mllm_edge.show import table
+    from mllm_edge.tables import table
 
     numbers = ("old", "new", "new / old", "may be")
     made = table("above 1 is worse", "bundle", "measure", *numbers, "", right=numbers)
@@ -191,7 +191,7 @@ def _plot(results: Sequence[Result], path: Path) -> None:
 
 def plan_tables(plan: Plan) -> list[Table]:
     """A plan for people: memory, then times."""
-    from mllm_edge.show import pairs, size, table
+    from mllm_edge.tables import pairs, size, table
 
     device, settings = plan.device, plan.settings
     rows = {

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from mllm_edge.bench.result import Limits
-from mllm_edge.bundle import Manifest
+from mllm_edge.bundle.manifest import Manifest
 
 _BYTES = 1 << 28  # read for the memory's rate: past every cache
 _WIDTH = 2048  # of the square matrices for the products' rate
@@ -19,7 +19,7 @@ _ROUNDS = 5
 
 # What well-tuned engines reach of the limit, per kind of stage: TinyChat and TensorRT Edge-LLM on Jetson for the
 # language model, EfficientViT-SAM for encoders (docs/benchmarks.md). Below half of it a stage is worth looking at.
-TARGETS = {"decode": 0.65, "prefill": 0.50}
+REACHED = {"decode": 0.65, "prefill": 0.50}
 STAGE_TARGET = 0.40
 
 
@@ -66,7 +66,7 @@ def kv_bytes_per_token(layers: int, kv_width: int, bytes_per_number: float = 2) 
 
 def is_low(stage: str, share: float) -> bool:
     """Whether a stage reaches less than half of what well-tuned engines do."""
-    return share < TARGETS.get(stage, STAGE_TARGET) / 2
+    return share < REACHED.get(stage, STAGE_TARGET) / 2
 
 
 def _least_seconds(limits: Limits, flops: float, size: float) -> float:

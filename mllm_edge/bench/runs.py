@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from mllm_edge.bench.limits import measure_limits, shares
 from mllm_edge.bench.power import Meter, Sensor
 from mllm_edge.bench.result import Environment, Limits, Result, Spread, from_document
-from mllm_edge.bundle import read
+from mllm_edge.bundle.read import read_manifest
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.machine.facts import peak_rss
 from mllm_edge.runtime.answers.masks import LOGITS, SEG
@@ -101,7 +101,7 @@ def check_quality(data: str | None, cases: int, curve: Path | None, bundles: Seq
         raise BadInput(f"there is no data set {data!r} for --quality; use {', '.join(SCENES)}")
     if cases < 1:
         raise BadInput(f"{cases} cases score nothing; give at least 1")
-    manifests = {path: read(path, verify_hash=False, engines=False) for path in bundles}
+    manifests = {path: read_manifest(path, verify_hash=False, engines=False) for path in bundles}
     for path, manifest in manifests.items():
         gives = {spec.name for stage in manifest.stages for spec in stage.outputs}
         if data and SCENES[data] in ("referring", "grounded") and LOGITS not in gives:
@@ -144,7 +144,7 @@ def measure_quality(result: Result, model: Model, data: str, cases: int, report:
 
 def uses_gpu(bundle: Path, target: str | None) -> bool:
     """Whether a bundle is to run on a GPU: what the user asks for, or what it was made for."""
-    return (target or read(bundle, verify_hash=False, engines=False).target) != "cpu"
+    return (target or read_manifest(bundle, verify_hash=False, engines=False).target) != "cpu"
 
 
 def machine_limits(bundle: Path, target: str | None = None) -> Limits | None:
@@ -160,7 +160,7 @@ def load_cold(bundle: Path, load: Callable[[], Model]) -> float | None:
     """
     if not hasattr(os, "posix_fadvise"):
         return None
-    for entry in read(bundle, verify_hash=False).files():
+    for entry in read_manifest(bundle, verify_hash=False).files():
         with (bundle / entry.file).open("rb") as file:
             os.fsync(file.fileno())  # what is not yet written would stay
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

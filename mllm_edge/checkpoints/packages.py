@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mllm_edge.bundle import sha256
+from mllm_edge.bundle.read import sha256
 from mllm_edge.errors import BadInput, MllmEdgeError
 
 

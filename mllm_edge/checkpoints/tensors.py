@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mllm_edge import bundle
+from mllm_edge.bundle.read import sha256
 from mllm_edge.errors import BadInput, MissingPackage
 
 Shape = tuple[int, ...]
@@ -181,7 +181,7 @@ def fingerprint(*folders: Path) -> str:
     patterns = (*WEIGHT_FILES, "*.json", "*.model")
     for folder in folders:
         for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-            digest.update(f"{path.name}:{bundle.sha256(path)}\n".encode())
+            digest.update(f"{path.name}:{sha256(path)}\n".encode())
     return digest.hexdigest()
 
 

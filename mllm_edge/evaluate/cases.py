@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mllm_edge.bundle import sha256
+from mllm_edge.bundle.read import sha256
 from mllm_edge.errors import BadInput
 from mllm_edge.models.glamm.prompts import CAPTION_QUESTIONS, GROUNDED_QUESTION, REGION_QUESTIONS, SEGMENT_TURNS
 from mllm_edge.recipes.grounded import region_caption

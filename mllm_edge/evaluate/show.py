@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from mllm_edge.evaluate.scores import PAPER
-from mllm_edge.show import table
+from mllm_edge.tables import table
 
 MAIN = ("ciou", "miou", "all_named", "exact")  # what stands for the others where there is room for one or two
 NAMES = {

@@ -12,7 +12,7 @@ from mllm_edge.checkpoints.tensors import Tensors
 from mllm_edge.models.plan import Checkpoint
 
 if TYPE_CHECKING:
-    from mllm_edge.bundle import TensorSpec
+    from mllm_edge.bundle.manifest import TensorSpec
 
 BYTES_PER_WEIGHT = {"f32": 4.0, "f16": 2.0, "q8_0": 1.07, "q6_k": 0.83, "q5_k_m": 0.72, "q4_k_m": 0.62}
 STAGE_BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0}

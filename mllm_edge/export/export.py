@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllm_edge import bundle, models
-from mllm_edge.bundle import (
+from mllm_edge import models
+from mllm_edge.bundle.manifest import (
     BuildSettings,
     BuiltEngine,
     EmbeddingTable,
@@ -21,8 +21,8 @@ from mllm_edge.bundle import (
     LanguageModelEntry,
     Manifest,
     StageEntry,
-    graph_of,
 )
+from mllm_edge.bundle.read import graph_of, write_manifest
 from mllm_edge.errors import BadInput
 from mllm_edge.export.cost import BYTES_PER_WEIGHT, stage_flops
 from mllm_edge.export.gguf.writer import export_language_model
@@ -118,12 +118,12 @@ def export(
         manifest = job.manifest()
         if mmproj:
             manifest.extra_files.append(job.extra_file("mmproj", "mmproj.gguf"))
-        bundle.write(manifest, place.folder)
+        write_manifest(manifest, place.folder)
         if check:
             with job.clock.step("verify"):
                 rows = verify(place.folder, checkpoint, plan, pictures(PICTURES))
             require(rows)
-            bundle.write(dataclasses.replace(manifest, parity=rows), place.folder)
+            write_manifest(dataclasses.replace(manifest, parity=rows), place.folder)
         return place.publish(manifest.files())
 
 
@@ -199,7 +199,7 @@ class _Job:
             build=self.how,
         )
 
-    def extra_file(self, step: str, file: str) -> bundle.FileEntry:
+    def extra_file(self, step: str, file: str) -> FileEntry:
         """A file that belongs to the bundle but to no stage."""
 
         def build() -> Finished:

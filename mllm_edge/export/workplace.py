@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mllm_edge.bundle import MANIFEST, FileEntry, file_entry, sha256
+from mllm_edge.bundle.manifest import MANIFEST, FileEntry
+from mllm_edge.bundle.read import file_entry, sha256
 from mllm_edge.errors import BadInput, MllmEdgeError
 
 PROGRESS = "progress.json"

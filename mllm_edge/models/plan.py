@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllm_edge.bundle import Generation, ImagePreprocessing, Prompt, TensorSpec
+from mllm_edge.bundle.manifest import Generation, ImagePreprocessing, Prompt, TensorSpec
 from mllm_edge.models.language.llama import LlamaDims
 
 if TYPE_CHECKING:

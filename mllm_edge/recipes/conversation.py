@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm_edge.bundle import Prompt
+from mllm_edge.bundle.manifest import Prompt
 from mllm_edge.models.llava.model import IMAGE_INDEX
 
 IGNORE = -100

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mllm_edge import bundle
-from mllm_edge.bundle import Manifest
+from mllm_edge.bundle.check import locate
+from mllm_edge.bundle.manifest import Manifest
+from mllm_edge.bundle.read import read_manifest
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.machine.threads import usable_cores
 from mllm_edge.runtime.engines.interface import LanguageModel, Options
@@ -20,6 +21,7 @@ from mllm_edge.runtime.engines.table import LANGUAGE_MODEL_ENGINES, STAGE_ENGINE
 from mllm_edge.runtime.memory import residence, stage_bytes
 from mllm_edge.runtime.model import Model
 from mllm_edge.runtime.wiring import EMBEDS, needed_for
+from mllm_edge.targets import TARGETS
 
 if TYPE_CHECKING:
     from mllm_edge.runtime.engines.tensorrt.stage import Device
@@ -63,7 +65,7 @@ def load(
     """
     start = time.perf_counter()
     folder = Path(folder)
-    manifest = bundle.read(folder, verify_hash, engines=target in (None, "trt"))
+    manifest = read_manifest(folder, verify_hash, engines=target in (None, "trt"))
     check_engines(manifest.stages, manifest.language_model)
     options = _options(manifest, target, threads, kv_type, context, memory_budget, gpu_layers)
     place = residence(manifest, options, memory_budget)
@@ -79,13 +81,13 @@ def load(
         options = dataclasses.replace(options, gpu_reserve=reserve)
         stages: dict[str, LazyStage] = {}
         for entry in manifest.stages:
-            engine = functools.partial(STAGE_ENGINES[entry.engine], bundle.locate(folder, entry.file), entry, options)
+            engine = functools.partial(STAGE_ENGINES[entry.engine], locate(folder, entry.file), entry, options)
             stages[entry.name] = stage = LazyStage(entry, engine, place.keep_stages)
             opened.callback(stage.close)
             if entry.name in first and place.keep_stages:
                 stage.load()
         decoder = manifest.language_model
-        file = bundle.locate(folder, decoder.file)
+        file = locate(folder, decoder.file)
         make = functools.partial(LANGUAGE_MODEL_ENGINES[decoder.engine], file, decoder, options)
         language_model: LanguageModel = make() if place.keep_language_model else LazyLanguageModel(make)
         opened.callback(language_model.close)
@@ -114,8 +116,8 @@ def _options(
     gpu_layers: int | None,
 ) -> Options:
     wanted, longest = target or manifest.target, manifest.language_model.context_length
-    if wanted not in (*bundle.TARGETS, "ort-rtx"):
-        raise BadInput(f"there is no target {wanted!r}; use {', '.join(bundle.TARGETS)} or ort-rtx")
+    if wanted not in (*TARGETS, "ort-rtx"):
+        raise BadInput(f"there is no target {wanted!r}; use {', '.join(TARGETS)} or ort-rtx")
     if wanted == "trt" and manifest.target != "trt":
         raise MllmEdgeError(f"the bundle was made for {manifest.target}; export it with --target trt")
     if gpu_layers is not None and gpu_layers < 0:

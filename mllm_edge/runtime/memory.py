@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mllm_edge.bundle import LanguageModelEntry, Manifest, StageEntry
+from mllm_edge.bundle.manifest import LanguageModelEntry, Manifest, StageEntry
 from mllm_edge.errors import BadInput
 from mllm_edge.machine.facts import resident_memory
 from mllm_edge.runtime.engines.interface import Options

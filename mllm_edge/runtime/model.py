@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict, cast
 
 from PIL import Image
 
-from mllm_edge.bundle import Manifest
+from mllm_edge.bundle.manifest import Manifest
 from mllm_edge.errors import BadInput
 from mllm_edge.machine.facts import peak_rss
 from mllm_edge.runtime.answer import Answer, Tokens

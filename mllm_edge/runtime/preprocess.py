@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mllm_edge.bundle import ImagePreprocessing
+from mllm_edge.bundle.manifest import ImagePreprocessing
 from mllm_edge.errors import BadInput
 
 RESAMPLE = {

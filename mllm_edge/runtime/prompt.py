@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from mllm_edge.bundle import Prompt
+from mllm_edge.bundle.manifest import Prompt
 from mllm_edge.errors import BadInput
 
 

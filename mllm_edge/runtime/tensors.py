@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from mllm_edge.bundle import Manifest
+from mllm_edge.bundle.manifest import Manifest
 from mllm_edge.errors import BadInput
 from mllm_edge.runtime.boxes import Box, normalized
 from mllm_edge.runtime.engines.interface import Array, Floats

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from mllm_edge.bundle import TensorSpec
+from mllm_edge.bundle.manifest import TensorSpec
 
 EMBEDS = "image_embeds"  # the tensor that is spliced into the language model's input
 BOXES, REGION_EMBEDS = "boxes", "region_embeds"

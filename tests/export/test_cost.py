@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from toy_system import DIMS, decoder
 
-from mllm_edge.bundle import TensorSpec
+from mllm_edge.bundle.manifest import TensorSpec
 from mllm_edge.export.cost import stage_flops, without_weights
 from mllm_edge.models.llava.model import CONFIGS
 from mllm_edge.models.llava.plan import plan

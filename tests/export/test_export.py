@@ -9,8 +9,8 @@ import pytest
 from toy_system import ToySystem, fake_gguf, register
 
 import mllm_edge
-from mllm_edge import bundle
-from mllm_edge.bundle import Parity
+from mllm_edge.bundle.manifest import Parity
+from mllm_edge.bundle.read import read_manifest
 from mllm_edge.errors import BadInput, MllmEdgeError, OutOfTolerance
 from mllm_edge.export import export as export_module
 from mllm_edge.export import workplace
@@ -55,7 +55,7 @@ def names(folder):
 
 def test_bundle_is_complete_and_readable(toy, out):
     assert export("toy", quant="q8_0", precision="fp16", out=out) == out
-    manifest = bundle.read(out)
+    manifest = read_manifest(out)
     assert (manifest.system, manifest.config, manifest.target, manifest.source["sha256"]) == (
         "toy",
         "small",
@@ -75,7 +75,7 @@ def test_bundle_is_complete_and_readable(toy, out):
 def test_default_name_and_precision_by_target(toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert export("toy", target="cuda").name == "toy-small.bundle"
-    manifest = bundle.read(tmp_path / "toy-small.bundle")
+    manifest = read_manifest(tmp_path / "toy-small.bundle")
     assert manifest.target == "cuda" and {stage.precision for stage in manifest.stages} == {"fp16"}
 
 
@@ -85,7 +85,7 @@ def test_package_is_the_function_of_the_python_api(toy, out):
 
 def test_stage_takes_the_precision_it_is_made_for(toy, out):
     export("toy", precision="int8", out=out)
-    assert [stage.precision for stage in bundle.read(out).stages] == ["int8", "fp16"]
+    assert [stage.precision for stage in read_manifest(out).stages] == ["int8", "fp16"]
 
 
 def test_every_step_is_reported_when_it_begins_and_ends(toy, out):
@@ -117,7 +117,7 @@ def test_interrupted_export_leaves_nothing_and_goes_on(toy, out, monkeypatch, bl
     monkeypatch.setattr(export_module, "export_language_model", fake_gguf)
     export("toy", out=out)
     assert toy.built == {"vision_encoder": 1, "connector": 1}
-    assert len(bundle.read(out).files()) == 3
+    assert len(read_manifest(out).files()) == 3
 
 
 def test_only_what_an_option_changes_is_made_again(toy, out, monkeypatch):
@@ -148,7 +148,7 @@ def test_damage_is_found_before_reuse(toy, out, monkeypatch):
     monkeypatch.setattr(export_module, "require", lambda rows: None)
     export("toy", out=out)
     assert toy.built == {"vision_encoder": 1, "connector": 2}
-    bundle.read(out)
+    read_manifest(out)
 
 
 def test_out_of_tolerance_gives_no_bundle(toy, out, monkeypatch):
@@ -161,7 +161,7 @@ def test_out_of_tolerance_gives_no_bundle(toy, out, monkeypatch):
 
 def test_unverified_bundle_says_so(toy, out):
     export("toy", out=out, check=False)
-    assert bundle.read(out).parity == []
+    assert read_manifest(out).parity == []
 
 
 def test_full_disk_is_explained_and_can_go_on(toy, out, monkeypatch):
@@ -199,7 +199,7 @@ def test_existing_bundle_is_replaced_only_by_force(toy, out):
         export("toy", out=out)
     assert (out / "note.txt").exists()
     export("toy", out=out, quant="f16", force=True)
-    assert bundle.read(out).language_model.precision == "f16"
+    assert read_manifest(out).language_model.precision == "f16"
     assert not (out / "note.txt").exists() and names(out.parent) == ["toy.bundle"]
 
 
@@ -213,7 +213,7 @@ def test_force_replaces_nothing_that_is_not_a_bundle(toy, out):
 
 def test_empty_folder_is_taken(toy, out):
     out.mkdir(parents=True)
-    bundle.read(export("toy", out=out))
+    read_manifest(export("toy", out=out))
 
 
 def test_old_bundle_survives_a_failed_replacement(toy, out, monkeypatch):
@@ -228,7 +228,7 @@ def test_old_bundle_survives_a_failed_replacement(toy, out, monkeypatch):
     monkeypatch.setattr(workplace.Path, "rename", fail_on_partial)
     with pytest.raises(OSError, match="broken"):
         export("toy", out=out, quant="f16", force=True)
-    assert bundle.read(out).language_model.precision == "q8_0"
+    assert read_manifest(out).language_model.precision == "q8_0"
 
 
 def test_death_between_the_two_renames_is_repaired(toy, out):
@@ -236,7 +236,7 @@ def test_death_between_the_two_renames_is_repaired(toy, out):
     out.rename(out.with_name("toy.bundle.old"))
     with pytest.raises(BadInput, match="--force"):
         export("toy", out=out)
-    bundle.read(out)
+    read_manifest(out)
 
 
 def test_second_export_to_the_same_place_is_refused(toy, out):
@@ -277,4 +277,4 @@ def test_bad_options_are_named(toy, out, options, message):
 def test_mmproj_is_listed_in_the_manifest(toy, out):
     toy.extras = {"mmproj": lambda path: path.write_bytes(b"projector")}
     export("toy", out=out, mmproj=True)
-    assert [(entry.file, entry.bytes) for entry in bundle.read(out).extra_files] == [("mmproj.gguf", 9)]
+    assert [(entry.file, entry.bytes) for entry in read_manifest(out).extra_files] == [("mmproj.gguf", 9)]

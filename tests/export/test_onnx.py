@@ -8,10 +8,10 @@ import torch
 from tiny_vit import FEATURES, PIXELS, SIZE, stage, tiny_vit
 from torch import nn
 
-from mllm_edge.bundle import TensorSpec
+from mllm_edge.bundle.manifest import TensorSpec
 from mllm_edge.errors import BadInput, MllmEdgeError
+from mllm_edge.export.onnx import lower as onnx_export
 from mllm_edge.export.onnx.lower import export_stage
-from mllm_edge.export.onnx.lower import lower as onnx_export
 
 
 def feeds(count, scale=1.0, seed=0):

@@ -11,12 +11,12 @@ import onnxruntime
 import pytest
 
 import mllm_edge
-from mllm_edge import bundle
-from mllm_edge.bundle import BuildSettings, TensorSpec
+from mllm_edge.bundle.manifest import BuildSettings, TensorSpec
+from mllm_edge.bundle.read import read_manifest
 from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
 from mllm_edge.export.onnx.lower import export_stage
+from mllm_edge.export.tensorrt import engine as tensorrt
 from mllm_edge.export.tensorrt.build import build_bundle
-from mllm_edge.export.tensorrt.engine import engine as tensorrt
 from mllm_edge.export.verify.samples import Samples, pictures
 from mllm_edge.export.verify.verify import compare
 from mllm_edge.models.glamm import plan as glamm_plan
@@ -124,7 +124,7 @@ def test_without_the_package_the_line_that_installs_it(monkeypatch: pytest.Monke
 
 def test_a_bundle_of_engines(tmp_path: Path) -> None:
     folder = mllm_edge.export("llava", target="trt", devices=["sm_89", "orin"], out=tmp_path / "l.bundle")
-    manifest = bundle.read(folder)
+    manifest = read_manifest(folder)
     assert manifest.target == "trt"
     for stage in manifest.stages:
         assert (stage.engine, stage.precision) == ("tensorrt", "fp16")
@@ -142,7 +142,7 @@ def test_engines_run_where_their_gpu_is(tmp_path: Path) -> None:
         pytest.skip(f"engines can be read only where there is an NVIDIA GPU ({error})")
     folder = mllm_edge.export("glamm", target="trt", devices=["orin"], out=tmp_path / "g.bundle")
     assert all(one.cosine is not None and one.cosine > 0.999 for one in build_bundle(folder))
-    assert [engine.capabilities for engine in bundle.read(folder).stages[0].engines] == [[capability]]
+    assert [engine.capabilities for engine in read_manifest(folder).stages[0].engines] == [[capability]]
     picture = render(sample_scene("test", 0), 256)
     answers = []
     for target in ("cpu", "trt"):
@@ -154,4 +154,4 @@ def test_engines_run_where_their_gpu_is(tmp_path: Path) -> None:
 
 def test_a_board_builds_its_own(tmp_path: Path) -> None:
     folder = mllm_edge.export("llava", target="trt", devices=["orin"], out=tmp_path / "l.bundle")
-    assert [stage.engines for stage in bundle.read(folder).stages] == [[], []]
+    assert [stage.engines for stage in read_manifest(folder).stages] == [[], []]

@@ -7,12 +7,12 @@ import torch
 from PIL import Image
 from toy_system import DIMS, PROMPT, ToySystem, decoder, fake_gguf, register
 
-from mllm_edge import bundle
-from mllm_edge.bundle import Manifest, StageEntry
+from mllm_edge.bundle.manifest import Manifest, StageEntry
+from mllm_edge.bundle.read import file_entry, read_manifest, write_manifest
 from mllm_edge.errors import BadInput, MllmEdgeError, OutOfTolerance
+from mllm_edge.export.verify import verify as verify_module
 from mllm_edge.export.verify.samples import Samples, pictures
 from mllm_edge.export.verify.verify import compare, parity, require, verify, verify_bundle
-from mllm_edge.export.verify.verify import verify as verify_module
 from mllm_edge.runtime.preprocess import preprocess
 
 
@@ -130,7 +130,7 @@ def write_bundle(toy, precision, quant):
     stages = []
     for stage in plan.stages:
         (toy.folder / f"{stage.name}.onnx").write_bytes(b"x")
-        entry = bundle.file_entry(toy.folder, f"{stage.name}.onnx")
+        entry = file_entry(toy.folder, f"{stage.name}.onnx")
         stages.append(
             StageEntry(
                 **vars(entry),
@@ -141,7 +141,7 @@ def write_bundle(toy, precision, quant):
                 outputs=stage.outputs,
             )
         )
-    bundle.write(
+    write_manifest(
         Manifest(
             system="toy",
             config="small",
@@ -276,18 +276,18 @@ def test_language_model_is_left_out_when_memory_is_short(toy, monkeypatch):
 
 def test_result_is_written_into_the_manifest(toy):
     rows = verify_bundle(toy.folder)
-    assert bundle.read(toy.folder).parity == rows
+    assert read_manifest(toy.folder).parity == rows
     toy.spoil["connector"] = lambda x: -x
     with pytest.raises(OutOfTolerance, match="connector cosine -1"):
         verify_bundle(toy.folder)
-    assert [row.passed for row in bundle.read(toy.folder).parity] == [True, False, True, False]
+    assert [row.passed for row in read_manifest(toy.folder).parity] == [True, False, True, False]
 
 
 def test_other_weights_are_refused(toy):
     toy.system.source = "b"
     with pytest.raises(BadInput, match="made from other weights"):
         verify_bundle(toy.folder, str(toy.folder))
-    assert bundle.read(toy.folder).parity == []
+    assert read_manifest(toy.folder).parity == []
 
 
 def test_other_tokens_stop_the_verification(toy, monkeypatch):

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mllm_edge.bundle import TensorSpec
+from mllm_edge.bundle.manifest import TensorSpec
 from mllm_edge.models.plan import StageExport
 
 SIZE, PATCH, WIDTH, HEADS = 32, 8, 64, 4

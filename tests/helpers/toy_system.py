@@ -9,8 +9,16 @@ import torch
 from tiny_vit import FEATURES, PATCH, PATCHES, PIXELS, SIZE, WIDTH
 from torch import nn
 
-from mllm_edge import bundle, models
-from mllm_edge.bundle import EmbeddingTable, Generation, ImagePreprocessing, LanguageModelEntry, Prompt, TensorSpec
+from mllm_edge import models
+from mllm_edge.bundle.manifest import (
+    EmbeddingTable,
+    Generation,
+    ImagePreprocessing,
+    LanguageModelEntry,
+    Prompt,
+    TensorSpec,
+)
+from mllm_edge.bundle.read import file_entry
 from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.models.plan import Checkpoint, ExportPlan, LanguageModelExport, StageExport
 
@@ -85,7 +93,7 @@ def register(monkeypatch, system):
 def fake_gguf(lm, path, quant, *_, **__):
     """Stands in for the GGUF writer, which has its own tests."""
     path.write_bytes(b"GGUF" + quant.encode())
-    entry = bundle.file_entry(path.parent, path.name)
+    entry = file_entry(path.parent, path.name)
     return LanguageModelEntry(
         **dataclasses.asdict(entry),
         name="language_model",

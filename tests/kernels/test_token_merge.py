@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_edge.bundle import TensorSpec
+from mllm_edge.bundle.manifest import TensorSpec
 from mllm_edge.export.onnx.lower import export_stage
 from mllm_edge.kernels.token_merge import TokenMerge, matching, merge_tokens
 from mllm_edge.models.plan import StageExport

@@ -12,8 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mllm_edge import bundle
-from mllm_edge.bundle import (
+from mllm_edge.bundle.manifest import (
     EmbeddingTable,
     Generation,
     ImagePreprocessing,
@@ -23,6 +22,7 @@ from mllm_edge.bundle import (
     StageEntry,
     TensorSpec,
 )
+from mllm_edge.bundle.read import file_entry, read_manifest, write_manifest
 
 WIDTH, LAYERS, HEADS, FFN, CONTEXT = 64, 2, 2, 96, 128
 SIZE, PATCH, FEATURES = 16, 8, 12
@@ -160,7 +160,7 @@ def write_bundle(folder: Path, embedding: str = "F32", seed: int = 0) -> Manifes
     embeds = TensorSpec("image_embeds", "float32", [1, PATCHES, WIDTH])
 
     def stage(name: str, takes: TensorSpec, gives: TensorSpec) -> StageEntry:
-        entry = bundle.file_entry(folder, f"{name}.onnx")
+        entry = file_entry(folder, f"{name}.onnx")
         return StageEntry(**vars(entry), name=name, engine="onnx", precision="fp32", inputs=[takes], outputs=[gives])
 
     manifest = Manifest(
@@ -174,7 +174,7 @@ def write_bundle(folder: Path, embedding: str = "F32", seed: int = 0) -> Manifes
         tasks=["chat"],
         stages=[stage("vision_encoder", pixels, features), stage("connector", features, embeds)],
         language_model=LanguageModelEntry(
-            **vars(bundle.file_entry(folder, "language_model.gguf")),
+            **vars(file_entry(folder, "language_model.gguf")),
             name="language_model",
             engine="gguf",
             precision="f32",
@@ -195,7 +195,7 @@ def write_bundle(folder: Path, embedding: str = "F32", seed: int = 0) -> Manifes
         prompt=PROMPT,
         generation=Generation(max_tokens=8),
     )
-    bundle.write(manifest, folder)
+    write_manifest(manifest, folder)
     return manifest
 
 
@@ -215,7 +215,7 @@ def edit_bundle(tiny_bundle: Path, tmp_path: Path) -> Callable[..., Path]:
     def edit(**changes: object) -> Path:
         folder = tmp_path / "edited.bundle"
         shutil.copytree(tiny_bundle, folder)
-        bundle.write(replace(bundle.read(folder), **changes), folder)  # type: ignore[arg-type]
+        write_manifest(replace(read_manifest(folder), **changes), folder)  # type: ignore[arg-type]
         return folder
 
     return edit

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import mllm_edge
-from mllm_edge import bundle
-from mllm_edge.bundle import TensorSpec
+from mllm_edge.bundle.manifest import Manifest, TensorSpec
+from mllm_edge.bundle.read import read_manifest
 from mllm_edge.errors import BadInput
 from mllm_edge.runtime import loading
 from mllm_edge.runtime import memory as budget
@@ -20,13 +20,13 @@ GIGA = 10**9
 
 
 @pytest.fixture
-def manifest(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> bundle.Manifest:
+def manifest(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
     """Stages of 1 GB and 2 GB, which work with half a GB, and a language model of 4 GB; the process takes nothing."""
     monkeypatch.setattr(budget, "resident_memory", lambda: 0)
     for name in ("PICTURES", "SCRATCH", "SCRATCH_PER_WIDTH"):
         monkeypatch.setattr(budget, name, 0)
     monkeypatch.setattr(budget, "MARGIN", 1.0)
-    known = bundle.read(tiny_bundle)
+    known = read_manifest(tiny_bundle)
     one, two = (
         replace(stage, bytes=size * GIGA, activation_bytes=GIGA // 2) for stage, size in zip(known.stages, (1, 2))
     )
@@ -43,20 +43,20 @@ def manifest(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> bundle.Manif
     ],
 )
 def test_the_fastest_way_that_fits(
-    manifest: bundle.Manifest, size: float | None, stages: bool, language_model: bool, peak: float
+    manifest: Manifest, size: float | None, stages: bool, language_model: bool, peak: float
 ) -> None:
     way = budget.residence(manifest, OPTIONS, None if size is None else int(size * GIGA))
     assert (way.keep_stages, way.keep_language_model, way.peak / GIGA) == (stages, language_model, peak)
 
 
-def test_what_cannot_fit_is_refused_at_once_with_its_size(manifest: bundle.Manifest) -> None:
+def test_what_cannot_fit_is_refused_at_once_with_its_size(manifest: Manifest) -> None:
     with pytest.raises(
         BadInput, match=r"cannot stay under 5\.6G: it takes 6\.1G at least \(language_model 3\.7G and c"
     ):
         budget.residence(manifest, OPTIONS, 6 * GIGA)
 
 
-def test_masks_may_be_made_when_the_language_model_has_gone(manifest: bundle.Manifest) -> None:
+def test_masks_may_be_made_when_the_language_model_has_gone(manifest: Manifest) -> None:
     late = replace(
         manifest.stages[1],
         name="mask_encoder",

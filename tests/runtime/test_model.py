@@ -9,7 +9,7 @@ import pytest
 from conftest import CONTEXT, PATCHES, PIECES, PROMPT, SIZE, WIDTH
 
 import mllm_edge
-from mllm_edge import bundle
+from mllm_edge.bundle.read import read_manifest
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.runtime import Answer, Model
 from mllm_edge.runtime.engines.interface import LanguageModel, Step
@@ -309,7 +309,7 @@ def test_unusable_options(tiny_bundle: Path, options: dict[str, Any]) -> None:
 def test_targets_that_cannot_run_here(tiny_bundle: Path, edit_bundle: Callable[..., Path]) -> None:
     with pytest.raises(MllmEdgeError, match="made for cpu"):
         mllm_edge.load(tiny_bundle, target="trt")
-    stages = [replace(stage, engine="tensorrt") for stage in bundle.read(tiny_bundle).stages]
+    stages = [replace(stage, engine="tensorrt") for stage in read_manifest(tiny_bundle).stages]
     with pytest.raises(MllmEdgeError, match=r"no NVIDIA GPU|cuda-bindings|cannot run here"):  # never on the CPU instead
         mllm_edge.load(edit_bundle(target="trt", stages=stages))
 

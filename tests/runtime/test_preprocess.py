@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_edge.bundle import ImagePreprocessing
+from mllm_edge.bundle.manifest import ImagePreprocessing
 from mllm_edge.errors import BadInput
 from mllm_edge.runtime import preprocess as module
 from mllm_edge.runtime.preprocess import preprocess

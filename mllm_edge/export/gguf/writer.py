@@ -21,7 +21,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from mllm_edge.bundle import EmbeddingTable, LanguageModelEntry, file_entry
+from mllm_edge.bundle.manifest import EmbeddingTable, LanguageModelEntry
+from mllm_edge.bundle.read import file_entry
 from mllm_edge.checkpoints.tokenizer import UNUSED, Tokenizer, read_tokenizer
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.export.gguf.k_quants import K_QUANTS, chosen_types, quantize_rows

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-from mllm_edge.bundle import TensorSpec
+from mllm_edge.bundle.manifest import TensorSpec
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.export.onnx.fp16 import to_float16
 from mllm_edge.export.onnx.int8 import activation_peaks, quantize

@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import nn
 
-from mllm_edge.bundle import Manifest
+from mllm_edge.bundle.manifest import Manifest
 from mllm_edge.errors import BadInput
 from mllm_edge.kernels.token_merge import TokenMerge
 from mllm_edge.models.plan import ExportPlan, StageExport

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from mllm_edge import bundle
-from mllm_edge.bundle import BuildSettings, BuiltEngine, Manifest, Parity, StageEntry, file_entry, graph_of
+from mllm_edge.bundle.check import locate
+from mllm_edge.bundle.manifest import BuildSettings, BuiltEngine, Manifest, Parity, StageEntry
+from mllm_edge.bundle.read import check_file, file_entry, graph_of, read_manifest, write_manifest
 from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
 from mllm_edge.export.tensorrt.check import EngineCheck, with_rows
 from mllm_edge.export.tensorrt.engine import BOARDS, Work, ahead, build, replaced
@@ -57,7 +58,7 @@ def build_bundle(
         OutOfTolerance: an engine does not give what its graph gives; it is thrown away.
         MllmEdgeError: there is no GPU, the disk is full, or a stage cannot be built.
     """
-    manifest = bundle.read(folder, engines=False)
+    manifest = read_manifest(folder, engines=False)
     if manifest.target != "trt":
         raise BadInput(f"{folder} was made for {manifest.target}, which needs no engines; export it with --target trt")
     package, capabilities, device = _goal(folder, manifest, devices)
@@ -79,7 +80,7 @@ def build_bundle(
                     row = compare(stage, engine) if compare else None
                     manifest = _with_engine(manifest, folder, stage, engine, row)
                 except BaseException:
-                    bundle.locate(folder, engine.file).unlink(missing_ok=True)
+                    locate(folder, engine.file).unlink(missing_ok=True)
                     raise
             else:
                 engine = cast(BuiltEngine, present[capabilities[0]])
@@ -144,7 +145,7 @@ def _present(
     for engine in stage.engines:
         if (engine.package, engine.version, engine.graph, engine.profile) == wanted:
             with contextlib.suppress(BadInput):
-                bundle.check_file(engine, folder)
+                check_file(engine, folder)
                 if capability in engine.capabilities:
                     return engine
     return None
@@ -160,10 +161,10 @@ def _with_engine(
     stages = [finished if one.name == stage.name else one for one in manifest.stages]
     parity = with_rows(manifest.parity, [row]) if row else manifest.parity
     manifest = dataclasses.replace(manifest, stages=stages, parity=parity)
-    bundle.write(manifest, folder)
+    write_manifest(manifest, folder)
     for engine in replaces:
         if engine.file != made.file:
-            bundle.locate(folder, engine.file).unlink(missing_ok=True)
+            locate(folder, engine.file).unlink(missing_ok=True)
     return manifest
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mllm_edge.bundle import BuiltEngine, Manifest, Parity, StageEntry, TensorSpec
+from mllm_edge.bundle.manifest import BuiltEngine, Manifest, Parity, StageEntry, TensorSpec
 from mllm_edge.errors import OutOfTolerance
 from mllm_edge.export.verify.difference import compare
 from mllm_edge.machine.threads import usable_cores

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_edge.bundle import BuildSettings, TensorSpec
+from mllm_edge.bundle.manifest import BuildSettings, TensorSpec
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.runtime.engines.tensorrt.packages import RTX, Package
 from mllm_edge.runtime.engines.tensorrt.stage import logger, shape

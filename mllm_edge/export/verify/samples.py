@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mllm_edge.bundle import ImagePreprocessing
+from mllm_edge.bundle.manifest import ImagePreprocessing
 from mllm_edge.errors import BadInput
 from mllm_edge.models.plan import ExportPlan, StageExport
 from mllm_edge.runtime.preprocess import preprocess

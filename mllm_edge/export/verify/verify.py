@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mllm_edge import bundle, models
-from mllm_edge.bundle import Manifest, Parity, StageEntry
+from mllm_edge import models
+from mllm_edge.bundle.check import locate
+from mllm_edge.bundle.manifest import Manifest, Parity, StageEntry
+from mllm_edge.bundle.read import read_manifest, write_manifest
 from mllm_edge.errors import BadInput, MllmEdgeError, OutOfTolerance
 from mllm_edge.export.gguf.same_tokens import assert_same_tokens
 from mllm_edge.export.onnx.merging import embedding_stage, merged_like
@@ -77,7 +79,7 @@ def verify(folder: Path, checkpoint: Checkpoint, plan: ExportPlan, pictures: Seq
     Raises:
         MllmEdgeError: the bundle's language model tokenizes differently from the checkpoint's tokenizer.
     """
-    manifest = bundle.read(folder)
+    manifest = read_manifest(folder)
     assert_same_tokens(folder / manifest.language_model.file, checkpoint.tokenizer)
     samples = Samples(plan, pictures)
     # The KV cache's type is chosen at run time and not what is measured here; read() has checked the hashes.
@@ -105,7 +107,7 @@ def verify_bundle(folder: Path, weights: str | None = None) -> list[Parity]:
         BadInput: not a bundle, or the checkpoint is not found or is another one.
         OutOfTolerance: names what failed; the manifest has the rows all the same.
     """
-    manifest = bundle.read(folder)
+    manifest = read_manifest(folder)
     module = models.get(manifest.system).load_module()
     source = manifest.source
     weights = weights or source.get("path") or source["kind"]  # "random" and the shipped ones have no path
@@ -114,7 +116,7 @@ def verify_bundle(folder: Path, weights: str | None = None) -> list[Parity]:
         raise BadInput(f"{folder} was made from other weights ({source}); say where those are with --weights")
     plan = merged_like(manifest, module.plan(checkpoint))
     rows = verify(folder, checkpoint, plan, pictures(PICTURES))
-    bundle.write(dataclasses.replace(manifest, parity=with_rows(manifest.parity, rows)), folder)
+    write_manifest(dataclasses.replace(manifest, parity=with_rows(manifest.parity, rows)), folder)
     require(rows)
     return rows
 
@@ -151,7 +153,7 @@ def _pictured(plan: ExportPlan) -> StageExport:
 def _stage_row(folder: Path, entry: StageEntry, stage: StageExport, samples: Samples, options: Options) -> Parity:
     """One stage at a time is in memory, and PyTorch's first."""
     expected = samples.outputs(stage)
-    with contextlib.closing(STAGE_ENGINES[entry.engine](bundle.locate(folder, entry.file), entry, options)) as engine:
+    with contextlib.closing(STAGE_ENGINES[entry.engine](locate(folder, entry.file), entry, options)) as engine:
         pairs = [
             (np.asarray(engine(**feed)[name]), outputs[name])
             for feed, outputs in zip(samples.inputs(stage), expected, strict=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
-from mllm_edge.bundle import Generation, ImagePreprocessing, TensorSpec
+from mllm_edge.bundle.manifest import Generation, ImagePreprocessing, TensorSpec
 from mllm_edge.checkpoints.tokenizer import lead, read_tokenizer
 from mllm_edge.errors import BadInput
 from mllm_edge.models.blocks.region import RegionEncoder

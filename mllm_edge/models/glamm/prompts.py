@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mllm_edge.bundle import Prompt
+from mllm_edge.bundle.manifest import Prompt
 from mllm_edge.models.llava.prompts import PROMPTS
 
 SEG, PHRASE, PHRASE_END, BOX = "[SEG]", "<p>", "</p>", "<bbox>"

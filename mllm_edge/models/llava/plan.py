@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mllm_edge.bundle import Generation, ImagePreprocessing, Prompt, TensorSpec
+from mllm_edge.bundle.manifest import Generation, ImagePreprocessing, Prompt, TensorSpec
 from mllm_edge.checkpoints.tokenizer import lead
 from mllm_edge.models.blocks.encoders import float32_modules, vision_encoder
 from mllm_edge.models.llava.layouts import load as load

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mllm_edge.bundle import Prompt
+from mllm_edge.bundle.manifest import Prompt
 
 _ASSISTANT = "gives helpful, detailed, and polite answers to the {0}'s questions."
 _SYSTEM = "A chat between a curious {0} and an artificial intelligence assistant. The assistant " + _ASSISTANT

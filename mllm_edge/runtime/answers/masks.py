@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mllm_edge.bundle import Manifest, Prompt
+from mllm_edge.bundle.manifest import Manifest, Prompt
 from mllm_edge.errors import BadInput
 from mllm_edge.runtime.answer import Mask
 from mllm_edge.runtime.answers.resize import at_full_size, box_of, confidence

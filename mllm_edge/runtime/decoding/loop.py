@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from mllm_edge.bundle import Generation
+from mllm_edge.bundle.manifest import Generation
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.runtime.decoding.sampling import Sampler
 from mllm_edge.runtime.decoding.text_stream import TextStream

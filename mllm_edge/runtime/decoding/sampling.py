@@ -6,7 +6,7 @@ import ctypes
 
 import numpy as np
 
-from mllm_edge.bundle import Generation
+from mllm_edge.bundle.manifest import Generation
 from mllm_edge.errors import BadInput
 from mllm_edge.runtime.engines.interface import Floats
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mllm_edge.bundle import StageEntry, TensorSpec
+from mllm_edge.bundle.manifest import StageEntry, TensorSpec
 from mllm_edge.errors import MllmEdgeError
 
 Array = NDArray[Any]

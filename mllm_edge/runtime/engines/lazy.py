@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from mllm_edge.bundle import StageEntry
+from mllm_edge.bundle.manifest import StageEntry
 from mllm_edge.errors import MllmEdgeError
 from mllm_edge.runtime.engines.interface import Array, Floats, LanguageModel, Stage, Step
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mllm_edge.bundle import StageEntry, TensorSpec
+from mllm_edge.bundle.manifest import StageEntry, TensorSpec
 from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
 from mllm_edge.runtime.engines.interface import Array, Options, check_arrays
 

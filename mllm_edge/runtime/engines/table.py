@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm_edge.bundle import LanguageModelEntry, StageEntry
+from mllm_edge.bundle.manifest import LanguageModelEntry, StageEntry
 from mllm_edge.errors import MllmEdgeError
 from mllm_edge.runtime.engines.interface import LanguageModel, Options, Stage
 

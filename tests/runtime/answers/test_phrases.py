@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from mllm_edge.bundle import Prompt
+from mllm_edge.bundle.manifest import Prompt
 from mllm_edge.runtime.answers.masks import phrases
 from mllm_edge.runtime.decoding.text_stream import TextStream
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mllm_edge.bundle import Generation
+from mllm_edge.bundle.manifest import Generation
 from mllm_edge.errors import BadInput
 from mllm_edge.runtime.decoding.sampling import Sampler, check_settings
 

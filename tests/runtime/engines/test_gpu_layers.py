@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_edge.bundle import EmbeddingTable, LanguageModelEntry
+from mllm_edge.bundle.manifest import EmbeddingTable, LanguageModelEntry
 from mllm_edge.runtime.engines.interface import Options
 from mllm_edge.runtime.engines.llama import gpu_layers
 from mllm_edge.runtime.memory import SCRATCH

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from conftest import CONTEXT, HEADS, PIECES, WIDTH, llama_tensors, write_llama
 
-from mllm_edge import bundle
-from mllm_edge.bundle import LanguageModelEntry
+from mllm_edge.bundle.manifest import LanguageModelEntry
+from mllm_edge.bundle.read import read_manifest
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.runtime.engines.interface import Options
 from mllm_edge.runtime.engines.llama import probe
@@ -25,7 +25,7 @@ IDS = [1, *range(259, 259 + 30)]
 
 @pytest.fixture(scope="module")
 def entry(tiny_bundle: Path) -> LanguageModelEntry:
-    return bundle.read(tiny_bundle).language_model
+    return read_manifest(tiny_bundle).language_model
 
 
 @pytest.fixture

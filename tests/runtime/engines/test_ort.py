@@ -7,7 +7,8 @@ import pytest
 from conftest import FEATURES, PATCH, PATCHES, SIZE
 from onnx import numpy_helper
 
-from mllm_edge import bundle
+from mllm_edge.bundle.manifest import StageEntry, TensorSpec
+from mllm_edge.bundle.read import read_manifest
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.runtime.engines.interface import Options
 from mllm_edge.runtime.engines.ort import OnnxStage
@@ -17,11 +18,11 @@ PIXELS = np.random.default_rng(3).standard_normal((1, 3, SIZE, SIZE)).astype(np.
 
 
 @pytest.fixture(scope="module")
-def entry(tiny_bundle: Path) -> bundle.StageEntry:
-    return bundle.read(tiny_bundle).stage("vision_encoder")
+def entry(tiny_bundle: Path) -> StageEntry:
+    return read_manifest(tiny_bundle).stage("vision_encoder")
 
 
-def test_runs_by_name(tiny_bundle: Path, entry: bundle.StageEntry) -> None:
+def test_runs_by_name(tiny_bundle: Path, entry: StageEntry) -> None:
     stage = OnnxStage(tiny_bundle / entry.file, entry, CPU)
     out = stage(pixel_values=PIXELS)
     graph = onnx.load(tiny_bundle / entry.file).graph
@@ -41,36 +42,32 @@ def test_runs_by_name(tiny_bundle: Path, entry: bundle.StageEntry) -> None:
         ({"pixel_values": PIXELS[0]}, r"float32 \[3, 16, 16\]"),
     ],
 )
-def test_arrays_are_checked(
-    tiny_bundle: Path, entry: bundle.StageEntry, arrays: dict[str, np.ndarray], message: str
-) -> None:
+def test_arrays_are_checked(tiny_bundle: Path, entry: StageEntry, arrays: dict[str, np.ndarray], message: str) -> None:
     stage = OnnxStage(tiny_bundle / entry.file, entry, CPU)
     with pytest.raises(MllmEdgeError, match=message):
         stage(**arrays)
 
 
-def test_a_closed_stage_says_so(tiny_bundle: Path, entry: bundle.StageEntry) -> None:
+def test_a_closed_stage_says_so(tiny_bundle: Path, entry: StageEntry) -> None:
     stage = OnnxStage(tiny_bundle / entry.file, entry, CPU)
     stage.close()
     with pytest.raises(MllmEdgeError, match="closed"):
         stage(pixel_values=PIXELS)
 
 
-def test_a_file_that_is_no_graph(tmp_path: Path, entry: bundle.StageEntry) -> None:
+def test_a_file_that_is_no_graph(tmp_path: Path, entry: StageEntry) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"\x08\x07 nothing")
     with pytest.raises(BadInput, match=r"bad\.onnx"):
         OnnxStage(tmp_path / "bad.onnx", entry, CPU)
 
 
-def test_a_graph_that_is_not_the_manifests(tiny_bundle: Path, entry: bundle.StageEntry) -> None:
-    wrong = replace(entry, outputs=[bundle.TensorSpec("image_features", "float32", [1, PATCHES, 99])])
+def test_a_graph_that_is_not_the_manifests(tiny_bundle: Path, entry: StageEntry) -> None:
+    wrong = replace(entry, outputs=[TensorSpec("image_features", "float32", [1, PATCHES, 99])])
     with pytest.raises(BadInput, match="manifest says float32"):
         OnnxStage(tiny_bundle / entry.file, wrong, CPU)
 
 
-def test_cuda_is_announced_or_refused(
-    tiny_bundle: Path, entry: bundle.StageEntry, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cuda_is_announced_or_refused(tiny_bundle: Path, entry: StageEntry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.warns(RuntimeWarning, match="run on the CPU"):
         stage = OnnxStage(tiny_bundle / entry.file, entry, replace(CPU, target="cuda"))

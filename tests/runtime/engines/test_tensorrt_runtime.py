@@ -19,12 +19,12 @@ from fake_gpu import Device, install
 
 import mllm_edge
 import mllm_edge.runtime
-from mllm_edge import bundle
-from mllm_edge.bundle import BuiltEngine, StageEntry
+from mllm_edge.bundle.manifest import BuiltEngine, StageEntry
+from mllm_edge.bundle.read import file_entry, read_manifest, write_manifest
 from mllm_edge.cli import main
 from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError, OutOfTolerance
+from mllm_edge.export.tensorrt import engine as tensorrt
 from mllm_edge.export.tensorrt.build import build_bundle
-from mllm_edge.export.tensorrt.engine import engine as tensorrt
 from mllm_edge.machine import facts
 from mllm_edge.runtime.engines.tensorrt import packages as tensorrt_packages
 from mllm_edge.runtime.engines.tensorrt.cuda import Cuda, DeviceArray
@@ -68,18 +68,18 @@ def tensorrt_engine(folder: Path, stage: StageEntry, capability: str) -> BuiltEn
     """Some engine of another GPU in the bundle."""
     file = f"{stage.name}.{capability}.engine"
     (folder / file).write_bytes(b"of another GPU")
-    entry = dataclasses.asdict(bundle.file_entry(folder, file))
+    entry = dataclasses.asdict(file_entry(folder, file))
     return BuiltEngine(**entry, package="tensorrt", version="10.3.0", capabilities=[capability], graph=stage.sha256)
 
 
 def test_a_board_builds_its_own_once(folder: Path, gpu: Device) -> None:
-    how = bundle.read(folder).build
+    how = read_manifest(folder).build
     assert (how.devices, how.workspace_mb) == (["orin-nano", "orin"], 1024)
     told: list[tuple[str, float | None]] = []
     built = build_bundle(folder, report=lambda step, number, total, seconds, part=0.0: told.append((step, part)))
-    assert [one.stage for one in built] == [stage.name for stage in bundle.read(folder).stages]
+    assert [one.stage for one in built] == [stage.name for stage in read_manifest(folder).stages]
     assert (built[0].stage, 0.5) in told and (built[0].stage, 1.0) in told
-    for stage in bundle.read(folder).stages:
+    for stage in read_manifest(folder).stages:
         (engine,) = stage.engines
         assert (engine.package, engine.version, engine.capabilities) == ("tensorrt", "10.3.0", ["sm_87"])
         assert engine.profile == ([1, 4, 16] if stage.name in ("region_encoder", "mask_decoder") else [])
@@ -91,32 +91,32 @@ def test_a_board_builds_its_own_once(folder: Path, gpu: Device) -> None:
 
 
 def test_an_engine_that_is_not_its_graph_is_taken_out(folder: Path, gpu: Device) -> None:
-    manifest = bundle.read(folder)
+    manifest = read_manifest(folder)
     other = tensorrt_engine(folder, manifest.stages[0], "sm_89")
     stages = [dataclasses.replace(manifest.stages[0], engines=[other]), *manifest.stages[1:]]
-    bundle.write(dataclasses.replace(manifest, stages=stages), folder)
+    write_manifest(dataclasses.replace(manifest, stages=stages), folder)
     gpu.fault = 1.0
     with pytest.raises(
         OutOfTolerance, match=r"engine of vision_encoder differs from its graph \(cosine 0\.\d+, at least"
     ):
         build_bundle(folder)
-    assert bundle.read(folder).stages[0].engines == [other]  # those of other GPUs stay
+    assert read_manifest(folder).stages[0].engines == [other]  # those of other GPUs stay
     assert [file.name for file in folder.glob("*.engine")] == [other.file]
     gpu.fault = 0.0
     assert [one.cosine for one in build_bundle(folder)] == [pytest.approx(1.0)] * 5
-    rows = {row.name: row.measured["cosine"] for row in bundle.read(folder).parity}
+    rows = {row.name: row.measured["cosine"] for row in read_manifest(folder).parity}
     assert rows["mask_decoder on sm_87"] == pytest.approx(1.0)
     assert [one.cosine for one in build_bundle(folder)] == [None] * 5
 
 
 def test_another_version_replaces_its_engines(folder: Path, gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     build_bundle(folder)
-    (old,) = bundle.read(folder).stages[0].engines
+    (old,) = read_manifest(folder).stages[0].engines
     install(monkeypatch, gpu, version="11.0.0", typed_flag=False)
     with pytest.raises(MllmEdgeError, match=r"built by tensorrt 10\.3\.0, installed here is tensorrt 11\.0\.0.*build"):
         mllm_edge.load(folder, threads=1)
     build_bundle(folder)
-    (new,) = bundle.read(folder).stages[0].engines
+    (new,) = read_manifest(folder).stages[0].engines
     assert new.version == "11.0.0"
     assert not (folder / old.file).exists()
 
@@ -179,17 +179,17 @@ def test_an_engine_for_another_gpu_is_refused(folder: Path, gpu: Device) -> None
     with pytest.raises(MllmEdgeError, match="is for sm_87, this GPU is sm_110; run: mllm-edge build"):
         mllm_edge.load(folder, threads=1)
     build_bundle(folder)
-    assert [engine.capabilities for engine in bundle.read(folder).stages[0].engines] == [["sm_87"], ["sm_110"]]
+    assert [engine.capabilities for engine in read_manifest(folder).stages[0].engines] == [["sm_87"], ["sm_110"]]
 
 
 def test_a_damaged_engine_is_refused_with_tensorrts_reason(folder: Path, gpu: Device) -> None:
     build_bundle(folder)
-    manifest = bundle.read(folder)
+    manifest = read_manifest(folder)
     engine = manifest.stages[0].engines[0]
     (folder / engine.file).write_bytes(b"?" * engine.bytes)
-    entry = dataclasses.replace(engine, **dataclasses.asdict(bundle.file_entry(folder, engine.file)))
+    entry = dataclasses.replace(engine, **dataclasses.asdict(file_entry(folder, engine.file)))
     stages = [dataclasses.replace(manifest.stages[0], engines=[entry]), *manifest.stages[1:]]
-    bundle.write(dataclasses.replace(manifest, stages=stages), folder)
+    write_manifest(dataclasses.replace(manifest, stages=stages), folder)
     with pytest.raises(MllmEdgeError, match=r"cannot read it \(Error Code 1: Serialization .*mllm-edge build"):
         mllm_edge.load(folder, threads=1)
 
@@ -225,7 +225,7 @@ def test_an_interrupted_build_keeps_what_was_finished(
 
     with pytest.raises(KeyboardInterrupt):
         build_bundle(folder, report=report)
-    assert [len(stage.engines) for stage in bundle.read(folder).stages][:3] == [1, 1, 0]
+    assert [len(stage.engines) for stage in read_manifest(folder).stages][:3] == [1, 1, 0]
     assert not list(folder.glob(".*"))
     assert [bool(one.seconds) for one in build_bundle(folder)][:3] == [False, False, True]
 
@@ -296,7 +296,7 @@ def test_a_tensorrt_that_does_not_load_is_said(folder: Path, gpu: Device, monkey
     monkeypatch.setattr(tensorrt_packages.importlib, "import_module", broken)
     with pytest.raises(MllmEdgeError, match=r"tensorrt-?\w* is installed but does not load \(libnvinfer"):
         build_bundle(folder, ["sm_89"])
-    assert "does not load" in str(tensorrt_packages.find(bundle.read(folder).stages[0], "sm_87", [1, 4, 16]))
+    assert "does not load" in str(tensorrt_packages.find(read_manifest(folder).stages[0], "sm_87", [1, 4, 16]))
 
 
 def test_without_a_driver_there_is_one_line(
@@ -316,12 +316,14 @@ def test_without_tensorrt_the_line_that_installs_it(folder: Path, monkeypatch: p
     monkeypatch.setattr(tensorrt_packages.Package, "installed", False)
     with pytest.raises(MissingPackage, match=r"mllm-edge\[rtx\]"):
         build_bundle(folder)
-    assert "no TensorRT is installed" in str(tensorrt_packages.find(bundle.read(folder).stages[0], "sm_87", [1, 4, 16]))
+    assert "no TensorRT is installed" in str(
+        tensorrt_packages.find(read_manifest(folder).stages[0], "sm_87", [1, 4, 16])
+    )
 
 
 def test_build_needs_a_bundle_of_target_trt(folder: Path, tmp_path: Path) -> None:
-    other = dataclasses.replace(bundle.read(folder), target="cuda")
-    bundle.write(other, folder)
+    other = dataclasses.replace(read_manifest(folder), target="cuda")
+    write_manifest(other, folder)
     with pytest.raises(BadInput, match="made for cuda, which needs no engines"):
         build_bundle(folder)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_edge.bundle import EmbeddingTable
+from mllm_edge.bundle.manifest import EmbeddingTable
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.runtime.engines.interface import Floats
 

@@ -7,7 +7,7 @@ import math
 import warnings
 from types import ModuleType
 
-from mllm_edge.bundle import LanguageModelEntry
+from mllm_edge.bundle.manifest import LanguageModelEntry
 from mllm_edge.runtime.engines.interface import Options
 from mllm_edge.runtime.memory import KV_BYTES, SCRATCH
 

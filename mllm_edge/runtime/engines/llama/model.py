@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_edge.bundle import LanguageModelEntry
+from mllm_edge.bundle.manifest import LanguageModelEntry
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.runtime.engines.interface import Floats, Options, Step
 from mllm_edge.runtime.engines.llama import gpu_layers, probe

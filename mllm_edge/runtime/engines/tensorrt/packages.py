@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mllm_edge.bundle import BuiltEngine, StageEntry, graph_of
+from mllm_edge.bundle.manifest import BuiltEngine, StageEntry
+from mllm_edge.bundle.read import graph_of
 from mllm_edge.errors import MissingPackage, MllmEdgeError
 from mllm_edge.machine import jetson
 

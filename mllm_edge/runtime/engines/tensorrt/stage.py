@@ -11,8 +11,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from mllm_edge import bundle
-from mllm_edge.bundle import BuiltEngine, Manifest, StageEntry, TensorSpec
+from mllm_edge.bundle.check import locate
+from mllm_edge.bundle.manifest import BuiltEngine, Manifest, StageEntry, TensorSpec
 from mllm_edge.errors import MllmEdgeError
 from mllm_edge.runtime.engines.interface import Array, check_arrays
 from mllm_edge.runtime.engines.tensorrt import packages
@@ -198,7 +198,7 @@ class Device:
         built = engine or packages.find(stage, self.capability, self._profile)
         if isinstance(built, str):
             raise MllmEdgeError(f"{stage.name} cannot run here: {built}; run: mllm-edge build {folder}")
-        return TensorRtStage(bundle.locate(folder, built.file), stage, built, self._profile, self._cuda)
+        return TensorRtStage(locate(folder, built.file), stage, built, self._profile, self._cuda)
 
 
 def shape(spec: TensorSpec, length: int) -> tuple[int, ...]:

@@ -15,19 +15,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from mllm_edge.commands.shown import timing_table
 from mllm_edge.errors import MllmEdgeError
 from mllm_edge.progress import Pace, PlainSteps, PlainTraining, Report, TrainReport, metrics_line
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress, ProgressColumn
-    from rich.table import Table
 
-    from mllm_edge.bundle import Manifest, Parity, TensorSpec
-    from mllm_edge.export.tensorrt.build import Built
-    from mllm_edge.models.info import SystemInfo
     from mllm_edge.runtime import Answer
 
+PACKAGE = Path(__file__).parents[1]
 PLAIN_WIDTH = 160  # columns of tables that do not go to a terminal
 
 
@@ -208,7 +206,7 @@ class Screen:
         line: str | None = None,
     ) -> None:
         """Ours are for users; those of libraries are for developers."""
-        if Path(filename).is_relative_to(Path(__file__).parent):
+        if Path(filename).is_relative_to(PACKAGE):
             self._note(f"warning: {message}")
         elif self.debug:
             self._note(warnings.formatwarning(message, category, filename, lineno, line).rstrip())
@@ -230,155 +228,3 @@ def _console(stream: TextIO) -> Console:
 
     width = None if stream.isatty() else PLAIN_WIDTH
     return Console(file=stream, width=width, markup=False, highlight=False, emoji=False)
-
-
-def size(count: float) -> str:
-    """Bytes for people: 10^3, 10^6, 10^9."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
-def table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
-    """An empty table; the columns in `right` hold numbers."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    made = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
-    for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    return made
-
-
-def pairs(title: str, rows: dict[str, str]) -> Table:
-    """Names and what they stand for."""
-    made = table(title, "", "")
-    made.show_header = False
-    for name, value in rows.items():
-        made.add_row(name, value)
-    return made
-
-
-def system_table(systems: Sequence[SystemInfo]) -> Table:
-    """The registry."""
-    made = table("", "system", "answers", "stages", "configs", "base checkpoints", "licenses")
-    for info in systems:
-        made.add_row(
-            f"{info.name}\n{info.title}",
-            ", ".join(info.tasks),
-            "\n".join(info.stages),
-            "\n".join(f"{name}: {what}" for name, what in info.configs.items()),
-            "\n".join(info.base_checkpoints),
-            "\n".join(f"{name}: {licence}" for name, licence in info.licences.items()),
-        )
-    return made
-
-
-def bundle_tables(folder: Path, manifest: Manifest) -> list[Table]:
-    """All that `bundle.json` says."""
-    prompt = manifest.prompt
-    about = {
-        "system": f"{manifest.system}, config {manifest.config}",
-        "target": manifest.target,
-        "tasks": ", ".join(manifest.tasks),
-        "made": f"{manifest.created} by mllm-edge {manifest.tool_version}",
-        "weights": ", ".join(f"{key} {_short(value)}" for key, value in manifest.source.items()),
-        "licenses": "; ".join(f"{key}: {value}" for key, value in manifest.licences.items()),
-        "size": size(sum(entry.bytes for entry in manifest.files())),
-        "context": f"{manifest.language_model.context_length} positions",
-        "prompt": f"{prompt.name}: {prompt.first.replace('{system}', prompt.system)!r}",
-        "stops at": ", ".join(map(repr, prompt.stop)),
-    }
-    for step in manifest.preprocessing:
-        about[f"pictures for {step.stage}"] = f"{step.size} x {step.size}, {step.fit}, {step.resample}"
-    files = table(
-        "stages", "stage", "engine", "precision", "takes", "gives", "size", "sha256", "parity", right=("size",)
-    )
-    checked = {row.name: "passed" if row.passed else "FAILED" for row in manifest.parity}
-    for stage in manifest.stages:
-        weight = stage.bytes + sum(entry.bytes for entry in stage.data_files)
-        files.add_row(
-            stage.name,
-            stage.engine,
-            stage.precision,
-            _specs(stage.inputs),
-            _specs(stage.outputs),
-            size(weight),
-            stage.sha256[:12],
-            checked.get(stage.name, "not verified"),
-        )
-    lm = manifest.language_model
-    files.add_row(
-        lm.name,
-        lm.engine,
-        lm.precision,
-        f"embeddings [T,{lm.hidden_width}]",
-        f"logits [{lm.vocabulary}]",
-        size(lm.bytes),
-        lm.sha256[:12],
-        checked.get(lm.name, "not verified"),
-    )
-    for entry in manifest.extra_files:
-        files.add_row(entry.file, "", "", "", "", size(entry.bytes), entry.sha256[:12], "")
-    shown = [pairs(str(folder), about), files, *([_engines(manifest)] if manifest.target == "trt" else [])]
-    return [*shown, parity_table(manifest.parity)] if manifest.parity else shown
-
-
-def engine_table(built: Sequence[Built]) -> Table:
-    """What `mllm-edge build` did."""
-    numbers = ("size", "built in", "cosine to its graph")
-    made = table("engines", "stage", "engine", *numbers, right=numbers)
-    for one in built:
-        took = f"{one.seconds:.1f} s" if one.seconds else "was there"
-        cosine = "not compared here" if one.cosine is None else f"{one.cosine:.6f}"
-        made.add_row(one.stage, one.file, size(one.bytes), took, cosine)
-    return made
-
-
-def parity_table(rows: Sequence[Parity]) -> Table:
-    """Measured against PyTorch, with what is allowed; rows of TensorRT engines are against their graphs."""
-    engines = any(" on sm_" in row.name for row in rows)
-    title = "parity with PyTorch" + ("; on a GPU, of an engine with its graph" if engines else "")
-    made = table(title, "stage", "result", "measured", "tolerance")
-    for row in rows:
-        made.add_row(
-            row.name,
-            "passed" if row.passed else "FAILED",
-            ", ".join(f"{key} {value:.4g}" for key, value in row.measured.items()),
-            ", ".join(f"{key} {value:g}" for key, value in row.tolerance.items()) or "none",
-        )
-    return made
-
-
-def timing_table(answer: Answer) -> Table:
-    """What an answer cost; parts that took no time are left out."""
-    timings = {name: ms for name, ms in answer.timings.items() if ms > 0}
-    made = table("", *timings, "peak memory", right=(*timings, "peak memory"))
-    peak = answer.memory["peak_rss"]
-    made.add_row(*(f"{ms:.1f} ms" for ms in timings.values()), "" if peak is None else f"{peak:.0f} MB")
-    return made
-
-
-def _engines(manifest: Manifest) -> Table:
-    """TensorRT's engines: what they are for, or that the device has yet to build its own."""
-    made = table("TensorRT engines", "stage", "GPUs", "built by", "size", right=("size",))
-    for stage in manifest.stages:
-        for engine in stage.engines:
-            gpus, by = ", ".join(engine.capabilities), f"{engine.package} {engine.version}"
-            made.add_row(stage.name, gpus, by, size(engine.bytes))
-        if not stage.engines:
-            made.add_row(stage.name, "to build", "on the device: mllm-edge build", "")
-    if manifest.build.devices:
-        made.add_row("all", ", ".join(manifest.build.devices), "the board itself: mllm-edge build", "")
-    return made
-
-
-def _specs(specs: Sequence[TensorSpec]) -> str:
-    return "\n".join(f"{spec.name} {spec.dtype} {spec.shape}" for spec in specs)
-
-
-def _short(value: str) -> str:
-    is_hash = len(value) == 64 and set(value) <= set("0123456789abcdef")
-    return value[:12] if is_hash else value

@@ -1,12 +1,12 @@
-"""The command line's frame: the app, options that commands share, and how a function becomes a command."""
+"""The command line's frame: options that commands share, and how a function becomes a command."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 import typing
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,22 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import mllm_edge
 from mllm_edge.errors import MissingPackage
 
 if TYPE_CHECKING:
     from mllm_edge.runtime import Model
-
-app = typer.Typer(
-    name="mllm-edge",
-    help="Multimodal LLMs from a recipe or a public checkpoint to the machine they must run on.",
-    epilog="Every command takes --json, --quiet and --debug. Exit codes: 0 done, 1 failed or out of tolerance, 2 bad "
-    "usage or input.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: drawing boxes with rich would double the time of --help
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 
 BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.", show_default=False)]
 Pictures = Annotated[list[Path] | None, typer.Option("--image", metavar="FILE", help="A picture; may be repeated.")]
@@ -69,12 +57,13 @@ class Loading:
 
     def open(self, bundle: Path) -> Model:
         """Load a bundle so."""
+        from mllm_edge.runtime import load
         from mllm_edge.runtime.memory import parse_size
 
         options = {name: value for name, value in vars(self).items() if name not in ("no_verify_hash", "memory_budget")}
         if self.memory_budget is not None:
             options["memory_budget"] = parse_size(self.memory_budget)
-        return mllm_edge.load(bundle, **options, verify_hash=not self.no_verify_hash)
+        return load(bundle, **options, verify_hash=not self.no_verify_hash)
 
 
 @dataclass(frozen=True)
@@ -96,13 +85,24 @@ GROUPS = (Loading, Decoding)
 Command = Callable[..., None]
 
 
-def register(app: typer.Typer, *examples: str) -> Callable[[Command], Command]:
-    """A decorator that makes a function a command of `app`.
+@dataclass(frozen=True)
+class Verb:
+    """A command of the app: its name, its examples as help shows them, and what typer calls."""
+
+    name: str
+    epilog: str
+    command: Command
+
+
+VERBS: dict[str, list[Verb]] = defaultdict(list)  # by the module that defines them
+
+
+def verb(*examples: str) -> Callable[[Command], Command]:
+    """A decorator that makes a function a command.
 
     The function gets the screen first. A parameter that is one of the dataclasses above becomes its fields' options.
 
     Args:
-        app: where the command belongs.
         *examples: command lines without the program's name, shown in the command's help.
     """
 
@@ -126,13 +126,10 @@ def register(app: typer.Typer, *examples: str) -> Callable[[Command], Command]:
         )
         command.__annotations__ = {}
         epilog = "\n  ".join(["\b\nExamples:", *(f"mllm-edge {example}" for example in examples)])
-        app.command(name=function.__name__.strip("_"), epilog=epilog)(command)
+        VERBS[function.__module__].append(Verb(function.__name__.strip("_"), epilog, command))
         return function
 
     return decorate
-
-
-verb = functools.partial(register, app)
 
 
 @contextlib.contextmanager

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from mllm_edge.commands.frame import BundleFolder, Loading, needs, verb
+from mllm_edge.commands.screen import Screen
 from mllm_edge.errors import BadInput, OutOfTolerance
-from mllm_edge.options import BundleFolder, Loading, needs, verb
-from mllm_edge.show import Screen
 
 
 @verb(

@@ -1,0 +1,141 @@
+"""The commands that ask a bundle: run and chat."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mllm_edge.commands.frame import Boxes, BundleFolder, Decoding, Loading, Pictures, verb
+from mllm_edge.commands.screen import Screen
+from mllm_edge.errors import BadInput
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+    from mllm_edge.runtime import Answer
+
+
+@verb(
+    'run my.bundle "What is in the picture?" --image scene.png',
+    'run my.bundle "What differs?" --image a.png --image b.png --stream',
+    'run my.bundle "Please segment the red circle in this image." --image scene.png --out answer',
+    'run my.bundle "What is <bbox>?" --image scene.png --box 10,20,110,90',
+    'run my.bundle "USER: <image> Caption: ASSISTANT:" --image scene.png --raw --json',
+)
+def run(
+    screen: Screen,
+    loading: Loading,
+    decoding: Decoding,
+    bundle: BundleFolder,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="By default what stdin says.")] = None,
+    image: Pictures = None,
+    box: Boxes = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where pictures of the answer go.")] = None,
+    teacher_forced: Annotated[
+        str | None, typer.Option(metavar="ANSWER", help="Do not write; cut out the masks of this answer's [SEG].")
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="PROMPT is the whole text; no template.")] = False,
+) -> None:
+    """Ask a bundle once. The answer goes to stdout, its times to stderr."""
+    question = prompt if prompt is not None else _piped()
+    pictures, boxes = _pictures(image), _boxes(box)
+    with loading.open(bundle) as model:
+        if out and not model.gives_masks:
+            raise BadInput(f"{bundle} ({', '.join(model.manifest.tasks)}) answers with text alone; leave out --out")
+        if loading.memory_budget:
+            screen.aside(str(model.residence))
+        pieces = model.stream(question, pictures, boxes, raw=raw, teacher_forced=teacher_forced, **vars(decoding))
+        stream = stream and not screen.as_json and teacher_forced is None
+        answer = _shown(screen, pieces, stream)
+    if not stream:
+        screen.result(answer.to_json(), answer.text)
+    _write_masks(screen, answer, pictures, out)
+    screen.times(answer)
+
+
+@verb("chat my.bundle --image scene.png", "chat my.bundle --image scene.png --temperature 0.7 --seed 1")
+def chat(
+    screen: Screen,
+    loading: Loading,
+    decoding: Decoding,
+    bundle: BundleFolder,
+    image: Pictures = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where pictures of the answers go.")] = None,
+) -> None:
+    """Ask in turns about pictures. They are encoded once; /image FILE shows another, /box x1,y1,x2,y2 gives a region to
+    the next question, /quit or Ctrl-D ends."""
+    screen.kept = "the dialogue is not kept"
+    pictures, boxes = _pictures(image), _boxes(None)
+    looked_at = pictures[-1:]
+    turns: list[dict[str, Any]] = []
+    with loading.open(bundle) as model:
+        dialogue = model.chat(**vars(decoding))
+        while (line := screen.question("> ")) is not None and (text := line.strip()) != "/quit":
+            command, _, argument = text.partition(" ")
+            with screen.turn():
+                if command == "/image":
+                    pictures += _pictures([Path(argument.strip())])
+                    looked_at = pictures[-1:]
+                elif command == "/box":
+                    boxes += _boxes([argument.strip()])
+                elif text:
+                    answer = _shown(screen, dialogue.stream(text, pictures, boxes), not screen.as_json)
+                    turns.append({"prompt": text, **answer.to_json()})
+                    pictures, boxes = [], []
+                    _write_masks(screen, answer, looked_at, out and out / f"turn_{len(turns)}")
+                    screen.times(answer)
+    if screen.as_json:
+        screen.result({"turns": turns})
+
+
+def _boxes(texts: list[str] | None) -> list[list[float]]:
+    """Boxes as they are typed."""
+    boxes = []
+    for text in texts or []:
+        try:
+            boxes.append([float(value) for value in text.split(",")])
+        except ValueError:
+            raise BadInput(f"{text!r} is no box; write it as x1,y1,x2,y2 in pixels") from None
+    return boxes
+
+
+def _write_masks(screen: Screen, answer: Answer, pictures: list[PIL.Image.Image], out: Path | None) -> None:
+    """The answer's pictures under `out`; an answer without masks leaves none, and says so."""
+    if out and pictures and answer.masks:
+        from mllm_edge.runtime.answers.write import write_pictures
+
+        files = write_pictures(answer, pictures[-1], out)
+        screen.aside(f"wrote {files[0]} and {len(answer.masks)} mask(s) beside it")
+    elif out:
+        screen.aside(f"the answer has no masks, so nothing is written to {out}")
+
+
+def _pictures(paths: list[Path] | None) -> list[PIL.Image.Image]:
+    """Read pictures before anything large is loaded."""
+    from mllm_edge.runtime.images import load_image
+
+    return [load_image(path) for path in paths or []]
+
+
+def _piped() -> str:
+    text = "" if sys.stdin.isatty() else sys.stdin.read().strip()
+    if not text:
+        raise BadInput("there is no prompt; write it behind the bundle, or pipe it in")
+    return text
+
+
+def _shown(screen: Screen, items: Iterator[str | Answer], show: bool) -> Answer:
+    """The answer at the end of a stream, whose pieces are shown as they come."""
+    for item in items:
+        if not isinstance(item, str):
+            if show:
+                screen.text("\n")
+            return item
+        if show:
+            screen.text(item)
+    raise AssertionError("a stream ends with an Answer")
