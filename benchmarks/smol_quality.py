@@ -1,6 +1,6 @@
 """Names of drawings given by a llava-smol bundle: in a style that was not trained on, and on photographs never seen.
 
-    python -m mllm_edge.recipes.pictures data/smol
+    python -m mllm_edge.recipes.data.pictures data/smol
     python benchmarks/smol_quality.py llava-smol.bundle data/smol [--sheet answers.png] [--json out.json]
 
 Right means: the answer, without its article, is one of the names that the emoji lists give the thing. Twelve answers of
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 import mllm_edge
-from mllm_edge.recipes.pictures.sprites import plain
+from mllm_edge.recipes.data.pictures.sprites import plain
 
 SETS = {"style": "drawn in a style not trained on", "photos": "pasted on photographs not trained on"}
 SHOWN = 25  # every so many

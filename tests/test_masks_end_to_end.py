@@ -19,7 +19,7 @@ from mllm_edge.bundle.read import read_manifest
 from mllm_edge.errors import BadInput
 from mllm_edge.models.glamm.model import ADDED
 from mllm_edge.models.glamm.prompts import GROUNDED_QUESTION
-from mllm_edge.recipes.segmentation import decode_segmentation
+from mllm_edge.recipes.data.segmentation import decode_segmentation
 from mllm_edge.runtime import Model, loading
 from mllm_edge.runtime import memory as budget
 from mllm_edge.runtime.answers import rle

@@ -11,7 +11,7 @@ from mllm_edge.errors import BadInput
 from mllm_edge.evaluate.cases import Case, DataSet, Truth
 from mllm_edge.evaluate.scores import Prediction, score
 from mllm_edge.models.glamm.prompts import TEACHER_FORCED
-from mllm_edge.recipes.segmentation import decode_segmentation
+from mllm_edge.recipes.data.segmentation import decode_segmentation
 from mllm_edge.runtime import Model
 
 MAX_TOKENS = 512

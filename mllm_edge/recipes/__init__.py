@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def _task(recipe: Recipe) -> Task:
-    from mllm_edge.recipes.encoder import EncoderTask
-    from mllm_edge.recipes.glamm import GlammTask
-    from mllm_edge.recipes.language import LanguageTask
-    from mllm_edge.recipes.llava import LlavaTask
-    from mllm_edge.recipes.naming import NamingTask
-    from mllm_edge.recipes.sam import SamTask
+    from mllm_edge.recipes.tasks.encoder import EncoderTask
+    from mllm_edge.recipes.tasks.glamm import GlammTask
+    from mllm_edge.recipes.tasks.language import LanguageTask
+    from mllm_edge.recipes.tasks.llava import LlavaTask
+    from mllm_edge.recipes.tasks.naming import NamingTask
+    from mllm_edge.recipes.tasks.sam import SamTask
 
     tasks: dict[str, Callable[[Recipe], Task]] = {
         "encoder": EncoderTask,

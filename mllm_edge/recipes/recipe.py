@@ -90,7 +90,7 @@ def load(name: str, overrides: list[str]) -> Recipe:
 
 
 def _folder() -> Path:
-    return Path(str(importlib.resources.files("mllm_edge"))) / "recipes"
+    return Path(str(importlib.resources.files("mllm_edge"))) / "recipes" / "hub"
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

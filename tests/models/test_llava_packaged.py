@@ -13,7 +13,7 @@ from mllm_edge.models.llava import packaged as llava_packaged
 from mllm_edge.models.llava.layouts import load, save_on_packages
 from mllm_edge.models.llava.model import CONFIGS, build
 from mllm_edge.models.resolve import resolve
-from mllm_edge.recipes.llava import add_lora
+from mllm_edge.recipes.modules import add_lora
 from mllm_edge.recipes.recipe import LoraSettings
 
 DIMS = CONFIGS["smol"]

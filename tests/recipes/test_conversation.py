@@ -8,7 +8,7 @@ import torch
 from mllm_edge.models.language.llama import LlamaDims, llama
 from mllm_edge.models.llava.model import CONFIGS, IMAGE_INDEX
 from mllm_edge.models.llava.prompts import PROMPTS
-from mllm_edge.recipes.conversation import (
+from mllm_edge.recipes.data.conversation import (
     IGNORE,
     Sample,
     Vocabulary,
@@ -20,9 +20,9 @@ from mllm_edge.recipes.conversation import (
     share_prefix,
     visibility,
 )
-from mllm_edge.recipes.language import LanguageModel
-from mllm_edge.recipes.llava import add_lora
+from mllm_edge.recipes.modules import add_lora
 from mllm_edge.recipes.recipe import LoraSettings
+from mllm_edge.recipes.tasks.language import LanguageModel
 
 WORDS: dict[str, int] = {}
 

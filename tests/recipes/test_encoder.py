@@ -4,8 +4,9 @@ import numpy as np
 import torch
 
 from mllm_edge.models.llava.model import CONFIGS
-from mllm_edge.recipes.conversation import IGNORE
-from mllm_edge.recipes.encoder import APART, DenseModel, dense_labels, repaint, sine_positions
+from mllm_edge.recipes.data.conversation import IGNORE
+from mllm_edge.recipes.data.scene_pixels import APART, repaint
+from mllm_edge.recipes.tasks.encoder import DenseModel, dense_labels, sine_positions
 from mllm_edge.scenes import COLOR_RGB, COLORS, SHAPES, Background, Scene, SceneObject, sample_scene
 
 PLAIN = Background("plain", (60, 60, 60), (60, 60, 60), 0.0, 0)

@@ -15,12 +15,12 @@ from mllm_edge.models.glamm.model import CONFIGS
 from mllm_edge.models.glamm.prompts import BOX, CAPTION_QUESTIONS, SEG
 from mllm_edge.models.resolve import resolve
 from mllm_edge.recipes import train
-from mllm_edge.recipes.conversation import IGNORE
-from mllm_edge.recipes.glamm import GlammTask
-from mllm_edge.recipes.grounded import tagged
-from mllm_edge.recipes.grounded_files import in_frame
-from mllm_edge.recipes.mask_losses import bce_loss, dice_loss, mean_iou
+from mllm_edge.recipes.data.conversation import IGNORE
+from mllm_edge.recipes.data.grounded import tagged
+from mllm_edge.recipes.data.grounded_files import in_frame
+from mllm_edge.recipes.losses import bce_loss, dice_loss, mean_iou
 from mllm_edge.recipes.recipe import Recipe, load
+from mllm_edge.recipes.tasks.glamm import GlammTask
 
 QUIET = ["batch=2", "steps=2", "evaluate=2", "precision=fp32", "log_every=1", "workers=0"]
 
@@ -125,7 +125,7 @@ def test_the_state_that_foretells_seg_makes_the_mask(task: GlammTask) -> None:
         model(**batch)
         handle.remove()
         embeds = model.glamm.splice(batch["ids"], model.glamm.encode(batch["pixel_values"]))
-        from mllm_edge.recipes.conversation import final_states, visibility
+        from mllm_edge.recipes.data.conversation import final_states, visibility
 
         mask = visibility(batch["mask"], batch.get("branches"))
         states = final_states(model.glamm.language_model, embeds, mask, batch.get("positions"))

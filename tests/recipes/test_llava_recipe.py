@@ -8,10 +8,11 @@ import torch
 
 from mllm_edge.models.llava.model import CONFIGS, IMAGE_INDEX, Llava
 from mllm_edge.recipes import train
-from mllm_edge.recipes.conversation import IGNORE
-from mllm_edge.recipes.encoder import pixels
-from mllm_edge.recipes.llava import WORD_SCALE, LlavaTask, brief_turns, start_connector
+from mllm_edge.recipes.data.conversation import IGNORE
+from mllm_edge.recipes.data.scene_pixels import pixels
+from mllm_edge.recipes.data.scene_turns import brief_turns
 from mllm_edge.recipes.recipe import load
+from mllm_edge.recipes.tasks.llava import WORD_SCALE, LlavaTask, start_connector
 from mllm_edge.scenes import COLORS, sample_scene
 
 

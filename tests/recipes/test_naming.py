@@ -14,11 +14,11 @@ from PIL import Image
 from mllm_edge.errors import BadInput
 from mllm_edge.models.llava.model import CONFIGS, Llava
 from mllm_edge.models.resolve import shipped
-from mllm_edge.recipes.naming import WORD_SCALE, NamingTask, named, whitening
-from mllm_edge.recipes.readers import Conversation
+from mllm_edge.recipes.data.readers import Conversation
+from mllm_edge.recipes.parts import read_part, save_part
 from mllm_edge.recipes.recipe import Recipe
+from mllm_edge.recipes.tasks.naming import WORD_SCALE, NamingTask, named, whitening
 from mllm_edge.recipes.trainer import run
-from mllm_edge.recipes.weights import read_part, save_part
 
 THINGS = {"red": (215, 30, 35), "green": (30, 165, 55), "blue": (35, 75, 235), "white": (244, 244, 244)}
 

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from mllm_edge.errors import BadInput, MllmEdgeError
-from mllm_edge.recipes.pictures import __main__ as command
-from mllm_edge.recipes.pictures.archives import Archive, fetch, unpack
-from mllm_edge.recipes.pictures.compose import SIDE, Pasteboard, TrainingPictures
-from mllm_edge.recipes.pictures.sprites import Concept, plain
-from mllm_edge.recipes.readers import read_llava
+from mllm_edge.recipes.data.pictures import __main__ as command
+from mllm_edge.recipes.data.pictures.archives import Archive, fetch, unpack
+from mllm_edge.recipes.data.pictures.compose import SIDE, Pasteboard, TrainingPictures
+from mllm_edge.recipes.data.pictures.sprites import Concept, plain
+from mllm_edge.recipes.data.readers import read_llava
 
 
 def archive(content: bytes, client: str = "npm") -> Archive:

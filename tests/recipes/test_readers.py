@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllm_edge.errors import BadInput
-from mllm_edge.recipes.readers import read_coco, read_grandf, read_llava, read_refcoco
-from mllm_edge.recipes.segmentation import decode_segmentation
+from mllm_edge.recipes.data.readers import read_coco, read_grandf, read_llava, read_refcoco
+from mllm_edge.recipes.data.segmentation import decode_segmentation
 
 CONVERSATION = {
     "id": "000000033471",

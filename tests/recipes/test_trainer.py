@@ -8,8 +8,8 @@ import torch
 
 from mllm_edge.errors import BadInput
 from mllm_edge.recipes import train
+from mllm_edge.recipes.parts import read_part
 from mllm_edge.recipes.trainer import schedule
-from mllm_edge.recipes.weights import read_part
 
 
 def quiet(step: int, steps: int, metrics: dict[str, float]) -> None:
@@ -57,7 +57,7 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
 
 def test_accumulation_equals_a_large_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Texts alone: all samples then have as many labels, and the mean of two means is the mean of all.
-    monkeypatch.setattr("mllm_edge.recipes.language.FORMS", {"text": 1.0})
+    monkeypatch.setattr("mllm_edge.recipes.tasks.language.FORMS", {"text": 1.0})
     one, two = tmp_path / "one", tmp_path / "two"
     train(
         "lm-pretrain", [*SMALL, f"out={one}", "steps=3", "evaluate=0", "data.length=32", "data.opening=0"], False, quiet

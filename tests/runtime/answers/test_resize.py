@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mllm_edge.recipes.segmentation import decode_segmentation
+from mllm_edge.recipes.data.segmentation import decode_segmentation
 from mllm_edge.runtime.answers import rle
 from mllm_edge.runtime.answers.resize import at_full_size, box_of, confidence, iou, resized
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import string
 from collections.abc import Iterator, Sequence
@@ -14,13 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mllm_edge.errors import BadInput
 from mllm_edge.models.language.llama import llama
 from mllm_edge.models.llava.model import CONFIGS, IMAGE_INDEX
 from mllm_edge.models.llava.prompts import PROMPTS
-from mllm_edge.recipes.conversation import (
+from mllm_edge.recipes.data.conversation import (
     Sample,
-    Vocabulary,
     answer_loss,
     encode_brief,
     encode_dialogue,
@@ -28,81 +25,20 @@ from mllm_edge.recipes.conversation import (
     share_prefix,
     visibility,
 )
+from mllm_edge.recipes.data.scene_turns import DESCRIBE, DESCRIBED, TELEGRAMS
+from mllm_edge.recipes.data.vocabulary import TOKENIZER, sentencepiece_vocabulary, train_tokenizer
+from mllm_edge.recipes.modules import plain_attention
+from mllm_edge.recipes.parts import save_part
 from mllm_edge.recipes.recipe import Recipe
-from mllm_edge.recipes.weights import save_part
 from mllm_edge.scenes import SHORT, ToldScene, pick, scene_text, telegram, terse, told_scene
 
-TOKENIZER = "tokenizer.model"
-DESCRIBE = ("Describe the picture.", "What do you see?", "What is in the picture?")
-DESCRIBED = 0.3  # share of scenes of which a description is asked too
 CORPUS = 2_000  # texts that the tokenizer is trained on
 VALIDATION = 10_000_000  # texts from here on are never trained on
 FORMS = {"telegram": 0.13, "terse": 0.27, "chat": 0.45, "text": 0.15}  # shares of samples behind the first ones
 IN_BAGS = 0.85  # share of the first three forms whose scene is told in bags of words, one for an object and not in text
-TELEGRAMS = 10  # per sample, and as many terse questions
 COPIES = 8  # a bag stands at up to so many places, as an object covers several patches of a picture
 BLANKS = 24  # up to so many places hold an empty bag, as a patch of background does
 COUNTED = "object"  # in one bag of each object, so that objects can be counted; an encoder marks their centers
-
-
-def train_tokenizer(path: Path, size: int, texts: Iterator[str]) -> None:
-    """Train a LLaMA-style SentencePiece model (BPE, byte fallback, digits split) of `size` pieces.
-
-    Raises:
-        BadInput: `size` is more than the texts can fill.
-    """
-    import sentencepiece
-
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=texts,
-            model_prefix=str(path.with_suffix("")),
-            vocab_size=size,
-            model_type="bpe",
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            character_coverage=1.0,
-            allow_whitespace_only_pieces=True,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise BadInput(f"cannot train a tokenizer of {size} pieces ({error}); give a smaller vocabulary") from None
-    path.with_suffix(".vocab").unlink()
-
-
-def sentencepiece_vocabulary(path: Path) -> Vocabulary:
-    """The tokenizer file as the trainers use it."""
-    import sentencepiece
-
-    if not path.is_file():
-        raise BadInput(f"{path} is missing; run the recipe that trains the language model first")
-    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    eos: int = model.eos_id()
-    return Vocabulary(model.encode, {model.id_to_piece(eos): eos}, model.bos_id(), pad=0)
-
-
-def read_vocabulary(folder: Path) -> Vocabulary:
-    """The tokenizer in a folder, `tokenizer.json` or `tokenizer.model`, as the trainers use it.
-
-    Raises:
-        BadInput: there is none.
-    """
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        return sentencepiece_vocabulary(folder / TOKENIZER)
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(file))
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    bos = tokenizer.token_to_id(config["bos_token"]) if config.get("add_bos_token") else None
-    # It finds control strings by itself, and a decoder never sees what stands on padding.
-    return Vocabulary(lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids), {}, bos, pad=0)
 
 
 class LanguageModel(nn.Module):
@@ -132,14 +68,6 @@ class LanguageModel(nn.Module):
             return embeds
         sums = (table(bags.clamp(min=0)) * (bags >= 0).unsqueeze(-1)).sum(dim=1)
         return embeds.masked_scatter(here.unsqueeze(-1), sums.to(embeds.dtype))
-
-
-def plain_attention(decoder: Any) -> Any:
-    """Choose the attention to train with: on a CPU plain products, whose gradients in bf16 take half the time of
-    torch's fused kernel there."""
-    if not torch.cuda.is_available():
-        decoder.set_attn_implementation("eager")
-    return decoder
 
 
 class LanguageTask:

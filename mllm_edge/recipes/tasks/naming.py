@@ -25,13 +25,13 @@ from mllm_edge.errors import BadInput
 from mllm_edge.models.blocks.encoders import vision_encoder
 from mllm_edge.models.llava.model import CONFIGS, LlavaDims
 from mllm_edge.models.llava.plan import preprocessing
-from mllm_edge.recipes.language import read_vocabulary
-from mllm_edge.recipes.llava import hide_channels, unit_variance
-from mllm_edge.recipes.pictures.compose import TrainingPictures
-from mllm_edge.recipes.readers import Conversation, read_llava
+from mllm_edge.recipes.data.pictures.compose import TrainingPictures
+from mllm_edge.recipes.data.readers import Conversation, read_llava
+from mllm_edge.recipes.data.vocabulary import read_vocabulary
+from mllm_edge.recipes.modules import hide_channels, unit_variance
+from mllm_edge.recipes.parts import read_part, save_part, tokenizer_folder
 from mllm_edge.recipes.recipe import Recipe
 from mllm_edge.recipes.trainer import native_bf16
-from mllm_edge.recipes.weights import read_part, save_part, tokenizer_folder
 from mllm_edge.runtime.images import load_image
 from mllm_edge.runtime.preprocess import preprocess
 

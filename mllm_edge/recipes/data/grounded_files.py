@@ -14,9 +14,9 @@ from PIL import Image
 from mllm_edge.errors import BadInput
 from mllm_edge.models.glamm.model import GlammDims
 from mllm_edge.models.glamm.prompts import CAPTION_QUESTIONS, REGION_QUESTIONS, SEGMENT_TURNS
-from mllm_edge.recipes.grounded import GroundedTurn, tagged
-from mllm_edge.recipes.readers import GroundedEntry, Reference, read_grandf, read_refcoco
-from mllm_edge.recipes.segmentation import decode_segmentation
+from mllm_edge.recipes.data.grounded import GroundedTurn, tagged
+from mllm_edge.recipes.data.readers import GroundedEntry, Reference, read_grandf, read_refcoco
+from mllm_edge.recipes.data.segmentation import decode_segmentation
 from mllm_edge.runtime.images import load_image
 from mllm_edge.runtime.preprocess import longest_side
 from mllm_edge.scenes import pick

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from mllm_edge.errors import MissingPackage
-from mllm_edge.recipes.pictures import archives
+from mllm_edge.recipes.data.pictures import archives
 
 GROUPS = ("animals-nature", "food-drink", "travel-places", "activities", "objects")
 _UNNAMEABLE = ("time", "place-map", "arrow", "lock")  # subgroups that hold clock faces and the like

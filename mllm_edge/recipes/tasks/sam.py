@@ -19,10 +19,10 @@ from mllm_edge.models.blocks.sam import SamImageEncoder
 from mllm_edge.models.blocks.sam_decoder import MaskDecoder, PromptEncoder
 from mllm_edge.models.glamm.model import CONFIGS, GlammDims
 from mllm_edge.models.glamm.plan import preprocessing
-from mllm_edge.recipes.encoder import repaint
-from mllm_edge.recipes.mask_losses import bce_loss, dice_loss, mean_iou, upscaled
+from mllm_edge.recipes.data.scene_pixels import repaint
+from mllm_edge.recipes.losses import bce_loss, dice_loss, mean_iou, upscaled
+from mllm_edge.recipes.parts import save_part
 from mllm_edge.recipes.recipe import Recipe
-from mllm_edge.recipes.weights import save_part
 from mllm_edge.runtime.preprocess import preprocess
 from mllm_edge.scenes import Scene, masks, render, sample_scene
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageEnhance
 
 from mllm_edge.checkpoints.packages import PackagedFile, locate
 from mllm_edge.errors import BadInput
-from mllm_edge.recipes.pictures import archives
+from mllm_edge.recipes.data.pictures import archives
 from mllm_edge.runtime.images import load_image
 
 SIDE = 288  # pixels

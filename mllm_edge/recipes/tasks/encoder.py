@@ -7,56 +7,27 @@ separate heads, so that a color is known on shapes it was never seen on.
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mllm_edge.errors import BadInput
 from mllm_edge.models.blocks.vit import VisionEncoder, VitDims
 from mllm_edge.models.llava.model import CONFIGS, LlavaDims
-from mllm_edge.models.llava.plan import preprocessing
-from mllm_edge.recipes.conversation import IGNORE
+from mllm_edge.recipes.data.conversation import IGNORE
+from mllm_edge.recipes.data.scene_pixels import pixels, repaint
+from mllm_edge.recipes.parts import read_part, save_part
 from mllm_edge.recipes.recipe import Recipe
-from mllm_edge.recipes.weights import read_part, save_part
-from mllm_edge.runtime.preprocess import preprocess
-from mllm_edge.scenes import COLOR_RGB, COLORS, SHAPES, SIZES, Scene, masks, render, sample_scene
+from mllm_edge.scenes import COLORS, SHAPES, SIZES, Scene, masks, sample_scene
 
 COVERED = 0.08  # share of a patch that an object must cover to own it
 REPAINTED = 0.7  # share of training pictures whose objects get colors that have no name
-APART = 70.0  # RGB distance of such a color from every named one
-
-
-def pixels(scene: Scene, dims: LlavaDims) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The scene as the encoder sees it, by the runtime's own preprocessing: float32 [3,S,S]."""
-    picture = Image.fromarray(render(scene, dims.vision.image_size))
-    return preprocess(picture, preprocessing(dims))[0]
-
-
-def repaint(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with every object in a color far from all named ones.
-
-    Shapes learned on named colors alone come out tied to them: a shape never seen in a color is then not recognized
-    in it. No named (color, shape) pair is shown by this, so the kept-out ones stay kept out.
-    """
-    return replace(scene, objects=tuple(replace(thing, rgb=_unnamed_color(rng)) for thing in scene.objects))
-
-
-def _unnamed_color(rng: np.random.Generator) -> tuple[int, int, int]:
-    named = np.array(list(COLOR_RGB.values()), float)
-    while True:
-        hue, saturation, value = rng.uniform((0, 0, 0.6), (1, 1, 1))
-        color = 255 * np.array(colorsys.hsv_to_rgb(hue, saturation, value))
-        if np.linalg.norm(named - color, axis=1).min() >= APART:
-            red, green, blue = (int(channel) for channel in color)
-            return red, green, blue
 
 
 def dense_labels(scene: Scene, grid: int, size: int) -> dict[str, np.ndarray[Any, Any]]:

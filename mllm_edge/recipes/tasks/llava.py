@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mllm_edge.errors import BadInput
 from mllm_edge.models.llava import packaged as llava_packaged
 from mllm_edge.models.llava.model import CONFIGS, IMAGE_INDEX, Llava, LlavaDims
 from mllm_edge.models.llava.plan import preprocessing
 from mllm_edge.models.llava.prompts import PROMPTS
-from mllm_edge.recipes.conversation import (
+from mllm_edge.recipes.data.conversation import (
     Sample,
     answer_loss,
     encode_brief,
@@ -30,33 +29,21 @@ from mllm_edge.recipes.conversation import (
     share_prefix,
     visibility,
 )
-from mllm_edge.recipes.encoder import pixels, repaint
-from mllm_edge.recipes.language import (
-    DESCRIBE,
-    DESCRIBED,
-    TELEGRAMS,
-    TOKENIZER,
-    plain_attention,
-    read_vocabulary,
-)
-from mllm_edge.recipes.pictures.compose import TrainingPictures
-from mllm_edge.recipes.readers import Conversation, read_llava
-from mllm_edge.recipes.recipe import LoraSettings, Recipe
-from mllm_edge.recipes.weights import PACKAGES, read_part, save_part, tokenizer_folder
+from mllm_edge.recipes.data.pictures.compose import TrainingPictures
+from mllm_edge.recipes.data.readers import Conversation, read_llava
+from mllm_edge.recipes.data.scene_pixels import pixels, repaint
+from mllm_edge.recipes.data.scene_turns import brief_turns, dialogue, single_turns
+from mllm_edge.recipes.data.vocabulary import TOKENIZER, read_vocabulary
+from mllm_edge.recipes.modules import add_lora, hide_channels, plain_attention, unit_variance
+from mllm_edge.recipes.parts import PACKAGES, read_part, save_part, tokenizer_folder
+from mllm_edge.recipes.recipe import Recipe
 from mllm_edge.runtime.preprocess import preprocess
 from mllm_edge.scenes import (
     Scene,
-    attributes,
-    caption,
     draw_questions,
-    pick,
-    placed_questions,
     questions,
     recolor,
     sample_scene,
-    telegram,
-    terse,
-    without_colors,
 )
 
 DIALOGUES = 0.15  # share of pictures that get a conversation of several turns
@@ -66,7 +53,6 @@ LONE = 0.4  # share of the scenes of one object, soon mastered, that are not pas
 # Shares of the pictures without a conversation that get telegrams, and terse questions, instead of questions.
 BRIEF = {"pretrain": (0.6, 0.3), "finetune": (0.15, 0.25)}
 WORD_SCALE = 2.0  # a picture's embeddings start at so many times the scale of a word's: each says several words
-RELATIONS = 1  # of the questions about a picture; they are the last to be learned
 
 
 class LlavaModel(nn.Module):
@@ -91,50 +77,6 @@ class LlavaModel(nn.Module):
         return answer_loss(self.llava.language_model, embeds, visibility(mask, branches), positions, labels)
 
 
-def hide_channels(features: Tensor, share: float, training: bool) -> Tensor:
-    """Set a `share` of the encoder's channels [B,N,Dv] to 0 in training, others in each picture, the same in all its
-    places: what a drawing style lacks must not take the name away with it."""
-    return features * functional.dropout(features.new_ones(len(features), 1, features.shape[-1]), share, training)
-
-
-def dialogue(scene: Scene, rng: np.random.Generator, turns: int) -> list[tuple[str, str]]:
-    """A conversation about a scene: up to `turns` questions, most of them asking for a short answer, sometimes a
-    description first. Only the first turn carries the picture."""
-    asked = draw_questions(questions(scene, rng), rng, turns)
-    result = [question.asked(short=rng.random() < 0.6) for question in asked]
-    if rng.random() < DESCRIBED or not result:
-        result.insert(0, (pick(rng, DESCRIBE), caption(scene, rng)))
-    first, *rest = result
-    return [("<image>\n" + first[0], first[1]), *rest]
-
-
-def single_turns(scene: Scene, rng: np.random.Generator, number: int, colors: bool) -> list[tuple[str, str]]:
-    """Up to `number` conversations of one turn each about the same scene; none speaks of colors without `colors`."""
-    # Worded twice, and fewer of scenes of few objects: else the kinds that ask once per object run out, and counts fill
-    # their place.
-    pool = questions(scene, rng) + questions(scene, rng) + placed_questions(scene, rng)
-    asked = list({q.question: q for q in (pool if colors else without_colors(pool))}.values())
-    number = min(number, 2 + 2 * len(scene.objects))
-    drawn = draw_questions([question for question in asked if question.is_relation], rng, RELATIONS)
-    drawn += draw_questions([question for question in asked if not question.is_relation], rng, number - len(drawn))
-    turns = [question.asked(short=rng.random() < 0.75) for question in drawn]
-    if colors and rng.random() < DESCRIBED:
-        turns[-1] = pick(rng, DESCRIBE), caption(scene, rng)
-    return [("<image>\n" + question, answer) for question, answer in turns]
-
-
-def brief_turns(scene: Scene, rng: np.random.Generator, colors: bool, telegrams: bool) -> list[tuple[str, str]]:
-    """Telegrams or terse questions about a scene, none twice; none speaks of colors without `colors`."""
-    if telegrams:
-        things = [[word for word in attributes(item) if colors or word != item.color] for item in scene.objects]
-        turns = [telegram(things, rng) for _ in range(TELEGRAMS)]
-    else:
-        pool = questions(scene, rng) + questions(scene, rng) + placed_questions(scene, rng)
-        asked = [question for question in (pool if colors else without_colors(pool)) if not question.is_relation]
-        turns = [terse(question) for question in draw_questions(asked, rng, TELEGRAMS)]
-    return list(dict.fromkeys(turns))
-
-
 @torch.no_grad()
 def start_connector(llava: Llava, pixel_values: Tensor) -> None:
     """Scale a fresh connector so that pictures speak as loud as words: `WORD_SCALE` times their deviation.
@@ -144,22 +86,6 @@ def start_connector(llava: Llava, pixel_values: Tensor) -> None:
     """
     words = llava.language_model.get_input_embeddings().weight.std()
     unit_variance(llava.connector, llava.vision_encoder(pixel_values), float(words) * WORD_SCALE)
-
-
-@torch.no_grad()
-def unit_variance(connector: nn.Module, features: Tensor, last: float = 1.0) -> None:
-    """Scale a connector layer by layer until each unit has mean 0 and deviation 1 over real features [B,N,D], the last
-    layer's the deviation `last` (layer-sequential unit variance, Mishkin & Matas 2016)."""
-    layers = list(connector.children())
-    final = [layer for layer in layers if isinstance(layer, nn.Linear)][-1]
-    for layer in layers:
-        if isinstance(layer, nn.Linear):
-            layer.bias.zero_()
-            out = layer(features)
-            gain = (last if layer is final else 1.0) / out.std(dim=(0, 1)).clamp(min=1e-6)
-            layer.weight.mul_(gain.unsqueeze(1))
-            layer.bias.copy_(-out.mean(dim=(0, 1)) * gain)
-        features = layer(features)
 
 
 @functools.lru_cache(maxsize=1)
@@ -342,19 +268,3 @@ class LlavaTask:
         tokenizer.mkdir(exist_ok=True)
         shutil.copy(self.tokenizer / TOKENIZER, tokenizer / TOKENIZER)
         save_llava(checkpoint, self.recipe.config, self.dims, names, tokenizer, dtype)
-
-
-def add_lora(decoder: nn.Module, settings: LoraSettings) -> nn.Module:
-    """Wrap linears of the decoder with peft's LoRA."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=settings.targets,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    wrapped: nn.Module = get_peft_model(decoder, config)
-    return wrapped

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mllm_edge.recipes.fields import field, number, refusal
+from mllm_edge.recipes.data.fields import field, number, refusal
 
 Segmentation = list[list[float]] | dict[str, Any]
 

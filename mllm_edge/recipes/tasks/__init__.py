@@ -1,0 +1,1 @@
+"""What a recipe may train, a file a task."""
