@@ -127,38 +127,35 @@ class TextPipeline:
         self._running += 1
         turn = self._running
         stream = TextStream(decoding.stop, decoding.strip)
-        sampler = Sampler(self._model.vocabulary, decoding.settings, decoding.seed)
+        sampler = Sampler(decoding.settings, decoding.seed)
         ids: list[int] = []
         ends: list[int] = []  # bytes of text after each token
         states: list[Floats] = []
         self._model.want_hidden = watch is not None
-        try:
-            start = time.perf_counter()
-            seen = self._prefill(script)
-            prefilled = time.perf_counter()
-            waited = 0.0  # time that the caller spent between two pieces
-            while True:
-                token = sampler.sample(seen.logits)
-                ids.append(token)
-                if watch is not None and token == watch.token and seen.hidden is not None:
-                    states.append(seen.hidden)
-                    watch.found()
-                if self._model.is_end(token):
-                    break
-                data = self._model.piece(token)
-                ends.append((ends[-1] if ends else 0) + len(data))
-                if shown := stream.feed(data, joined=len(ids) > 1 and ids[-2] in decoding.added):
-                    paused = time.perf_counter()
-                    yield shown
-                    waited += time.perf_counter() - paused
-                if stream.stopped or len(ids) == decoding.settings.max_tokens:
-                    break
-                if turn != self._running:
-                    raise MllmEdgeError("this answer was interrupted by a newer one; finish an answer before the next")
-                seen = self._model.step(token)
-                self._keys.append(token)
-        finally:
-            sampler.close()
+        start = time.perf_counter()
+        seen = self._prefill(script)
+        prefilled = time.perf_counter()
+        waited = 0.0  # time that the caller spent between two pieces
+        while True:
+            token = sampler.sample(seen.logits)
+            ids.append(token)
+            if watch is not None and token == watch.token and seen.hidden is not None:
+                states.append(seen.hidden)
+                watch.found()
+            if self._model.is_end(token):
+                break
+            data = self._model.piece(token)
+            ends.append((ends[-1] if ends else 0) + len(data))
+            if shown := stream.feed(data, joined=len(ids) > 1 and ids[-2] in decoding.added):
+                paused = time.perf_counter()
+                yield shown
+                waited += time.perf_counter() - paused
+            if stream.stopped or len(ids) == decoding.settings.max_tokens:
+                break
+            if turn != self._running:
+                raise MllmEdgeError("this answer was interrupted by a newer one; finish an answer before the next")
+            seen = self._model.step(token)
+            self._keys.append(token)
         if shown := stream.finish():
             yield shown
         decoded = 1000 * (time.perf_counter() - prefilled - waited)

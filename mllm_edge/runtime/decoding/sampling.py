@@ -1,8 +1,8 @@
-"""Choosing the next token with llama.cpp's samplers, from logits of any engine."""
+"""Choosing the next token from logits of any engine."""
 
 from __future__ import annotations
 
-import ctypes
+from collections import deque
 
 import numpy as np
 
@@ -10,62 +10,63 @@ from mllm_edge.bundle.manifest import Generation
 from mllm_edge.errors import BadInput
 from mllm_edge.runtime.engines.interface import Floats
 
-_RANDOM_SEED = 2**32 - 1  # means "take one at random" (LLAMA_DEFAULT_SEED), so it is never passed on
 PENALTY_WINDOW = 64  # generated tokens that the repetition penalty looks back on, llama.cpp's default
-_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 
 
 class Sampler:
-    """A chain of llama.cpp samplers: repetition penalty, top-k, top-p, temperature, then a seeded draw.
+    """Repetition penalty, top-k, top-p, temperature, then a seeded draw: llama.cpp's chain, in its order.
 
     Temperature 0 is greedy; it still obeys the repetition penalty, which counts generated tokens only. The same seed
-    and logits give the same tokens.
+    and logits give the same tokens on every machine.
 
     Args:
-        vocabulary: number of logits.
         settings: checked by `check_settings`.
-        seed: any integer, taken modulo 2**32 - 1.
+        seed: any integer, taken modulo 2**64.
     """
 
-    def __init__(self, vocabulary: int, settings: Generation, seed: int):
-        from mllm_edge.runtime.engines.llama.library import library
-
-        self._llama = llama = library()
-        self._chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-        self._candidates = np.zeros(vocabulary, _CANDIDATE)
-        self._ids = np.arange(vocabulary, dtype=np.int32)
-        links = []
-        if settings.repeat_penalty != 1:
-            links.append(
-                llama.llama_sampler_init_penalties(vocabulary, PENALTY_WINDOW, settings.repeat_penalty, 0.0, 0.0)
-            )
-        if settings.temperature == 0:
-            links.append(llama.llama_sampler_init_greedy())
-        else:
-            if settings.top_k > 0:
-                links.append(llama.llama_sampler_init_top_k(settings.top_k))
-            links.append(llama.llama_sampler_init_top_p(settings.top_p, 1))
-            links.append(llama.llama_sampler_init_temp(settings.temperature))
-            links.append(llama.llama_sampler_init_dist(seed % _RANDOM_SEED))
-        for link in links:
-            llama.llama_sampler_chain_add(self._chain, link)
+    def __init__(self, settings: Generation, seed: int):
+        self._settings = settings
+        self._random = np.random.default_rng(seed % 2**64)
+        self._recent: deque[int] = deque(maxlen=PENALTY_WINDOW)
 
     def sample(self, logits: Floats) -> int:
-        """Choose a token from logits [V] and remember it for the penalty."""
-        llama, candidates = self._llama, self._candidates
-        candidates["id"], candidates["logit"], candidates["p"] = self._ids, logits, 0
-        data = candidates.ctypes.data_as(ctypes.POINTER(llama.llama_token_data))
-        array = llama.llama_token_data_array(data, len(candidates), -1, False)
-        llama.llama_sampler_apply(self._chain, ctypes.byref(array))
-        token = int(array.data[array.selected].id)
-        llama.llama_sampler_accept(self._chain, token)
+        """Choose a token from logits [V], which stay as they are, and remember it for the penalty."""
+        settings = self._settings
+        logits = penalized(logits, self._recent, settings.repeat_penalty)
+        if settings.temperature == 0:
+            token = int(logits.argmax())
+        else:
+            kept, shares = likeliest(logits, settings.top_k, settings.top_p)
+            weights = shares ** (1 / settings.temperature)  # p^(1/T) is softmax(logits / T) before its sum
+            reached = np.cumsum(weights)
+            token = int(kept[np.searchsorted(reached, self._random.random() * reached[-1], "right")])
+        self._recent.append(token)
         return token
 
-    def close(self) -> None:
-        """Free the chain and its samplers."""
-        if self._chain:
-            self._llama.llama_sampler_free(self._chain)
-            self._chain = None
+
+def penalized(logits: Floats, recent: deque[int], penalty: float) -> Floats:
+    """Logits [V] with those of recent tokens made less likely: divided by the penalty, or multiplied where negative
+    (Keskar et al. 2019, CTRL, section 4.1)."""
+    if penalty == 1 or not recent:
+        return logits
+    seen = np.unique(recent)
+    changed = logits.copy()
+    changed[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+    return changed
+
+
+def likeliest(logits: Floats, top_k: int, top_p: float) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that top-k and then top-p leave, likeliest first, int64 [n], with their probabilities relative to the
+    likeliest one's, float64 [n]."""
+    count = len(logits) if top_k == 0 else min(top_k, len(logits))
+    kept = np.arange(len(logits)) if count == len(logits) else np.argpartition(logits, -count)[-count:]
+    kept = kept[np.argsort(-logits[kept], kind="stable")]
+    shares = np.exp(logits[kept].astype(np.float64) - float(logits[kept[0]]))
+    if top_p < 1:  # the fewest whose probabilities reach top_p
+        reached = np.cumsum(shares) / shares.sum()
+        count = min(int(np.searchsorted(reached, top_p)) + 1, len(kept))
+        kept, shares = kept[:count], shares[:count]
+    return kept, shares
 
 
 def check_settings(settings: Generation) -> None:

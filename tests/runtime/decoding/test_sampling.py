@@ -2,20 +2,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import settings as settings_of
+from hypothesis import strategies as st
 
 from mllm_edge.bundle.manifest import Generation
 from mllm_edge.errors import BadInput
-from mllm_edge.runtime.decoding.sampling import Sampler, check_settings
+from mllm_edge.runtime.decoding.sampling import Sampler, check_settings, likeliest
 
 LOGITS = np.log(np.array([0.05, 0.5, 0.15, 0.3], np.float32))
 PLAIN = Generation(temperature=1.0, top_k=0, top_p=1.0)
 
 
 def draw(settings: Generation, count: int = 400, seed: int = 0) -> list[int]:
-    sampler = Sampler(len(LOGITS), settings, seed)
-    tokens = [sampler.sample(LOGITS) for _ in range(count)]
-    sampler.close()
-    return tokens
+    sampler = Sampler(settings, seed)
+    return [sampler.sample(LOGITS) for _ in range(count)]
 
 
 def test_greedy_takes_the_likeliest() -> None:
@@ -41,7 +42,7 @@ def test_top_k_and_top_p_cut_the_tail() -> None:
 
 def test_a_seed_reproduces() -> None:
     assert draw(PLAIN, 30, seed=5) == draw(PLAIN, 30, seed=5) != draw(PLAIN, 30, seed=6)
-    for seed in (-1, 2**32 - 1, 2**40):  # 2**32 - 1 means "at random" to llama.cpp
+    for seed in (-1, 2**32 - 1, 2**40):
         assert draw(PLAIN, 30, seed=seed) == draw(PLAIN, 30, seed=seed)
 
 
@@ -73,3 +74,12 @@ def test_settings_out_of_range(change: dict[str, float]) -> None:
     check_settings(PLAIN)
     with pytest.raises(BadInput, match=next(iter(change))):
         check_settings(replace(PLAIN, **change))  # type: ignore[arg-type]
+
+
+@settings_of(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 2**32), top_k=st.integers(0, 12), top_p=st.floats(0.05, 1), size=st.integers(1, 12))
+def test_a_draw_is_one_of_the_likeliest(seed: int, top_k: int, top_p: float, size: int) -> None:
+    logits = np.random.default_rng(seed).standard_normal(size).astype(np.float32)
+    kept, _ = likeliest(logits, top_k, top_p)
+    assert Sampler(Generation(temperature=1.5, top_k=top_k, top_p=top_p), seed).sample(logits) in kept
+    assert list(kept) == list(np.argsort(-logits, kind="stable")[: len(kept)])  # none is left out before a likelier one
