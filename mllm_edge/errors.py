@@ -1,5 +1,10 @@
 """The errors that users see. Each carries one line: what is wrong; what to do."""
 
+from collections.abc import Mapping
+from typing import TypeVar
+
+Entry = TypeVar("Entry")
+
 
 class MllmEdgeError(Exception):
     """Something failed. The command line prints the message alone and exits with `exit_code`."""
@@ -22,3 +27,15 @@ class MissingPackage(MllmEdgeError):
 
     def __init__(self, package: str, extra: str):
         super().__init__(f"{package} is not installed; run: pip install 'mllm-edge[{extra}]'")
+
+
+def look_up(what: str, name: str, table: Mapping[str, Entry]) -> Entry:
+    """The entry of that name. Raises BadInput, which lists the names, where there is none."""
+    if name not in table:
+        raise BadInput(f"unknown {what} {name!r}; use one of {', '.join(table)}")
+    return table[name]
+
+
+def first_line(error: BaseException) -> str:
+    """Of a library's message; the error's type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
