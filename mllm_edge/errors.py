@@ -1,6 +1,7 @@
 """The errors that users see. Each carries one line: what is wrong; what to do."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 Entry = TypeVar("Entry")
@@ -34,6 +35,12 @@ def look_up(what: str, name: str, table: Mapping[str, Entry]) -> Entry:
     if name not in table:
         raise BadInput(f"unknown {what} {name!r}; use one of {', '.join(table)}")
     return table[name]
+
+
+def no_such(what: str, name: str, known: Iterable[str], otherwise: str, most: int = 1) -> BadInput:
+    """The error of an unknown name: it tells the nearest known ones, or what to do where none is near."""
+    near = " or ".join(map(repr, difflib.get_close_matches(name, known, n=most)))
+    return BadInput(f"there is no {what} {name!r}; {f'did you mean {near}?' if near else otherwise}")
 
 
 def first_line(error: BaseException) -> str:

@@ -10,40 +10,22 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Quant:
-    """A quantization of the language model.
-
-    Attributes:
-        bytes_per_weight: of a whole model, on average.
-        tolerance: of parity with PyTorch.
-        type: of most matrices, as the gguf package names it.
-        file_type: likewise.
-        k: a K-quant: llama.cpp chooses each tensor's type.
-        plain: llama.cpp never repacks it.
-    """
+class Precision:
+    """Of stages: the size, and the tolerance of parity with PyTorch."""
 
     bytes_per_weight: float
     tolerance: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Quant(Precision):
+    """Of the language model, whose size is an average. `type` (of most matrices) and `file_type` are the gguf package's
+    names; llama.cpp chooses each tensor's type of a `k` (a K-quant), and never repacks a `plain` one."""
+
     type: str
     file_type: str
     k: bool = False
     plain: bool = False
-
-
-@dataclass(frozen=True)
-class Precision:
-    """A precision of stages: its size, and the tolerance of parity with PyTorch."""
-
-    bytes_per_weight: float
-    tolerance: dict[str, float]
-
-
-@dataclass(frozen=True)
-class KvType:
-    """An element type of the KV cache, and whether attention is flash attention with it, as llama.cpp names it."""
-
-    bytes_per_number: float
-    flash: str
 
 
 def _allowed(cosine: float, relative_max: float, top1: float) -> dict[str, float]:
@@ -64,6 +46,4 @@ PRECISIONS = {
     "fp16": Precision(2.0, {"cosine": 0.999, "relative_max": 0.05}),
     "int8": Precision(1.0, {"cosine": 0.98, "relative_max": 0.5}),
 }
-# On a CPU flash attention computes in f16 whatever the cache holds, so f32 does without (measured: logits of size 10
-# within 3e-6 of PyTorch's, against 7e-3); a q8_0 cache exists only with it.
-KV_TYPES = {"f32": KvType(4.0, "DISABLED"), "f16": KvType(2.0, "AUTO"), "q8_0": KvType(34 / 32, "ENABLED")}
+KV_TYPES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}  # of the KV cache, bytes per number

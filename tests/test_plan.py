@@ -97,7 +97,7 @@ def test_this_machine_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--device", "orin-nan"], "did you mean orin-nano or orin-nx or orin"),
+        (["--device", "orin-nan"], "did you mean 'orin-nano' or 'orin-nx' or"),
         (["--device", "zzz"], "use this, orin-nano,"),
         (["--device", "thor", "--quant", "q3"], "unknown quantization 'q3'"),
         (["--device", "thor", "--context", "9999"], "context of 1024"),

@@ -173,7 +173,7 @@ def _full(files: dict[str, int], dims: LlamaDims, settings: Settings) -> float:
 
 
 def _kv_bytes(dims: LlamaDims, settings: Settings) -> int:
-    return kv_bytes_per_token(dims.layers, dims.kv_width, KV_TYPES[settings.kv_type].bytes_per_number)
+    return kv_bytes_per_token(dims.layers, dims.kv_width, KV_TYPES[settings.kv_type])
 
 
 def _advice(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mllm_edge.errors import BadInput
+from mllm_edge.errors import no_such
 
 THIS = "this"
 
@@ -83,6 +82,4 @@ def get(name: str, also: Sequence[str] = ()) -> Device:
     """
     if name in _NAMES:
         return _NAMES[name]
-    near = difflib.get_close_matches(name, [*also, *_NAMES], n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"use {', '.join([*also, *DEVICES])}"
-    raise BadInput(f"there is no device {name!r}; {hint}")
+    raise no_such("device", name, [*also, *_NAMES], f"use {', '.join([*also, *DEVICES])}", most=3)

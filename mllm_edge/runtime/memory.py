@@ -78,7 +78,7 @@ def stage_bytes(entry: StageEntry) -> int:
 
 def language_model_bytes(entry: LanguageModelEntry, options: Options) -> int:
     """Memory of the language model with its whole context in use."""
-    cache = 2 * entry.layers * entry.kv_width * KV_TYPES[options.kv_type].bytes_per_number * options.context
+    cache = 2 * entry.layers * entry.kv_width * KV_TYPES[options.kv_type] * options.context
     return int(entry.bytes + cache) + SCRATCH + SCRATCH_PER_WIDTH * entry.hidden_width
 
 

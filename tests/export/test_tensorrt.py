@@ -99,7 +99,7 @@ def test_a_network_that_is_not_the_manifests_is_refused(small: tuple[Path, Stage
     ("target", "devices", "reason"),
     [
         ("trt", ["sm_12"], "TensorRT-RTX builds no engines for sm_12; use .*sm_89"),
-        ("trt", ["orin-ano"], "no device 'orin-ano'; did you mean orin-nano or"),
+        ("trt", ["orin-ano"], "no device 'orin-ano'; did you mean 'orin-nano' or"),
         ("trt", ["raspberry-pi-5"], "raspberry-pi-5 has no GPU"),
         ("cpu", ["sm_89"], "goes with --target trt"),
     ],

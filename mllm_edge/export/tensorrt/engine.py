@@ -48,7 +48,7 @@ def ahead(devices: Sequence[str]) -> list[str]:
         BadInput: an unknown name, a CPU, or a capability that TensorRT-RTX does not build for.
         MissingPackage: an engine is asked for and TensorRT-RTX is not installed.
     """
-    wanted = {name if (device := _named(name)) is None else device.capability for name in devices if not is_board(name)}
+    wanted = {device.capability for device in map(_named, devices) if not device.board}
     known = _known() if wanted else set()
     for name in sorted(wanted - known):
         raise BadInput(f"TensorRT-RTX builds no engines for {name}; use {', '.join(sorted(known))}, or a device's name")
@@ -57,15 +57,12 @@ def ahead(devices: Sequence[str]) -> list[str]:
 
 def is_board(name: str) -> bool:
     """Whether a `--device` builds its own engines. Raises BadInput for a name that is unknown or a CPU's."""
-    device = _named(name)
-    return device is not None and device.board
+    return _named(name).board
 
 
-def _named(name: str) -> Device | None:
-    """The device of that name, None for a compute capability."""
-    if name.startswith("sm_"):
-        return None
-    device = get(name, also=USUAL)
+def _named(name: str) -> Device:
+    """The device of that name; of a compute capability nothing else is known."""
+    device = Device(name, name, 0, 0, 0, 0, {}, name) if name.startswith("sm_") else get(name, also=USUAL)
     if not device.capability:
         raise BadInput(f"{name} has no GPU for TensorRT engines; export it with --target cpu")
     return device

@@ -43,7 +43,7 @@ def layers_that_fit(entry: LanguageModelEntry, options: Options, free: int) -> i
     bytes, which the file may share with the table, among them: the estimate is never too low.
     """
     table = math.prod(entry.embedding.shape) * TABLE_BYTES.get(entry.embedding.dtype, 4.0)
-    cache = 2 * entry.kv_width * KV_TYPES[options.kv_type].bytes_per_number * options.context
+    cache = 2 * entry.kv_width * KV_TYPES[options.kv_type] * options.context
     one = max(entry.bytes - table, 0) / max(entry.layers, 1) + cache
     room = free - SCRATCH - MARGIN
     if room >= entry.layers * one + table:
