@@ -9,9 +9,9 @@ import re
 import pytest
 
 from mllm_edge import bench, cli
-from mllm_edge.bench import devices
 from mllm_edge.bench.plan import Settings, plan
 from mllm_edge.errors import BadInput
+from mllm_edge.machine import devices
 
 ORIN = devices.DEVICES["orin-nano"]
 USUAL = Settings("fp16", "q4_k_m", 0, "f16")
@@ -80,6 +80,13 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert document["settings"]["context"] == 4096
 
 
+@pytest.mark.parametrize(("device", "precision", "memory"), [("orin", "fp16", 64), ("raspberry-pi-5", "fp32", 8)])
+def test_other_names_and_cpus(device: str, precision: str, memory: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "llava", "--device", device, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["settings"]["precision"], document["device"]["memory_gb"]) == (precision, memory)
+
+
 def test_this_machine_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "llava", "--config", "tiny", "--device", "this", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -90,7 +97,7 @@ def test_this_machine_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--device", "orin-nan"], "did you mean orin-nano or orin-nano-super?"),
+        (["--device", "orin-nan"], "did you mean 'orin-nano' or 'orin-nx' or"),
         (["--device", "zzz"], "use this, orin-nano,"),
         (["--device", "thor", "--quant", "q3"], "unknown quantization 'q3'"),
         (["--device", "thor", "--context", "9999"], "context of 1024"),
@@ -104,9 +111,12 @@ def test_mistakes_are_named(words: list[str], message: str, capsys: pytest.Captu
 
 
 def test_devices_are_plausible() -> None:
-    for name, device in devices.DEVICES.items():
-        assert name == device.name
+    named = [name for device in devices.DEVICES.values() for name in (device.name, *device.aliases)]
+    assert len(named) == len(set(named)) and devices.THIS not in named
+    for device in devices.DEVICES.values():
+        assert all(devices.get(name) is device for name in (device.name, *device.aliases))
         assert 0 < device.reserved_gb < device.memory_gb
+        assert not device.board or device.capability
         assert all(0 < share < 1 for share in device.reach.values())
 
 

@@ -12,6 +12,8 @@ import numpy as np
 
 from mllm_edge.bench.result import Limits
 from mllm_edge.bundle.manifest import Manifest
+from mllm_edge.machine.devices import CPU, THIS, Device
+from mllm_edge.machine.facts import cpu_name, memory
 
 _BYTES = 1 << 28  # read for the memory's rate: past every cache
 _WIDTH = 2048  # of the square matrices for the products' rate
@@ -30,6 +32,13 @@ def measure_limits() -> Limits:
     matrix = np.ones((_WIDTH, _WIDTH), np.float32)
     product = _fastest(lambda: matrix @ matrix)
     return Limits(round(_BYTES / read / 1e9, 3), round(2 * _WIDTH**3 / product / 1e12, 4))
+
+
+def this_machine() -> Device:
+    """This machine's CPU as a device to plan for, measured now."""
+    limits, found = measure_limits(), memory()
+    total, free = found.get("total", 0) / 1000, found.get("available", 0) / 1000
+    return Device(THIS, cpu_name(), total, round(total - free, 3), limits.memory_gb_per_s, limits.matmul_tflops, CPU)
 
 
 def shares(

@@ -12,21 +12,16 @@ from typing import Any
 import torch
 
 from mllm_edge import models
-from mllm_edge.bench.devices import Device
 from mllm_edge.bench.limits import kv_bytes_per_token
 from mllm_edge.bench.result import Result
-from mllm_edge.errors import BadInput
-from mllm_edge.export.cost import (
-    BYTES_PER_WEIGHT,
-    STAGE_BYTES_PER_WEIGHT,
-    stage_flops,
-    without_weights,
-)
+from mllm_edge.errors import BadInput, look_up
+from mllm_edge.export.cost import stage_flops, without_weights
 from mllm_edge.export.onnx.merging import embedding_stage
+from mllm_edge.machine.devices import Device
 from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.models.plan import ExportPlan
 from mllm_edge.models.resolve import resolve
-from mllm_edge.runtime.memory import KV_BYTES
+from mllm_edge.quants import KV_TYPES, PRECISIONS, QUANTS
 from mllm_edge.runtime.wiring import EMBEDS, needed_for
 
 TEXT = 64  # tokens of text around the picture
@@ -91,13 +86,9 @@ def settings(precision: str, quant: str, context: int, kv_type: str) -> Settings
     Raises:
         BadInput: names the choices.
     """
-    for what, word, known in (
-        ("precision", precision, STAGE_BYTES_PER_WEIGHT),
-        ("quantization", quant, BYTES_PER_WEIGHT),
-        ("KV type", kv_type, KV_BYTES),
-    ):
-        if word not in known:
-            raise BadInput(f"unknown {what} {word!r}; use one of {', '.join(known)}")
+    look_up("precision", precision, PRECISIONS)
+    look_up("quantization", quant, QUANTS)
+    look_up("KV cache type", kv_type, KV_TYPES)
     return Settings(precision, quant, context, kv_type)
 
 
@@ -171,8 +162,8 @@ def _files(stages: dict[str, tuple[int, int, tuple[str, ...]]], dims: LlamaDims,
     sizes = {}
     for name, (weights, _, precisions) in stages.items():
         precision = settings.precision if settings.precision in precisions else precisions[-1]
-        sizes[name] = int(weights * STAGE_BYTES_PER_WEIGHT[precision])
-    return {**sizes, "language_model": int(dims.weights * BYTES_PER_WEIGHT[settings.quant])}
+        sizes[name] = int(weights * PRECISIONS[precision].bytes_per_weight)
+    return {**sizes, "language_model": int(dims.weights * QUANTS[settings.quant].bytes_per_weight)}
 
 
 def _full(files: dict[str, int], dims: LlamaDims, settings: Settings) -> float:
@@ -182,15 +173,15 @@ def _full(files: dict[str, int], dims: LlamaDims, settings: Settings) -> float:
 
 
 def _kv_bytes(dims: LlamaDims, settings: Settings) -> int:
-    return kv_bytes_per_token(dims.layers, dims.kv_width, KV_BYTES[settings.kv_type])
+    return kv_bytes_per_token(dims.layers, dims.kv_width, KV_TYPES[settings.kv_type])
 
 
 def _advice(
     stages: dict[str, tuple[int, int, tuple[str, ...]]], dims: LlamaDims, settings: Settings, free: float
 ) -> str:
     """The first change that fits, from the cheapest to the dearest in quality."""
-    smaller = [quant for quant, size in BYTES_PER_WEIGHT.items() if size < BYTES_PER_WEIGHT[settings.quant]]
-    least = min(BYTES_PER_WEIGHT, key=lambda quant: BYTES_PER_WEIGHT[quant])
+    quants = list(QUANTS)  # from the largest to the smallest
+    smaller, least = quants[quants.index(settings.quant) + 1 :], quants[-1]
     tried = [replace(settings, kv_type="q8_0")]
     tried += [replace(settings, kv_type="q8_0", quant=quant) for quant in smaller]
     tried += [replace(settings, kv_type="q8_0", quant=least, precision="int8")]
@@ -215,7 +206,7 @@ def _parts(
     device: Device,
     measured: Result | None,
 ) -> list[Part]:
-    read = int(dims.product_weights * BYTES_PER_WEIGHT[settings.quant])
+    read = int(dims.product_weights * QUANTS[settings.quant].bytes_per_weight)
     cache = tokens * _kv_bytes(dims, settings)
     attention = 2 * tokens**2 * dims.heads * dims.head_dim * dims.layers  # scores and values, half of them masked
     costs: dict[str, tuple[float, int]] = {name: (flops, files[name]) for name, (_, flops, _) in stages.items()}

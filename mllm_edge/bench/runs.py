@@ -27,11 +27,12 @@ from mllm_edge.bench.limits import measure_limits, shares
 from mllm_edge.bench.power import Meter, Sensor
 from mllm_edge.bench.result import Environment, Limits, Result, Spread, from_document
 from mllm_edge.bundle.read import read_manifest
-from mllm_edge.errors import BadInput, MllmEdgeError
+from mllm_edge.errors import BadInput, MllmEdgeError, look_up
 from mllm_edge.machine.facts import peak_rss
 from mllm_edge.runtime.answers.masks import LOGITS, SEG
 from mllm_edge.runtime.images import load_image
 from mllm_edge.runtime.wiring import EMBEDS, needed_for
+from mllm_edge.targets import TARGETS
 from mllm_edge.version import __version__
 
 if TYPE_CHECKING:
@@ -144,7 +145,8 @@ def measure_quality(result: Result, model: Model, data: str, cases: int, report:
 
 def uses_gpu(bundle: Path, target: str | None) -> bool:
     """Whether a bundle is to run on a GPU: what the user asks for, or what it was made for."""
-    return (target or read_manifest(bundle, verify_hash=False, engines=False).target) != "cpu"
+    wanted = target or read_manifest(bundle, verify_hash=False, engines=False).target
+    return look_up("target", wanted, TARGETS).gpu
 
 
 def machine_limits(bundle: Path, target: str | None = None) -> Limits | None:
@@ -299,7 +301,7 @@ def _environment(threads: int, target: str, limits: Limits | None) -> Environmen
     from mllm_edge.machine.facts import cpu_name, gpu_name, version
     from mllm_edge.runtime.engines.llama.library import library
 
-    on_cpu = target == "cpu"
+    on_cpu = not TARGETS[target].gpu
     names = [name for name in ENGINES if not (on_cpu and name.startswith("tensorrt"))]
     engines = {engine: found for engine in names if (found := version(engine))}
     versions = {"mllm-edge": __version__, **engines}

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 from mllm_edge.bundle.manifest import MANIFEST, Manifest, TensorSpec
-from mllm_edge.errors import BadInput
+from mllm_edge.errors import BadInput, look_up
+from mllm_edge.targets import BUNDLES
 
-ENGINES = ("onnx", "tensorrt", "gguf")
+ENGINES = sorted({target.engine for target in BUNDLES.values()})
 
 
 def check(manifest: Manifest, folder: Path) -> None:
@@ -19,6 +20,7 @@ def check(manifest: Manifest, folder: Path) -> None:
     """
     for file in (*(entry.file for entry in manifest.files()), manifest.build.timing_cache):
         locate(folder, file)
+    look_up("target", manifest.target, BUNDLES)
     build = manifest.build
     lengths = build.profile
     if len(lengths) != 3 or sorted(lengths) != lengths or not 1 <= lengths[0] <= lengths[2] <= 4096:

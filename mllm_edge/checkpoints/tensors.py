@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mllm_edge.bundle.read import sha256
-from mllm_edge.errors import BadInput, MissingPackage
+from mllm_edge.errors import BadInput, MissingPackage, first_line
 
 Shape = tuple[int, ...]
 WEIGHT_FILES = ("*.safetensors", "*.bin")
@@ -171,8 +171,9 @@ def resolve_folder(weights: str) -> Path:
     try:
         return Path(snapshot_download(weights, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"{weights} is no local folder and the hub did not give it ({reason}); check the name") from None
+        raise BadInput(
+            f"{weights} is no local folder and the hub did not give it ({first_line(error)}); check the name"
+        ) from None
 
 
 def fingerprint(*folders: Path) -> str:

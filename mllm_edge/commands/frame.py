@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mllm_edge.errors import MissingPackage
+from mllm_edge.quants import KV_TYPES
+from mllm_edge.targets import TARGETS
 
 if TYPE_CHECKING:
     from mllm_edge.runtime import Model
@@ -42,14 +44,14 @@ class Loading:
     """Options of commands that run a bundle; see `mllm_edge.load`."""
 
     target: Annotated[
-        str | None, typer.Option(metavar="cpu|cuda|trt|ort-rtx", help="Run there; an engine without it is an error.")
+        str | None, typer.Option(metavar="|".join(TARGETS), help="Run there; an engine without it is an error.")
     ] = None
     threads: Annotated[int | None, typer.Option(help="CPU threads; by default the physical cores.")] = None
     context: Annotated[int | None, typer.Option(help="Positions; by default the bundle's, up to 4096.")] = None
     gpu_layers: Annotated[
         int | None, typer.Option(help="Layers of the language model on a GPU; by default what fits.")
     ] = None
-    kv_type: Annotated[str, typer.Option(metavar="f32|f16|q8_0", help="Element type of the KV cache.")] = "f16"
+    kv_type: Annotated[str, typer.Option(metavar="|".join(KV_TYPES), help="Element type of the KV cache.")] = "f16"
     no_verify_hash: NoVerifyHash = False
     memory_budget: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Stay under so much memory, as 6G or 512M; slower.")

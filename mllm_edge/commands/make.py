@@ -13,6 +13,8 @@ import typer
 from mllm_edge.commands.frame import BundleFolder, needs, verb
 from mllm_edge.commands.screen import Screen
 from mllm_edge.errors import OutOfTolerance
+from mllm_edge.quants import PRECISIONS, QUANTS
+from mllm_edge.targets import BUNDLES
 
 if TYPE_CHECKING:
     from mllm_edge.bundle.manifest import Manifest, Parity
@@ -49,7 +51,7 @@ def train(
 def export(
     screen: Screen,
     system: Annotated[str, typer.Argument(metavar="SYSTEM", help="A name from `mllm-edge systems`.")],
-    target: Annotated[str, typer.Option(metavar="cpu|cuda|trt", help="Where the bundle will run.")] = "cpu",
+    target: Annotated[str, typer.Option(metavar="|".join(BUNDLES), help="Where the bundle will run.")] = "cpu",
     weights: Annotated[
         str, typer.Option(metavar="random|PATH|HUB_ID", help="By default the ones that come with the package.")
     ] = "",
@@ -60,15 +62,15 @@ def export(
         Path | None, typer.Option("-o", "--out", metavar="DIR", help="By default SYSTEM-CONFIG.bundle.")
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(metavar="fp32|fp16|int8", help="Of the stages; by default the target's.")
+        str | None, typer.Option(metavar="|".join(PRECISIONS), help="Of the stages; by default the target's.")
     ] = None,
-    quant: Annotated[
-        str, typer.Option(metavar="f32|f16|q8_0|q6_k|q5_k_m|q4_k_m", help="Of the language model.")
-    ] = "q8_0",
+    quant: Annotated[str, typer.Option(metavar="|".join(QUANTS), help="Of the language model.")] = "q8_0",
     device: Annotated[
         str,
         typer.Option(
-            metavar="sm_89,...|orin|orin-nano|thor", help="GPUs to build TensorRT engines for.", show_default=False
+            metavar="sm_89|NAME,...",
+            help="GPUs to build TensorRT engines for: compute capabilities, or devices of `plan`.",
+            show_default=False,
         ),
     ] = "",
     merge_tokens: Annotated[
@@ -106,7 +108,8 @@ def build(
     screen: Screen,
     bundle: BundleFolder,
     device: Annotated[
-        str, typer.Option(metavar="sm_89,...", help="Build ahead for these GPUs, by TensorRT-RTX.", show_default=False)
+        str,
+        typer.Option(metavar="sm_89|NAME,...", help="Build ahead for these GPUs, by TensorRT-RTX.", show_default=False),
     ] = "",
     force: Annotated[bool, typer.Option("--force", help="Build again what is there.")] = False,
 ) -> None:

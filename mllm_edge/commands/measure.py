@@ -12,6 +12,9 @@ import typer
 from mllm_edge.commands.frame import BundleFolder, Loading, needs, verb
 from mllm_edge.commands.screen import Screen
 from mllm_edge.errors import BadInput, OutOfTolerance
+from mllm_edge.machine import devices
+from mllm_edge.quants import KV_TYPES, PRECISIONS, QUANTS
+from mllm_edge.targets import TARGETS
 
 
 @verb(
@@ -160,24 +163,25 @@ def plan(
     system: Annotated[str, typer.Argument(metavar="SYSTEM", help="A name from `mllm-edge systems`.")],
     config: Annotated[str, typer.Option(metavar="NAME", help="Its size.")] = "tiny",
     device: Annotated[
-        str, typer.Option(metavar="NAME", help="this, orin-nano, orin-nano-super, agx-orin, thor, rtx-4060-laptop.")
-    ] = "this",
-    precision: Annotated[str | None, typer.Option(metavar="fp32|fp16|int8", help="Of the stages.")] = None,
-    quant: Annotated[str, typer.Option(metavar="f32|f16|q8_0|q6_k|q5_k_m|q4_k_m")] = "q4_k_m",
+        str, typer.Option(metavar="NAME", help=f"{', '.join([devices.THIS, *devices.DEVICES])}.")
+    ] = devices.THIS,
+    precision: Annotated[str | None, typer.Option(metavar="|".join(PRECISIONS), help="Of the stages.")] = None,
+    quant: Annotated[str, typer.Option(metavar="|".join(QUANTS))] = "q4_k_m",
     context: Annotated[int, typer.Option(help="Positions; by default the model's own.", show_default=False)] = 0,
-    kv_type: Annotated[str, typer.Option(metavar="f32|f16|q8_0", help="Element type of the KV cache.")] = "f16",
+    kv_type: Annotated[str, typer.Option(metavar="|".join(KV_TYPES), help="Element type of the KV cache.")] = "f16",
     measured: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="What `bench --json` measured there, to compare with.")
     ] = None,
 ) -> None:
     """Say whether a model fits a machine, and how fast it can be there. From shapes alone; nothing is downloaded."""
     from mllm_edge import bench as measuring
-    from mllm_edge.bench import devices
+    from mllm_edge.bench.limits import this_machine
 
     with needs("export"):
         from mllm_edge.bench import plan as planning
-    where = devices.get(device)
-    settings = planning.settings(precision or ("fp32" if device == devices.THIS else "fp16"), quant, context, kv_type)
+    where = this_machine() if device == devices.THIS else devices.get(device, also=[devices.THIS])
+    usual = TARGETS["cuda" if where.capability else "cpu"].precision
+    settings = planning.settings(precision or usual, quant, context, kv_type)
     seen = measuring.read_results(measured)[0] if measured else None
     made = planning.plan(system, config, settings, where, seen)
     screen.result(dataclasses.asdict(made), *measuring.plan_tables(made))

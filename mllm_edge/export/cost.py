@@ -14,9 +14,6 @@ from mllm_edge.models.plan import Checkpoint
 if TYPE_CHECKING:
     from mllm_edge.bundle.manifest import TensorSpec
 
-BYTES_PER_WEIGHT = {"f32": 4.0, "f16": 2.0, "q8_0": 1.07, "q6_k": 0.83, "q5_k_m": 0.72, "q4_k_m": 0.62}
-STAGE_BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0}
-
 
 def stage_flops(module: nn.Module, inputs: list[TensorSpec]) -> int:
     """Floating-point operations of a module's matrix products and convolutions, two per multiplication.

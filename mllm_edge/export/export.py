@@ -23,11 +23,11 @@ from mllm_edge.bundle.manifest import (
     StageEntry,
 )
 from mllm_edge.bundle.read import graph_of, write_manifest
-from mllm_edge.errors import BadInput
-from mllm_edge.export.cost import BYTES_PER_WEIGHT, stage_flops
+from mllm_edge.errors import BadInput, look_up
+from mllm_edge.export.cost import stage_flops
 from mllm_edge.export.gguf.writer import export_language_model
 from mllm_edge.export.onnx.footprint import activation_bytes
-from mllm_edge.export.onnx.lower import PRECISIONS, export_stage
+from mllm_edge.export.onnx.lower import export_stage
 from mllm_edge.export.onnx.merging import with_merged_tokens
 from mllm_edge.export.tensorrt.build import make_engine
 from mllm_edge.export.tensorrt.engine import ahead, settings, usual_devices
@@ -38,7 +38,9 @@ from mllm_edge.machine.facts import gpu_capability
 from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.models.plan import Checkpoint, ExportPlan, LanguageModelExport, StageExport
 from mllm_edge.models.resolve import resolve
+from mllm_edge.quants import PRECISIONS, QUANTS
 from mllm_edge.runtime.engines.tensorrt.packages import RTX
+from mllm_edge.targets import BUNDLES
 from mllm_edge.version import __version__
 
 if TYPE_CHECKING:
@@ -46,7 +48,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEFAULT_PRECISION = {"cpu": "fp32", "cuda": "fp16", "trt": "fp16"}
 CALIBRATION_PICTURES = {"fp32": 0, "fp16": 8, "int8": 32}  # other pictures than those of the verification
 
 
@@ -81,8 +82,9 @@ def export(
         quant: of the language model: "f32", "f16", "q8_0", "q6_k", "q5_k_m" or "q4_k_m".
         out: the bundle's folder; by default `<system>-<config>.bundle` in the working directory.
         force: replace a bundle that is already there.
-        devices: of target trt: compute capabilities such as "sm_89", for which TensorRT-RTX builds engines here, and
-            boards ("orin"), which build their own; by default the GPU of this machine, or usual ones.
+        devices: of target trt: compute capabilities such as "sm_89" or GPUs by name ("rtx-4060-laptop"), for which
+            TensorRT-RTX builds engines here, and boards ("orin"), which build their own; by default the GPU of this
+            machine, or usual ones.
         merge_tokens: how many tokens a picture takes, fewer than the checkpoint's: the most similar ones become their
             mean (`kernels/token_merge.py`).
         mmproj: also write llama.cpp's multimodal projector file.
@@ -128,13 +130,11 @@ def export(
 
 
 def _check_options(target: str, precision: str | None, quant: str) -> str:
-    if target not in DEFAULT_PRECISION:
-        raise BadInput(f"unknown target {target!r}; use {', '.join(DEFAULT_PRECISION)}")
-    if precision is not None and precision not in PRECISIONS:
-        raise BadInput(f"unknown precision {precision!r}; use one of {', '.join(PRECISIONS)}")
-    if quant not in BYTES_PER_WEIGHT:
-        raise BadInput(f"unknown quantization {quant!r}; use one of {', '.join(BYTES_PER_WEIGHT)}")
-    return precision or DEFAULT_PRECISION[target]
+    usual = look_up("target", target, BUNDLES).precision
+    precision = usual if precision is None else precision
+    look_up("precision", precision, PRECISIONS)
+    look_up("quantization", quant, QUANTS)
+    return precision
 
 
 def _check_devices(target: str, devices: Sequence[str]) -> Sequence[str]:
@@ -234,7 +234,7 @@ class _Job:
         return StageEntry(
             **dataclasses.asdict(finished.files[0]),
             name=stage.name,
-            engine="tensorrt" if self.target == "trt" else "onnx",
+            engine=BUNDLES[self.target].engine,
             precision=precision,
             inputs=stage.inputs,
             outputs=stage.outputs,
@@ -282,4 +282,4 @@ class _Job:
 
 def _language_model_bytes(dims: LlamaDims, quant: str) -> int:
     """Room that the language model takes."""
-    return int(dims.weights * BYTES_PER_WEIGHT[quant] * 1.05)
+    return int(dims.weights * QUANTS[quant].bytes_per_weight * 1.05)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 
-from mllm_edge.errors import BadInput
+from mllm_edge.errors import no_such
 from mllm_edge.models.info import SystemInfo
 
 SYSTEMS = ("llava", "glamm")
@@ -16,6 +15,4 @@ def get(name: str) -> SystemInfo:
     if name in SYSTEMS:
         info: SystemInfo = importlib.import_module(f"mllm_edge.models.{name}").INFO
         return info
-    near = difflib.get_close_matches(name, SYSTEMS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "see: mllm-edge systems"
-    raise BadInput(f"there is no system {name!r}; {hint}")
+    raise no_such("system", name, SYSTEMS, "see: mllm-edge systems")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from mllm_edge.errors import BadInput, MissingPackage
+from mllm_edge.errors import MissingPackage, look_up
 
 if TYPE_CHECKING:
     from mllm_edge.recipes.recipe import Recipe
@@ -29,9 +29,7 @@ def _task(recipe: Recipe) -> Task:
         "llava-pretrain": lambda r: LlavaTask(r, "pretrain"),
         "llava-finetune": lambda r: LlavaTask(r, "finetune"),
     }
-    if recipe.task not in tasks:
-        raise BadInput(f"the recipe's task {recipe.task!r} is not known; use one of {', '.join(tasks)}")
-    return tasks[recipe.task](recipe)
+    return look_up("task of a recipe", recipe.task, tasks)(recipe)
 
 
 def train(recipe: str, overrides: list[str], resume: bool, report: Report) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from mllm_edge.errors import BadInput
+from mllm_edge.errors import BadInput, no_such
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -75,9 +75,7 @@ def load(name: str, overrides: list[str]) -> Recipe:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else _folder() / f"{name}.yaml"
     if not path.is_file():
-        near = difflib.get_close_matches(name, available(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "see: mllm-edge recipes"
-        raise BadInput(f"there is no recipe {name!r}; {hint}")
+        raise no_such("recipe", name, available(), "see: mllm-edge recipes")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mllm_edge.errors import BadInput
+from mllm_edge.errors import BadInput, first_line
 
 MAX_PIXELS = 100_000_000  # refused by the header alone, before anything is decoded
 MAX_SIDE = 65_535  # the longest side that a JPEG can have
@@ -61,7 +61,7 @@ def load_image(source: ImageSource) -> Image.Image:
     except Image.DecompressionBombError:
         raise BadInput(_too_large(name, "its header promises a picture that is")) from None
     except _DAMAGE as error:
-        raise BadInput(f"{name} cannot be read ({_first_line(error)}); give an undamaged picture") from None
+        raise BadInput(f"{name} cannot be read ({first_line(error)}); give an undamaged picture") from None
     with opened:
         return _decode(opened, name)
 
@@ -99,7 +99,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         # A new picture, even where nothing changes: the caller's image may be altered or closed later.
         return _to_rgb(ImageOps.exif_transpose(image))
     except _DAMAGE as error:
-        raise BadInput(f"{name} cannot be decoded ({_first_line(error)}); give an undamaged picture") from None
+        raise BadInput(f"{name} cannot be decoded ({first_line(error)}); give an undamaged picture") from None
 
 
 def _check_size(width: int, height: int, name: str) -> None:
@@ -124,7 +124,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture).convert("RGB")
     return image.convert("RGB")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

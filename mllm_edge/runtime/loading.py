@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from mllm_edge.bundle.check import locate
 from mllm_edge.bundle.manifest import Manifest
 from mllm_edge.bundle.read import read_manifest
-from mllm_edge.errors import BadInput, MllmEdgeError
+from mllm_edge.errors import BadInput, MllmEdgeError, look_up
 from mllm_edge.machine.threads import usable_cores
+from mllm_edge.quants import KV_TYPES
 from mllm_edge.runtime.engines.interface import LanguageModel, Options
 from mllm_edge.runtime.engines.lazy import LazyLanguageModel, LazyStage
 from mllm_edge.runtime.engines.table import LANGUAGE_MODEL_ENGINES, STAGE_ENGINES, check_engines
@@ -116,8 +117,8 @@ def _options(
     gpu_layers: int | None,
 ) -> Options:
     wanted, longest = target or manifest.target, manifest.language_model.context_length
-    if wanted not in (*TARGETS, "ort-rtx"):
-        raise BadInput(f"there is no target {wanted!r}; use {', '.join(TARGETS)} or ort-rtx")
+    look_up("target", wanted, TARGETS)
+    look_up("KV cache type", kv_type, KV_TYPES)
     if wanted == "trt" and manifest.target != "trt":
         raise MllmEdgeError(f"the bundle was made for {manifest.target}; export it with --target trt")
     if gpu_layers is not None and gpu_layers < 0:

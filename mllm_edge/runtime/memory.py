@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from mllm_edge.bundle.manifest import LanguageModelEntry, Manifest, StageEntry
 from mllm_edge.errors import BadInput
 from mllm_edge.machine.facts import resident_memory
+from mllm_edge.quants import KV_TYPES
 from mllm_edge.runtime.engines.interface import Options
 from mllm_edge.runtime.wiring import EMBEDS, REGION_EMBEDS, needed_for
 
-KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
 INLINE = 200_000_000  # bytes; lighter stages are one file, of which two further copies exist while it is loaded
 SCRATCH = 150_000_000  # llama.cpp's compute buffers and the logits, and beside it for each value of a hidden state:
 SCRATCH_PER_WIDTH = 60_000  # 512 positions at once, and about 30 buffers of fp32
@@ -78,7 +78,7 @@ def stage_bytes(entry: StageEntry) -> int:
 
 def language_model_bytes(entry: LanguageModelEntry, options: Options) -> int:
     """Memory of the language model with its whole context in use."""
-    cache = 2 * entry.layers * entry.kv_width * KV_BYTES.get(options.kv_type, 4.0) * options.context
+    cache = 2 * entry.layers * entry.kv_width * KV_TYPES[options.kv_type] * options.context
     return int(entry.bytes + cache) + SCRATCH + SCRATCH_PER_WIDTH * entry.hidden_width
 
 

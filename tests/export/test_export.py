@@ -260,7 +260,7 @@ def test_lock_of_a_dead_process_is_taken_over(toy, out):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": "tpu"}, "use cpu, cuda, trt"),
+        ({"target": "tpu"}, "use one of cpu, cuda, trt"),
         ({"precision": "fp8"}, "fp32, fp16, int8"),
         ({"quant": "q3"}, "q4_k_m"),
         ({"mmproj": True}, "without --mmproj"),

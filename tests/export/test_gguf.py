@@ -13,16 +13,17 @@ from tokenizers_to_test import byte_level, llama_fast, llama_sentencepiece, writ
 
 from mllm_edge.checkpoints.tokenizer import lead, read_tokenizer
 from mllm_edge.errors import BadInput, OutOfTolerance
-from mllm_edge.export.gguf.k_quants import K_QUANTS
 from mllm_edge.export.gguf.same_tokens import assert_same_tokens
-from mllm_edge.export.gguf.writer import QUANTS, export_language_model, tensor_shapes
+from mllm_edge.export.gguf.writer import export_language_model, tensor_shapes
 from mllm_edge.models.language.llama import LlamaDims, llama
 from mllm_edge.models.language.llama_gguf import interleave_rotary
 from mllm_edge.models.plan import LanguageModelExport
+from mllm_edge.quants import QUANTS
 from mllm_edge.runtime.engines.interface import Options
 from mllm_edge.runtime.engines.llama.library import library
 from mllm_edge.runtime.engines.llama.model import LlamaLanguageModel
 
+K_QUANTS = [name for name, quant in QUANTS.items() if quant.k]
 NARROW = LlamaDims(vocabulary=422, width=64, ffn_width=96, layers=2, heads=4, kv_heads=4, context=128)
 WIDE = LlamaDims(
     vocabulary=450, width=256, ffn_width=512, layers=2, heads=4, kv_heads=2, context=128, tied=True, rope_theta=5e5
@@ -98,7 +99,7 @@ def test_logits_equal_transformers(tmp_path: Path, tokenizer: Path, dims: LlamaD
     assert 0.99 < cosine < 1 - 1e-9
 
 
-@pytest.mark.parametrize("quant", [quant for quant in QUANTS if quant.startswith("q") and quant != "q8_0"])
+@pytest.mark.parametrize("quant", K_QUANTS)
 def test_k_quants(tmp_path: Path, tokenizer: Path, quant: str) -> None:
     model = random_llama(WIDE)
     lm = LanguageModelExport("llama", WIDE, model.state_dict(), tokenizer)
@@ -212,7 +213,7 @@ def test_another_export_does_not_go_on_with_a_strangers_file(tmp_path: Path, tok
 
 
 @pytest.mark.parametrize("dims", [NARROW, WIDE, DEEP], ids=["narrow", "tied", "deep"])
-@pytest.mark.parametrize("quant", list(K_QUANTS))
+@pytest.mark.parametrize("quant", K_QUANTS)
 @pytest.mark.filterwarnings("ignore:.*no multiple of")
 def test_k_quants_are_those_of_llama_cpps_own_quantizer(
     tmp_path: Path, tokenizer: Path, dims: LlamaDims, quant: str
@@ -221,7 +222,10 @@ def test_k_quants_are_those_of_llama_cpps_own_quantizer(
     export_language_model(lm, tmp_path / "f32.gguf", "f32")
     export_language_model(lm, tmp_path / "ours.gguf", quant)
     settings = library().llama_model_quantize_default_params()
-    settings.ftype, settings.token_embedding_type = int(K_QUANTS[quant]), int(gguf.GGMLQuantizationType.Q8_0)
+    settings.ftype, settings.token_embedding_type = (
+        int(gguf.LlamaFileType[QUANTS[quant].file_type]),
+        int(gguf.GGMLQuantizationType.Q8_0),
+    )
     source, theirs = (str(tmp_path / name).encode() for name in ("f32.gguf", "theirs.gguf"))
     assert library().llama_model_quantize(source, theirs, settings) == 0
     expected = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "theirs.gguf").tensors}

@@ -98,8 +98,9 @@ def test_a_network_that_is_not_the_manifests_is_refused(small: tuple[Path, Stage
 @pytest.mark.parametrize(
     ("target", "devices", "reason"),
     [
-        ("trt", ["sm_12"], "no device that engines can be made for; use .*sm_89"),
-        ("trt", ["tx2"], "a board that builds its own: orin"),
+        ("trt", ["sm_12"], "TensorRT-RTX builds no engines for sm_12; use .*sm_89"),
+        ("trt", ["orin-ano"], "no device 'orin-ano'; did you mean 'orin-nano' or"),
+        ("trt", ["raspberry-pi-5"], "raspberry-pi-5 has no GPU"),
         ("cpu", ["sm_89"], "goes with --target trt"),
     ],
 )
@@ -114,6 +115,10 @@ def test_without_devices_it_is_for_the_gpu_that_is_here_or_usual_ones() -> None:
     for here in ("", "sm_90"):  # none, or one that TensorRT-RTX does not know
         with pytest.warns(RuntimeWarning, match="built for sm_86, sm_89, sm_120"):
             assert tensorrt.usual_devices(here) == GPUS
+
+
+def test_devices_by_name_stand_for_their_gpu() -> None:
+    assert tensorrt.ahead(["rtx-4060-laptop", "sm_89", "sm_86", "dgx-spark", "orin"]) == ["sm_86", "sm_89"]
 
 
 def test_without_the_package_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,8 @@ def test_the_reference_is_transformers(tmp_path: Path, model: transformers.Llava
     pixels = torch.randn(1, 3, 28, 28)
     with torch.no_grad():
         expected = model(input_ids=ids, pixel_values=pixels).logits
-        measured = ours(ids.masked_fill(ids == 420, -200), torch.ones_like(ids), pixels)
+        embeds = ours.splice(ids.masked_fill(ids == 420, -200), ours.encode(pixels))
+        measured = ours.language_model(inputs_embeds=embeds).logits
     assert torch.allclose(measured, expected, atol=1e-4)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from mllm_edge.models.blocks.vit import VisionEncoder, VitDims, vit_shapes
+from mllm_edge.models.blocks.vit import VisionEncoder, VitDims
 
 DIMS = VitDims(image_size=28, patch_size=7, width=32, layers=4, heads=2, mlp_width=64)
 
@@ -36,7 +36,7 @@ def test_same_features_as_transformers(activation: str, tap: int) -> None:
     theirs = reference(dims)
     ours = VisionEncoder(dims).eval()
     state = {name.removeprefix("vision_model."): tensor for name, tensor in theirs.state_dict().items()}
-    ours.load_state_dict({name: state[name] for name in vit_shapes(dims)})
+    ours.load_state_dict({name: state[name] for name in ours.state_dict()})
     pixels = torch.randn(2, 3, 28, 28)
     with torch.no_grad():
         expected = theirs(pixels, output_hidden_states=True).hidden_states[tap][:, 1:]
@@ -45,7 +45,7 @@ def test_same_features_as_transformers(activation: str, tap: int) -> None:
 
 def test_blocks_after_the_tap_are_not_there() -> None:
     assert DIMS.depth == 3
-    assert not any(".layers.3." in name or "post_layernorm" in name for name in vit_shapes(DIMS))
+    assert not any(".layers.3." in name or "post_layernorm" in name for name in VisionEncoder(DIMS).state_dict())
 
 
 def test_clip_l_336_has_576_patches() -> None:

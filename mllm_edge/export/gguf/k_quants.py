@@ -14,14 +14,10 @@ import gguf
 import numpy as np
 
 from mllm_edge.errors import MllmEdgeError
+from mllm_edge.quants import QUANTS
 from mllm_edge.runtime.engines.llama.library import library, recent_errors
 
 TYPE = gguf.GGMLQuantizationType
-K_QUANTS = {
-    "q6_k": gguf.LlamaFileType.MOSTLY_Q6_K,
-    "q5_k_m": gguf.LlamaFileType.MOSTLY_Q5_K_M,
-    "q4_k_m": gguf.LlamaFileType.MOSTLY_Q4_K_M,
-}
 _SKETCHED_ROWS = 2  # of one row llama.cpp takes a matrix for a vector
 _ROWS_AT_ONCE = 256  # that a thread quantizes before it takes the next
 
@@ -36,7 +32,7 @@ def chosen_types(
 
     Args:
         shapes: name in the GGUF file -> shape.
-        quant: one of `K_QUANTS`.
+        quant: a K-quant.
         embedding: the type of the token embedding.
         write_head: writes the model's metadata.
 
@@ -56,7 +52,7 @@ def chosen_types(
         writer.write_tensors_to_file()
         writer.close()
         settings = llama.llama_model_quantize_default_params()
-        settings.ftype = int(K_QUANTS[quant])
+        settings.ftype = int(gguf.LlamaFileType[QUANTS[quant].file_type])
         settings.token_embedding_type = int(embedding)
         settings.nthread = 1
         recent_errors.clear()

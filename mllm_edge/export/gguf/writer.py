@@ -24,22 +24,15 @@ import numpy as np
 from mllm_edge.bundle.manifest import EmbeddingTable, LanguageModelEntry
 from mllm_edge.bundle.read import file_entry
 from mllm_edge.checkpoints.tokenizer import UNUSED, Tokenizer, read_tokenizer
-from mllm_edge.errors import BadInput, MllmEdgeError
-from mllm_edge.export.gguf.k_quants import K_QUANTS, chosen_types, quantize_rows
+from mllm_edge.errors import BadInput, MllmEdgeError, look_up
+from mllm_edge.export.gguf.k_quants import chosen_types, quantize_rows
 from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.models.language.llama_gguf import interleave_rotary
 from mllm_edge.models.plan import LanguageModelExport
+from mllm_edge.quants import QUANTS
 from mllm_edge.version import __version__
 
 TYPE = gguf.GGMLQuantizationType
-FILE_TYPE = gguf.LlamaFileType
-QUANTS = ("f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
-DIRECT = {
-    "f32": (TYPE.F32, FILE_TYPE.ALL_F32),
-    "f16": (TYPE.F16, FILE_TYPE.MOSTLY_F16),
-    "q8_0": (TYPE.Q8_0, FILE_TYPE.MOSTLY_Q8_0),
-}
-SUPER_BLOCK = 256  # values in a block of a K-quant: rows must be a multiple
 Progress = Callable[[int, int], None]  # weights written so far, and in all
 
 
@@ -52,7 +45,7 @@ def export_language_model(
     Args:
         lm: the decoder.
         path: the GGUF file, inside the bundle's folder.
-        quant: one of `QUANTS`.
+        quant: one of `quants.QUANTS`.
         progress: called after each tensor.
         made_from: stands for the weights and settings; a file begun under the same name is continued.
 
@@ -60,8 +53,7 @@ def export_language_model(
         BadInput: an unknown quantization, a tokenizer with more tokens than the model, weights of wrong shape.
         MllmEdgeError: llama.cpp could not quantize.
     """
-    if quant not in QUANTS:
-        raise BadInput(f"quantization {quant!r} is not known; use one of {', '.join(QUANTS)}")
+    look_up("quantization", quant, QUANTS)
     name = hashlib.sha256(f"{made_from}:{quant}".encode()).hexdigest()[:16]
     partial = path.with_name(f"{path.name}.{name}.partial")
     for stale in path.parent.glob(f"{path.name}.*.partial"):
@@ -102,14 +94,14 @@ def write_gguf(lm: LanguageModelExport, path: Path, quant: str, progress: Progre
 
 def _types(dims: LlamaDims, shapes: dict[str, tuple[int, ...]], quant: str) -> dict[str, TYPE]:
     """The type that each tensor gets in the file."""
-    if quant in DIRECT:
-        return {name: _type(shape, DIRECT[quant][0]) for name, shape in shapes.items()}
+    if not QUANTS[quant].k:
+        return {name: _type(shape, gguf.GGMLQuantizationType[QUANTS[quant].type]) for name, shape in shapes.items()}
     names = _gguf_names(dims, shapes)
     chosen = chosen_types(
         {names[name]: shape for name, shape in shapes.items()},
         quant,
         _type((1, dims.width), TYPE.Q8_0),  # llama.cpp aborts on a type that does not fit the rows
-        lambda writer: _write_dims(writer, dims, FILE_TYPE.ALL_F32),
+        lambda writer: _write_dims(writer, dims, gguf.LlamaFileType.ALL_F32),
     )
     return {name: chosen[names[name]] for name in shapes}
 
@@ -131,7 +123,7 @@ def _head(
         file = Path(folder) / "head"
         writer = gguf.GGUFWriter(file, "llama")
         try:
-            _write_dims(writer, lm.dims, DIRECT[quant][1] if quant in DIRECT else K_QUANTS[quant])
+            _write_dims(writer, lm.dims, gguf.LlamaFileType[QUANTS[quant].file_type])
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             _write_tokenizer(writer, read_tokenizer(lm.tokenizer), lm.dims.vocabulary, lm.tokenizer)
             for name, gguf_name in _gguf_names(lm.dims, shapes).items():
@@ -211,7 +203,7 @@ def _tensor(lm: LanguageModelExport, name: str, shape: tuple[int, ...], kind: TY
     return quantize_rows(array, kind)
 
 
-def _write_dims(writer: gguf.GGUFWriter, dims: LlamaDims, file_type: FILE_TYPE) -> None:
+def _write_dims(writer: gguf.GGUFWriter, dims: LlamaDims, file_type: gguf.LlamaFileType) -> None:
     writer.add_name("mllm-edge language model")
     writer.add_string("general.mllm_edge_version", __version__)
     writer.add_file_type(file_type)
@@ -268,7 +260,7 @@ def _entry(lm: LanguageModelExport, path: Path, quant: str) -> LanguageModelEntr
         unread = 0 if dims.tied else int(table.n_bytes)  # a step looks up one row of it
         embedding = EmbeddingTable(table.tensor_type.name, int(table.data_offset), [dims.vocabulary, dims.width])
         types = Counter(tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1)
-        block = SUPER_BLOCK if quant in K_QUANTS else gguf.GGML_QUANT_SIZES[DIRECT[quant][0]][0]
+        block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[QUANTS[quant].type]][0]  # rows must be a multiple
         narrow = sum(int(tensor.shape[0]) % block != 0 for tensor in reader.tensors if len(tensor.shape) > 1)
     if narrow:
         warnings.warn(

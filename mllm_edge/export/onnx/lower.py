@@ -18,16 +18,16 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from mllm_edge.bundle.manifest import TensorSpec
-from mllm_edge.errors import BadInput, MllmEdgeError
+from mllm_edge.errors import MllmEdgeError, first_line, look_up
 from mllm_edge.export.onnx.fp16 import to_float16
 from mllm_edge.export.onnx.int8 import activation_peaks, quantize
+from mllm_edge.quants import PRECISIONS
 from mllm_edge.version import __version__
 
 if TYPE_CHECKING:
     from mllm_edge.models.plan import StageExport
 
 OPSET = 18
-PRECISIONS = ("fp32", "fp16", "int8")
 INLINE_LIMIT = 200_000_000  # bytes of weights; more go beside the graph, written one by one and mapped when read
 
 Feed = dict[str, np.ndarray]
@@ -56,8 +56,7 @@ def export_stage(
         BadInput: unknown precision, or int8 without calibration inputs.
         MllmEdgeError: the exporter refuses the module, or the graph is not what the stage says it is.
     """
-    if precision not in PRECISIONS:
-        raise BadInput(f"unknown precision {precision!r}; use one of {', '.join(PRECISIONS)}")
+    look_up("precision", precision, PRECISIONS)
     model = lower(stage)
     model.metadata_props.update(stage=stage.name, precision=precision, mllm_edge=__version__)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
@@ -117,7 +116,7 @@ def check_graph(path: Path, stage: StageExport) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise MllmEdgeError(f"{path.name} is not valid ONNX ({str(error).splitlines()[0]}); report this") from error
+        raise MllmEdgeError(f"{path.name} is not valid ONNX ({first_line(error)}); report this") from error
     graph = onnx.load(str(path), load_external_data=False).graph
     for kind, values, specs in (("input", graph.input, stage.inputs), ("output", graph.output, stage.outputs)):
         found = [_spec(value) for value in values]

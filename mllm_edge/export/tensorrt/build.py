@@ -14,7 +14,7 @@ from mllm_edge.bundle.manifest import BuildSettings, BuiltEngine, Manifest, Pari
 from mllm_edge.bundle.read import check_file, file_entry, graph_of, read_manifest, write_manifest
 from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
 from mllm_edge.export.tensorrt.check import EngineCheck, with_rows
-from mllm_edge.export.tensorrt.engine import BOARDS, Work, ahead, build, replaced
+from mllm_edge.export.tensorrt.engine import Work, ahead, build, is_board, replaced
 from mllm_edge.export.workplace import disk_full_explained
 from mllm_edge.runtime.engines.tensorrt.packages import RTX, Package, has_free_axes, package_named, usable
 from mllm_edge.runtime.engines.tensorrt.stage import Device
@@ -48,7 +48,7 @@ def build_bundle(
 
     Args:
         folder: a bundle of target trt.
-        devices: compute capabilities to build for with TensorRT-RTX; by default the GPU of this machine.
+        devices: what to build for with TensorRT-RTX, as for `ahead`; by default the GPU of this machine.
         force: build what is there, too.
         report: told of each stage.
 
@@ -93,7 +93,7 @@ def build_bundle(
 
 def _goal(folder: Path, manifest: Manifest, devices: Sequence[str]) -> tuple[Package, list[str], Device | None]:
     """What builds, for which GPUs, and the one that is here."""
-    if boards := [name for name in devices if name in BOARDS]:
+    if boards := [name for name in devices if is_board(name)]:
         raise BadInput(f"engines for {boards[0]} are built on the board; run there: mllm-edge build {folder}")
     if devices:
         return RTX, ahead(devices), None

@@ -17,13 +17,11 @@ import numpy as np
 
 from mllm_edge.bundle.manifest import BuildSettings, TensorSpec
 from mllm_edge.errors import BadInput, MllmEdgeError
+from mllm_edge.machine.devices import Device, get
 from mllm_edge.runtime.engines.tensorrt.packages import RTX, Package
 from mllm_edge.runtime.engines.tensorrt.stage import logger, shape
 
 USUAL = ("sm_86", "sm_89", "sm_120")  # GeForce RTX 30, 40 and 50
-# Boards build their own engines. How much scratch memory a kernel may take there, in MB: on the small one TensorRT's
-# own choice, all that is free, would have the system kill the build.
-BOARDS = {"orin-nano": 1024, "orin": 4096, "thor": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,19 +45,31 @@ def ahead(devices: Sequence[str]) -> list[str]:
     """The compute capabilities among `--device`, for which engines are built here.
 
     Raises:
-        BadInput: a name that is neither a board nor a capability that TensorRT-RTX builds for.
+        BadInput: an unknown name, a CPU, or a capability that TensorRT-RTX does not build for.
         MissingPackage: an engine is asked for and TensorRT-RTX is not installed.
     """
-    wanted = [name for name in devices if name not in BOARDS]
-    if wanted:
-        known = {f"sm_{name[2:]}" for name in dir(RTX.load().ComputeCapability) if name.startswith("SM")}
-        for name in wanted:
-            if name not in known:
-                raise BadInput(
-                    f"{name!r} is no device that engines can be made for; use {', '.join(sorted(known))} (comma "
-                    f"separated), or a board that builds its own: {', '.join(BOARDS)}"
-                )
-    return wanted
+    wanted = {device.capability for device in map(_named, devices) if not device.board}
+    known = _known() if wanted else set()
+    for name in sorted(wanted - known):
+        raise BadInput(f"TensorRT-RTX builds no engines for {name}; use {', '.join(sorted(known))}, or a device's name")
+    return sorted(wanted, key=lambda name: int(name[3:]))
+
+
+def is_board(name: str) -> bool:
+    """Whether a `--device` builds its own engines. Raises BadInput for a name that is unknown or a CPU's."""
+    return _named(name).board
+
+
+def _named(name: str) -> Device:
+    """The device of that name; of a compute capability nothing else is known."""
+    device = Device(name, name, 0, 0, 0, 0, {}, name) if name.startswith("sm_") else get(name, also=USUAL)
+    if not device.capability:
+        raise BadInput(f"{name} has no GPU for TensorRT engines; export it with --target cpu")
+    return device
+
+
+def _known() -> set[str]:
+    return {f"sm_{name[2:]}" for name in dir(RTX.load().ComputeCapability) if name.startswith("SM")}
 
 
 def usual_devices(here: str) -> list[str]:
@@ -68,10 +78,9 @@ def usual_devices(here: str) -> list[str]:
     Args:
         here: this machine's compute capability, "" without a GPU.
     """
-    known = {f"sm_{name[2:]}" for name in dir(RTX.load().ComputeCapability)}
-    devices = [here] if here in known else list(USUAL)
+    devices = [here] if here in _known() else list(USUAL)
     warnings.warn(
-        f"engines are built for {', '.join(devices)}; name other GPUs, or a board ({', '.join(BOARDS)}), with --device",
+        f"engines are built for {', '.join(devices)}; name other GPUs, or a board such as orin-nano, with --device",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -79,9 +88,10 @@ def usual_devices(here: str) -> list[str]:
 
 
 def settings(devices: Sequence[str]) -> BuildSettings:
-    """Settings for the boards among `--device`; the smallest one decides."""
-    boards = [name for name in BOARDS if name in devices]
-    return BuildSettings(boards, workspace_mb=min((BOARDS[name] for name in boards if BOARDS[name]), default=0))
+    """Settings for the boards among `--device`, under the names that were given; the smallest one decides."""
+    boards = [name for name in devices if is_board(name)]
+    limits = [limit for name in boards if (limit := get(name).scratch_mb)]
+    return BuildSettings(boards, workspace_mb=min(limits, default=0))
 
 
 def build(

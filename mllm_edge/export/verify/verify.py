@@ -32,6 +32,7 @@ from mllm_edge.machine.threads import usable_cores
 from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.models.plan import Checkpoint, ExportPlan, StageExport
 from mllm_edge.models.resolve import resolve
+from mllm_edge.quants import PRECISIONS, QUANTS
 from mllm_edge.runtime import Model, load
 from mllm_edge.runtime.answers.masks import LOGITS, SEG, STATES
 from mllm_edge.runtime.answers.resize import at_full_size, iou
@@ -39,21 +40,7 @@ from mllm_edge.runtime.engines.interface import Floats, LanguageModel, Options
 from mllm_edge.runtime.engines.table import STAGE_ENGINES
 from mllm_edge.runtime.prompt import piece_ids, render
 
-# cosine, top1 and agreement are at least this, the others at most. relative_max is the largest difference over the
-# largest value of the reference. Agreement is asked for only where rounding cannot turn a close decision.
-STAGE_TOLERANCE: dict[str, dict[str, float]] = {
-    "fp32": {"cosine": 0.9999, "relative_max": 1e-4},
-    "fp16": {"cosine": 0.999, "relative_max": 0.05},
-    "int8": {"cosine": 0.98, "relative_max": 0.5},
-}
-LANGUAGE_MODEL_TOLERANCE: dict[str, dict[str, float]] = {
-    "f32": {"cosine": 0.9999, "relative_max": 1e-3, "top1": 1.0},
-    "f16": {"cosine": 0.9999, "relative_max": 0.01, "top1": 0.95},
-    "q8_0": {"cosine": 0.995, "relative_max": 0.1, "top1": 0.85},
-    "q6_k": {"cosine": 0.99, "relative_max": 0.2, "top1": 0.8},
-    "q5_k_m": {"cosine": 0.98, "relative_max": 0.3, "top1": 0.7},
-    "q4_k_m": {"cosine": 0.95, "relative_max": 0.5, "top1": 0.5},
-}
+# Agreement is asked for only where rounding cannot turn a close decision.
 EXACT = ({"fp32"}, {"f32", "f16"})
 AT_LEAST = ("cosine", "top1", "agreement", "same_tokens", "mask_iou")
 
@@ -159,7 +146,7 @@ def _stage_row(folder: Path, entry: StageEntry, stage: StageExport, samples: Sam
             for feed, outputs in zip(samples.inputs(stage), expected, strict=True)
             for name in outputs
         ]
-    return parity(stage.name, _worst([compare(*pair) for pair in pairs]), STAGE_TOLERANCE[entry.precision])
+    return parity(stage.name, _worst([compare(*pair) for pair in pairs]), PRECISIONS[entry.precision].tolerance)
 
 
 def _language_rows(
@@ -177,7 +164,7 @@ def _language_rows(
     quant = manifest.language_model.precision
     agreement = {"tokens": float(TOKENS), "agreement": min(greedy)}
     return [
-        parity("language_model", measured, LANGUAGE_MODEL_TOLERANCE[quant]),
+        parity("language_model", measured, QUANTS[quant].tolerance),
         parity("end_to_end", agreement, {"agreement": 1.0} if _exact(manifest) else {}),
     ]
 

@@ -135,9 +135,3 @@ class VisionEncoder(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))[:, 1:]
-
-
-def vit_shapes(dims: VitDims) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that `VisionEncoder` needs, without allocating any."""
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in VisionEncoder(dims).state_dict().items()}

@@ -23,7 +23,7 @@ from mllm_edge.checkpoints.tensors import (
     renamed,
     resolve_folder,
 )
-from mllm_edge.errors import BadInput
+from mllm_edge.errors import BadInput, first_line
 from mllm_edge.models.blocks.encoders import encoder_dims, encoder_settings
 from mllm_edge.models.blocks.vit import VitDims
 from mllm_edge.models.language.llama import LlamaDims
@@ -136,9 +136,8 @@ def _port(folder: Path) -> tuple[LlavaDims, Tensors]:
     try:
         config = LlavaConfig.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
         raise BadInput(
-            f"{folder}/config.json is not readable as transformers' LLaVA ({reason}); copy it again"
+            f"{folder}/config.json is not readable as transformers' LLaVA ({first_line(error)}); copy it again"
         ) from None
     if config.projector_hidden_act != "gelu":
         raise BadInput(f"{folder} has a projector with {config.projector_hidden_act}, which is not supported; GELU is")

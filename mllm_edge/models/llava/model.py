@@ -104,19 +104,6 @@ class Llava(nn.Module):
         embeds: Tensor = self.language_model.get_input_embeddings()(ids.masked_fill(here, 0))
         return embeds.masked_scatter(here.unsqueeze(-1), image_embeds.to(embeds.dtype))
 
-    def forward(self, ids: Tensor, mask: Tensor, pixel_values: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Logits [B,T,V] of spliced sequences.
-
-        Args:
-            ids: int64 [B,T], see `splice`.
-            mask: int64 [B,T], 0 on padding, or float32 [B,1,T,T] to add to the attention scores.
-            pixel_values: float32 [P,3,S,S].
-            positions: int64 [B,T], where they are not simply 0, 1, 2, ...
-        """
-        embeds = self.splice(ids, self.encode(pixel_values))
-        logits: Tensor = self.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).logits
-        return logits
-
 
 def tensor_shapes(dims: LlavaDims) -> dict[str, tuple[int, ...]]:
     """Canonical name -> shape of every tensor of the system, without allocating any."""

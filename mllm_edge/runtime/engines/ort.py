@@ -9,18 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mllm_edge.bundle.manifest import StageEntry, TensorSpec
-from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
+from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError, first_line
 from mllm_edge.runtime.engines.interface import Array, Options, check_arrays
+from mllm_edge.targets import TARGETS
 
 if TYPE_CHECKING:
     import onnxruntime  # type: ignore[import-untyped]
 
-_CPU = "CPUExecutionProvider"
-# By target: the provider, what brings it, and what it needs beside.
-_GPU = {
-    "cuda": ("CUDAExecutionProvider", "onnxruntime-gpu", "driver, CUDA or cuDNN missing"),
-    "ort-rtx": ("NvTensorRTRTXExecutionProvider", "onnxruntime-trt-rtx", "driver or TensorRT-RTX missing"),
-}
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -57,7 +52,7 @@ class OnnxStage:
         try:
             return dict(zip(names, self._session.run(names, inputs)))
         except self._failures as error:
-            raise MllmEdgeError(f"stage {self.spec.name}: ONNX Runtime failed ({_first_line(error)})") from error
+            raise MllmEdgeError(f"stage {self.spec.name}: ONNX Runtime failed ({first_line(error)})") from error
 
     @property
     def provider(self) -> str:
@@ -96,25 +91,21 @@ def _open(path: Path, options: Options, failures: tuple[type[Exception], ...]) -
     try:
         session = ort.InferenceSession(str(path), settings, providers=providers)
     except failures as error:
-        raise BadInput(f"{path}: ONNX Runtime cannot load it ({_first_line(error)}); export it again") from None
+        raise BadInput(f"{path}: ONNX Runtime cannot load it ({first_line(error)}); export it again") from None
     if providers[0] != session.get_providers()[0]:
-        _, _, needs = _GPU[_gpu_target(options)]
+        needs = TARGETS[options.target].needs
         _on_the_cpu(options, f"ONNX Runtime could not start its {providers[0]} ({needs})")
     return session
 
 
 def _providers(options: Options, available: list[str]) -> list[str]:
-    if options.target == "cpu":
-        return [_CPU]
-    provider, package, _ = _GPU[_gpu_target(options)]
-    if provider in available:
-        return [provider, _CPU]
-    _on_the_cpu(options, f"this onnxruntime has no {provider} (pip install {package})")
-    return [_CPU]
-
-
-def _gpu_target(options: Options) -> str:
-    return options.target if options.target in _GPU else "cuda"
+    target, cpu = TARGETS[options.target], TARGETS["cpu"].provider
+    if not target.gpu:
+        return [cpu]
+    if target.provider in available:
+        return [target.provider, cpu]
+    _on_the_cpu(options, f"this onnxruntime has no {target.provider} (pip install {target.package})")
+    return [cpu]
 
 
 def _on_the_cpu(options: Options, why: str) -> None:
@@ -135,7 +126,3 @@ def _check_graph(path: Path, verb: str, nodes: list[Any], specs: list[TensorSpec
             )
     if len(graph) != len(specs):
         raise BadInput(f"{path} {verb} {', '.join(graph)}, which is not what the manifest says; export it again")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

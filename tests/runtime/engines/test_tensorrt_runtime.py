@@ -351,4 +351,5 @@ def test_memory_that_is_not_there_is_said(gpu: Device) -> None:
 
 def test_the_smallest_board_decides_the_scratch_memory() -> None:
     assert tensorrt.settings(["thor", "orin"]).workspace_mb == 4096
+    assert tensorrt.settings(["thor", "agx-orin", "orin-nx"]).workspace_mb == 2048
     assert tensorrt.settings(["sm_89"]).devices == []

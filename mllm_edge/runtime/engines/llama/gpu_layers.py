@@ -8,8 +8,9 @@ import warnings
 from types import ModuleType
 
 from mllm_edge.bundle.manifest import LanguageModelEntry
+from mllm_edge.quants import KV_TYPES
 from mllm_edge.runtime.engines.interface import Options
-from mllm_edge.runtime.memory import KV_BYTES, SCRATCH
+from mllm_edge.runtime.memory import SCRATCH
 
 GPU, INTEGRATED_GPU = 1, 2  # ggml_backend_dev_type
 TABLE_BYTES = {"F32": 4.0, "F16": 2.0, "Q8_0": 34 / 32}
@@ -42,7 +43,7 @@ def layers_that_fit(entry: LanguageModelEntry, options: Options, free: int) -> i
     bytes, which the file may share with the table, among them: the estimate is never too low.
     """
     table = math.prod(entry.embedding.shape) * TABLE_BYTES.get(entry.embedding.dtype, 4.0)
-    cache = 2 * entry.kv_width * KV_BYTES.get(options.kv_type, 4.0) * options.context
+    cache = 2 * entry.kv_width * KV_TYPES[options.kv_type] * options.context
     one = max(entry.bytes - table, 0) / max(entry.layers, 1) + cache
     room = free - SCRATCH - MARGIN
     if room >= entry.layers * one + table:

@@ -15,18 +15,19 @@ from typing import Any
 import numpy as np
 
 from mllm_edge.bundle.manifest import LanguageModelEntry
-from mllm_edge.errors import BadInput, MllmEdgeError
+from mllm_edge.errors import BadInput, MllmEdgeError, look_up
+from mllm_edge.quants import KV_TYPES, PLAIN
 from mllm_edge.runtime.engines.interface import Floats, Options, Step
 from mllm_edge.runtime.engines.llama import gpu_layers, probe
 from mllm_edge.runtime.engines.llama.embedding import EmbeddingRows
 from mllm_edge.runtime.engines.llama.interrupt import interruptible
 from mllm_edge.runtime.engines.llama.library import library, recent_errors
+from mllm_edge.targets import TARGETS
 
+# Whether attention is flash attention, by KV type: on a CPU it computes in f16 whatever the cache holds, so f32 does
+# without (measured: logits of size 10 within 3e-6 of PyTorch's, against 7e-3); a q8_0 cache exists only with it.
+FLASH = {"f32": "DISABLED", "f16": "AUTO", "q8_0": "ENABLED"}
 MICRO_BATCH = 512  # positions computed at once; more would only make the scratch buffers larger
-PLAIN = ("f32", "f16", "bf16")  # precisions that llama.cpp never repacks
-# KV cache types, and whether attention is flash attention: on a CPU it computes in f16 whatever the cache holds, so f32
-# does without (measured: logits of size 10 within 3e-6 of PyTorch's, against 7e-3); a q8_0 cache exists only with it.
-KV_TYPES = {"f32": "DISABLED", "f16": "AUTO", "q8_0": "ENABLED"}
 
 
 class LlamaLanguageModel:
@@ -39,8 +40,7 @@ class LlamaLanguageModel:
     """
 
     def __init__(self, path: Path, spec: LanguageModelEntry, options: Options):
-        if options.kv_type not in KV_TYPES:
-            raise BadInput(f"there is no KV cache type {options.kv_type!r}; use {', '.join(KV_TYPES)}")
+        look_up("KV cache type", options.kv_type, KV_TYPES)
         self.spec, self._path = spec, path
         self.context = options.context
         self._rows = EmbeddingRows(path, spec.embedding)
@@ -73,7 +73,7 @@ class LlamaLanguageModel:
         settings.n_threads = settings.n_threads_batch = options.threads
         settings.pooling_type = llama.LLAMA_POOLING_TYPE_NONE
         settings.type_k = settings.type_v = getattr(llama, f"GGML_TYPE_{options.kv_type.upper()}")
-        settings.flash_attn_type = getattr(llama, f"LLAMA_FLASH_ATTN_TYPE_{KV_TYPES[options.kv_type]}")
+        settings.flash_attn_type = getattr(llama, f"LLAMA_FLASH_ATTN_TYPE_{FLASH[options.kv_type]}")
         settings.offload_kqv = settings.op_offload = self._on_gpu
         settings.no_perf = True
         recent_errors.clear()
@@ -203,7 +203,7 @@ def _copy(pointer: Any, size: int) -> Floats:
 
 def _gpu(llama: ModuleType, options: Options) -> bool:
     """Whether layers go to a GPU."""
-    if options.target == "cpu" or options.gpu_layers == 0:
+    if not TARGETS[options.target].gpu or options.gpu_layers == 0:
         return False
     if llama.llama_supports_gpu_offload():
         return True

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_edge.machine import facts
+from mllm_edge.quants import PLAIN, QUANTS
 
 REBUILD = (
     'CXXFLAGS="-fno-tree-dse -fno-dse" pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python '
@@ -34,8 +35,6 @@ REBUILD = (
 )
 TIMEOUT_S = 600
 _CRASHES = {signal.SIGSEGV, signal.SIGILL, signal.SIGABRT, *({signal.SIGBUS} if hasattr(signal, "SIGBUS") else ())}
-_PLAIN = ("f32", "f16", "bf16")
-K_QUANTS = ("q4_k_m", "q5_k_m", "q6_k")
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,11 @@ def use_extra_buffers(path: Path, precision: str) -> bool:
         path: the GGUF file.
         precision: its quantization, as in the manifest.
     """
-    if precision.lower() in _PLAIN:
+    quant = QUANTS.get(precision.lower())  # None in bundles that others made
+    if precision.lower() in PLAIN:
         return True
     if not has_amx():
-        return not (is_x86() and precision.lower() in K_QUANTS)
+        return not (is_x86() and quant and quant.k)
     key = f"{_build_key()}/{precision}"
     crashed = _read_cache().get(key)
     if crashed is None:
