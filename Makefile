@@ -24,7 +24,8 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not alone"
+	$(BIN)/python -m pytest -m alone -n 0
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -44,8 +45,8 @@ $(BUNDLE)/bundle.json: | $(STAMP)
 
 # llama.cpp is compiled here, never taken from a cache: a build without the flags may lie there.
 $(STAMP):
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \
-	  { echo "error: $(PYTHON) is not Python 3.10 to 3.13; name one: make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' || \
+	  { echo "error: $(PYTHON) is not Python 3.10 to 3.14; name one: make PYTHON=python3.12" >&2; exit 2; }
 	@command -v c++ >/dev/null || { echo "error: there is no C++ compiler; install g++ (Debian, Ubuntu: apt install g++)" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import llama_cpp' 2>/dev/null || { \

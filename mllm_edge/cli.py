@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except UsageError as error:
         return screen.error(BadInput(_usage(error)))
-    except KeyboardInterrupt:  # before or behind the command itself
+    except KeyboardInterrupt:  # before or after the command itself
         return screen.error(Interrupted("interrupted"))
     except BrokenPipeError:  # the reader of stdout has gone, as `head` does
         _drop_stdout()
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001  the boundary: whatever it is becomes one line
         try:
             sys.stdout.flush()
-        except OSError:  # a full disk behind stdout
+        except OSError:  # stdout is a file on a full disk
             _drop_stdout()
         return screen.error(error)
 

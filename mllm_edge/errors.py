@@ -38,7 +38,7 @@ def look_up(what: str, name: str, table: Mapping[str, Entry]) -> Entry:
 
 
 def no_such(what: str, name: str, known: Iterable[str], otherwise: str, most: int = 1) -> BadInput:
-    """The error of an unknown name: it tells the nearest known ones, or what to do where none is near."""
+    """The error of an unknown name: it names the nearest known ones, or says what to do where none is near."""
     near = " or ".join(map(repr, difflib.get_close_matches(name, known, n=most)))
     return BadInput(f"there is no {what} {name!r}; {f'did you mean {near}?' if near else otherwise}")
 

@@ -1,4 +1,4 @@
-"""Telling how far long work has come: to a caller by a function, to a log by lines."""
+"""Progress of long work: to a caller by a callback, to a log by lines."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ PLAIN_SECONDS = 10.0  # between lines about the same work
 
 
 class Report(Protocol):
-    """Told of numbered steps: when one begins (`seconds` None), how far a long one has come, and when one has ended.
+    """Called for numbered steps: at a step's start (`seconds` None), during a long one, and at its end.
 
-    `number` counts from 1 to `total`; `part` is the share that is done of the step, 0 as it begins.
+    `number` counts from 1 to `total`; `part` is the share of the step that is done, 0 at its start.
     """
 
     def __call__(self, step: str, number: int, total: int, seconds: float | None, part: float = 0.0) -> None: ...
 
 
-TrainReport = Callable[[int, int, dict[str, float]], None]  # optimizer step, of how many, metrics
+TrainReport = Callable[[int, int, dict[str, float]], None]  # optimizer step, steps in all, metrics
 
 
 class Pace:
-    """How long the rest takes, by the pace since the first call: what was done before it took no time of this run."""
+    """Estimates the remaining time from the pace since the first call; work done before that (a resumed run) is not
+    counted."""
 
     def __init__(self) -> None:
-        self._begun = time.monotonic()
+        self._started = time.monotonic()
         self._first: float | None = None
 
     def left(self, part: float) -> str:
-        """ ", 12 s left"; empty where it cannot be said yet. `part` is the share that is done."""
+        """ ", 12 s left"; empty if unknown yet. `part` is the share that is done."""
         self._first = part if self._first is None else self._first
         done = part - self._first
-        return f", {(time.monotonic() - self._begun) / done * (1 - part):.0f} s left" if done > 0 else ""
+        return f", {(time.monotonic() - self._started) / done * (1 - part):.0f} s left" if done > 0 else ""
 
 
 class PlainSteps:
-    """A line when a step begins, now and then while it goes on, and when it has ended."""
+    """Prints a line when a step starts, every `PLAIN_SECONDS` while it runs, and when it ends."""
 
     def __init__(self, note: Callable[[str], None]):
         self._note = note
@@ -55,7 +56,7 @@ class PlainSteps:
 
 
 class PlainTraining:
-    """A line now and then."""
+    """Prints a line every `PLAIN_SECONDS`."""
 
     def __init__(self, note: Callable[[str], None]):
         self._note = note

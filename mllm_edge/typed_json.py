@@ -1,4 +1,4 @@
-"""Parsed JSON as the dataclasses that it is to be: every type is checked, and what does not fit is named."""
+"""Parsed JSON to dataclasses: every type is checked, and errors name what does not fit."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from typing import Any
 from mllm_edge.errors import BadInput
 
 
+class UnknownKind(BadInput):
+    """A record of a kind that this version does not have, perhaps a newer one's."""
+
+
 def typed(kind: Any, value: Any, where: str) -> Any:
-    """Turn parsed JSON into the annotated type, or say where it does not fit."""
+    """Convert parsed JSON to the annotated type. Raises BadInput naming the place that does not fit."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
@@ -31,6 +35,12 @@ def typed(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise BadInput(f"{where} must be an object; export the bundle again")
         return {key: typed(args[1], item, f"{where}[{key!r}]") for key, item in value.items()}
+    if origin is typing.Literal:
+        if value not in args:
+            raise BadInput(f"{where} is {value!r}, not {args[0]!r}; export the bundle again")
+        return value
+    if origin is types.UnionType and (records := [arg for arg in args if dataclasses.is_dataclass(arg)]):
+        return None if value is None and type(None) in args else _one_of(records, value, where)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     allowed: Iterable[type] = args if origin is types.UnionType else (kind,)
@@ -41,3 +51,14 @@ def typed(kind: Any, value: Any, where: str) -> Any:
 
 def _has_default(f: dataclasses.Field[Any]) -> bool:
     return f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+
+
+def _one_of(records: list[Any], value: Any, where: str) -> Any:
+    """The dataclass whose `kind` the value has; where there is only one, that."""
+    if len(records) == 1:
+        return typed(records[0], value, where)
+    kinds = {typing.get_args(typing.get_type_hints(record)["kind"])[0]: record for record in records}
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if not isinstance(kind, str) or kind not in kinds:
+        raise UnknownKind(f"{where} is of kind {kind!r}; this version knows {', '.join(kinds)}")
+    return typed(kinds[kind], value, where)

@@ -1,6 +1,7 @@
-"""Fixtures of the command line's tests."""
+"""One thread for each worker, and fixtures of the command line's tests."""
 
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import pytest
 from bundle_for_tests import write_bundle
 from calls_for_tests import Call, Said
 from PIL import Image
+
+# Before PyTorch, ONNX Runtime or llama.cpp are imported: workers share the cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from mllm_edge import cli
 

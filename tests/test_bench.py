@@ -17,7 +17,7 @@ from PIL import Image
 
 import mllm_edge
 from mllm_edge import bench, cli
-from mllm_edge.bench import forms, limits, power, runs
+from mllm_edge.bench import forms, power, runs
 from mllm_edge.bundle.read import read_manifest
 from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
 from mllm_edge.runtime import Answer, Tokens
@@ -30,23 +30,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class FakeDecoder:
-    """Counts steps; always prefers token 3."""
+    """Keeps the tokens that it was extended by; always prefers token 3."""
 
-    context, bos = 100, 1
+    context = 100
 
     def __init__(self) -> None:
         self.steps: list[int] = []
 
-    def step(self, token: int) -> Step:
-        self.steps.append(token)
-        return Step(np.array([0, 0, 0, 1], np.float32), None)
+    def extend(self, ids: list[int], states: int = 0) -> Step:
+        self.steps += ids
+        return Step(np.array([0, 0, 0, 1], np.float32), np.zeros((0, 1), np.float32))
+
+    def about(self) -> str:
+        return "a fake"
 
 
 class FakeModel:
     """Answers a question in 1000, 10, 20, 30, 40, 50 ms, one after the other; half of each is prefill."""
 
     load_ms = 7.0
-    gives_masks, target = False, "cpu"
+    target, tokenizer = "cpu", SimpleNamespace(bos=1)
 
     def __init__(self, manifest: Any) -> None:
         self.manifest, self.language_model = manifest, FakeDecoder()
@@ -104,9 +107,9 @@ def test_the_encoder_and_the_whole_prefill_run_each_time(folder: Path, monkeypat
             encoded.append(1)
             return encoder(**arrays)
 
-        def prefilled(embeds: Any, keep: int = 0) -> Step:
+        def prefilled(embeds: Any, keep: int = 0, state: bool = False) -> Step:
             read.append((len(embeds), keep))
-            return prefill(embeds, keep)
+            return prefill(embeds, keep, state)
 
         encode.close = encoder.close  # type: ignore[attr-defined]
         monkeypatch.setattr(stage, "_engine", encode)
@@ -266,31 +269,6 @@ def test_command_measures_one_bundle(folder: Path, capsys: pytest.CaptureFixture
 MACHINE = bench.Limits(memory_gb_per_s=10.0, matmul_tflops=0.1)
 
 
-def test_shares_of_the_limit_are_the_hand_computed_ones(folder: Path) -> None:
-    manifest = read_manifest(folder)
-    # 2 GFLOP at 0.1 TFLOP/s take 20 ms; 1 GB at 10 GB/s takes 100 ms, so the second stage is bound by memory.
-    stages = [
-        dataclasses.replace(manifest.stages[0], name="one", flops=2_000_000_000, bytes=1000),
-        dataclasses.replace(manifest.stages[0], name="two", flops=2_000_000_000, bytes=1_000_000_000),
-    ]
-    counts = {"flops_per_token": 10_000_000, "bytes_per_token": 99_000_000}
-    lm = dataclasses.replace(manifest.language_model, **counts, layers=10, kv_width=250, hidden_width=500)
-    manifest = dataclasses.replace(manifest, stages=stages, language_model=lm)
-    times = {"preprocess": 1.0, "one": 40.0, "two": 125.0, "prefill": 100.0}
-    found = limits.shares(manifest, MACHINE, times, tokens=100, rate=50.0)
-    # Prefill: 100 x 10 MFLOP + 2 x 100^2 x 500 x 10 = 1.1 GFLOP = 11 ms. Decode: 99 MB + 100 x 10 kB = 100 MB = 10 ms.
-    assert found == {"one": 0.5, "two": 0.8, "prefill": 0.11, "decode": 0.5}
-    assert [stage for stage, share in found.items() if limits.is_low(stage, share)] == ["prefill"]
-
-
-def test_what_was_not_counted_has_no_share(folder: Path) -> None:
-    manifest = read_manifest(folder)
-    stages = [dataclasses.replace(stage, flops=0) for stage in manifest.stages]
-    lm = dataclasses.replace(manifest.language_model, flops_per_token=0)
-    manifest = dataclasses.replace(manifest, stages=stages, language_model=lm)
-    assert limits.shares(manifest, MACHINE, {"vision_encoder": 1.0, "prefill": 1.0}, 10, 1.0) == {}
-
-
 def test_a_stage_far_below_the_limit_is_marked(fake: FakeModel) -> None:
     result = dataclasses.replace(measured(fake, limits=lambda: MACHINE), share_of_limit={"prefill": 0.1, "decode": 0.4})
     told = bench.render([result], "md")
@@ -298,12 +276,6 @@ def test_a_stage_far_below_the_limit_is_marked(fake: FakeModel) -> None:
     assert "40 % of the limit (!)" not in told
     assert "10.0 GB/s" in told
     assert "\x1b[33m10 % of the limit (!)\x1b[0m" in bench.colored(told)
-
-
-def test_limits_are_measured() -> None:
-    found = limits.measure_limits()
-    assert 0.1 < found.memory_gb_per_s < 10_000
-    assert 0.001 < found.matmul_tflops < 1000
 
 
 def test_results_survive_their_document(fake: FakeModel) -> None:

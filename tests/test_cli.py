@@ -62,7 +62,7 @@ def test_version(call: Call) -> None:
             "--device goes with --target trt; leave it out for target cpu",
         ),
         (["inspect", "nowhere"], "nowhere is not a bundle (it has no bundle.json); make one with: mllm-edge export"),
-        (["bench", "b", "-o", "xml"], "there is no output form 'xml'; use md, csv, json, jsonl"),
+        (["bench", "b", "--format", "xml"], "there is no output form 'xml'; use md, csv, json, jsonl"),
     ],
 )
 def test_bad_usage_is_one_line_that_says_what_to_do(words: list[str], line: str, call: Call) -> None:
@@ -127,7 +127,7 @@ def test_a_prompt_may_come_from_stdin(folder: Path, call: Call) -> None:
     assert call("run", folder, text="the red circle\n").out == call("run", folder, "the red circle").out
     said = call("run", folder)
     assert said.code == 2
-    assert said.error == "there is no prompt; write it behind the bundle, or pipe it in"
+    assert said.error == "there is no prompt; write it after the bundle, or pipe it in"
 
 
 def test_raw_takes_no_template(folder: Path, call: Call) -> None:
@@ -156,6 +156,28 @@ def test_text_bundles_refuse_boxes_and_folders(option: str, value: str, folder: 
     assert said.code == 2
     assert "leave" in said.error
     assert option in said.error
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--task", "rec"], "there is no task 'rec'; this bundle has none to choose"),
+        (["--beams", "2"], "beams is 2, and this bundle's language model holds one sequence; use beams 1"),
+        (["--beams", "0"], "beams is 0; it must be 1"),
+        (["--index", "nowhere"], "nowhere is no index of pictures"),
+    ],
+)
+def test_what_a_bundle_cannot_do_is_refused(words: list[str], reason: str, folder: Path, call: Call) -> None:
+    said = call("run", folder, "the", *words)
+    assert said.code == 2
+    assert reason in said.error
+
+
+def test_run_and_chat_have_the_same_options_for_answers(call: Call) -> None:
+    shared = {"--out", "--task", "--steps", "--guidance", "--draw-seed", "--index", "--beams", "--seed", "--image"}
+    for verb in ("run", "chat"):
+        said = call(verb, "--help").out.replace(",", " ")
+        assert shared | {"-o"} <= set(said.split())
 
 
 def test_a_bad_picture_is_found_before_the_bundle_is_loaded(
@@ -267,7 +289,7 @@ def test_ctrl_c_says_what_is_kept(call: Call, stub_export: Callable[[Callable[..
     stub_export(interrupted)
     said = call("export", "llava")
     assert (said.code, said.out) == (130, "")
-    assert said.err == "interrupted; finished steps are kept, the same command goes on where it stopped\n"
+    assert said.err == "interrupted; finished steps are kept, the same command continues where it stopped\n"
 
 
 def test_unexpected_errors_are_one_line_unless_debugging(

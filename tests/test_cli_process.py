@@ -1,4 +1,4 @@
-"""The commands from outside: what their process imports, what happens to its streams, what their code may not name."""
+"""The commands from outside: what their process imports, what happens to its streams."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from calls_for_tests import Call
-
-from mllm_edge import cli
-from mllm_edge.models import SYSTEMS
 
 
 def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -28,7 +24,7 @@ def test_importing_the_command_line_loads_nothing_heavy() -> None:
 
 BLOCKED = """
 import sys
-blocked = {"torch", "transformers", "onnx"}
+blocked = {"torch", "transformers", "onnx", "gguf", "tokenizers"}  # llama.cpp has a tokenizer of its own
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in blocked:
@@ -64,23 +60,10 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("words", [["systems"], ["systems", "--json"], ["--help"]])
-def test_a_full_disk_behind_stdout_is_one_line(words: list[str]) -> None:
+def test_stdout_on_a_full_disk_is_one_line(words: list[str]) -> None:
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "-m", "mllm_edge", *words]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "No space left" in done.stderr
-
-
-def test_no_system_is_named_where_all_are_served() -> None:
-    package = Path(cli.__file__).parent
-    for file in ("cli.py", "doctor.py", *(package / "commands").glob("*.py"), *(package / "bench").glob("*.py")):
-        text = (package / file).read_text(encoding="utf-8").lower()
-        assert [name for name in SYSTEMS if name in text] == [], file
-
-
-def test_words_behind_two_dashes_are_no_options(call: Call, tmp_path: Path) -> None:
-    said = call("run", tmp_path / "none", "--", "--json")
-    assert said.code == 2
-    assert said.out == ""  # with --json an error would be a document on stdout

@@ -89,7 +89,7 @@ def test_a_phrase_is_tied_to_its_mask(model: Model, scene: Path) -> None:
     assert "[SEG]" not in answer.text and "<p>" not in answer.text
     assert len(answer.masks) == 2
     for mask in answer.masks:
-        assert answer.text[slice(*mask.span)] == mask.phrase
+        assert answer.text[slice(*mask.span)] == mask.phrase == mask.label
         named = [n for n, item in enumerate(SCENE.objects) if item.color in mask.phrase and item.shape in mask.phrase]
         assert iou(mask.pixels, truth[named[0]]) > 0.7
         assert 0.5 < mask.score <= 1
@@ -106,7 +106,21 @@ def test_run_writes_pictures_and_json(glamm: Path, scene: Path, call: Call, tmp_
     with Image.open(tmp_path / "a" / "mask_0.png") as image:
         np.testing.assert_array_equal(np.asarray(image), pixels)
     assert (tmp_path / "a" / "overlay.png").is_file()
-    assert said.document["boxes"] == [{"phrase": "", "box": mask["box"]}]
+    end = len(said.document["text"].rstrip("."))  # no phrase: the mask stands where its token does
+    place = {"phrase": "", "span": [end, end], "label": question}
+    assert {name: mask[name] for name in place} == place
+    assert said.document["boxes"] == [{**place, "box": mask["box"]}]
+
+
+def test_chat_writes_a_folder_for_each_answer_with_masks(glamm: Path, scene: Path, call: Call, tmp_path: Path) -> None:
+    lines = f"Please segment {FIRST} in this image.\nHow many objects are there?\n"
+    said = call("chat", glamm, "--image", scene, "-o", tmp_path / "c", "--json", text=lines)
+    assert said.code == 0, said.err
+    assert [len(turn["masks"]) for turn in said.document["turns"]] == [1, 0]
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.png")) == [
+        "c/turn_1/mask_0.png",
+        "c/turn_1/overlay.png",
+    ]
 
 
 def test_teacher_forcing_cuts_out_the_same_mask(model: Model, glamm: Path, scene: Path, call: Call) -> None:
@@ -117,10 +131,16 @@ def test_teacher_forcing_cuts_out_the_same_mask(model: Model, glamm: Path, scene
     # Read at once and word by word, the states differ in their last bits, and so may a pixel on the rim.
     form = said.document["masks"][0]["rle"]
     assert iou(decode_segmentation(form, *form["size"]), free.masks[0].pixels) > 0.999
-    for answer, reason in (("Here.", "has no [SEG]"), ("[SEG] at <bbox>", "has a region or an unknown token id")):
+    for answer, reason in (
+        ("Here.", "has no [SEG]"),
+        ("[SEG] at <bbox>", "has <bbox>, which only a question can have"),
+    ):
         refused = call("run", glamm, question, "--image", scene, "--teacher-forced", answer)
         assert refused.code == 2
         assert reason in refused.error
+    for token in (-1, model.language_model.vocabulary):
+        with pytest.raises(BadInput, match="unknown token id"):
+            model.generate(question, scene, teacher_forced=[token])
 
 
 def test_a_box_is_a_question(glamm: Path, scene: Path, call: Call) -> None:
@@ -164,6 +184,8 @@ def test_sam_sees_a_picture_once(model: Model, scene: Path) -> None:
     second = model.generate(f"Segment {SECOND}.", scene)
     assert first.timings["mask_encoder"] > 0
     assert second.timings["mask_encoder"] == 0
+    assert first.timings["lazy_load"] > 0
+    assert "lazy_load" not in second.timings
     assert second.masks
     assert loaded(model) == {"vision_encoder", "connector", "mask_encoder", "mask_decoder"}
 
@@ -184,11 +206,12 @@ def test_masks_without_a_picture_are_announced(model: Model) -> None:
 
 
 @pytest.mark.parametrize("keep_language_model", [True, False])
-def test_what_is_let_go_changes_no_answer(
+def test_unloading_parts_changes_no_answer(
     keep_language_model: bool, glamm: Path, scene: Path, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = model.generate(GROUNDED_QUESTION, scene)
-    monkeypatch.setattr(loading, "residence", lambda *_: budget.Residence(False, keep_language_model, 0))
+    plan = budget.MemoryPlan(False, keep_language_model, 0)
+    monkeypatch.setattr(loading, "plan_memory", lambda *_: plan)
     with mllm_edge.load(glamm, threads=1, memory_budget=1) as tight:
         for _ in range(2):
             answer = tight.generate(GROUNDED_QUESTION, scene)
@@ -204,18 +227,27 @@ def test_a_budget_that_cannot_be_kept_is_refused_at_once(glamm: Path, scene: Pat
     assert "cannot stay under 20M: it takes" in said.error
 
 
+@pytest.mark.alone
 def test_the_peak_stays_under_what_was_expected(glamm: Path, scene: Path) -> None:
     """In a process of its own, because peak memory is a property of a process."""
     script = (
         "import mllm_edge, sys\n"
         "with mllm_edge.load(sys.argv[1], threads=1, memory_budget=1 << 30) as model:\n"
         "    answer = model.generate(sys.argv[3], sys.argv[2])\n"
-        "print(len(answer.masks), answer.memory['peak_rss'] * 1e6, model.residence.peak)\n"
+        "print(len(answer.masks), answer.memory['peak_rss'] * 1e6, model.memory.peak)\n"
     )
     words = [sys.executable, "-c", script, str(glamm), str(scene), GROUNDED_QUESTION]
     number, peak, expected = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
     assert number == "2"
     assert float(peak) <= float(expected)
+
+
+def test_bench_times_what_only_some_answers_need(glamm: Path, call: Call) -> None:
+    said = call("bench", glamm, "-r", 1, "--gen-tokens", 2, "--threads", 1, "--json", "--quiet")
+    assert said.code == 0, said.err
+    (result,) = said.document["results"]
+    assert set(result["lazy"]) == {"region_encoder", "mask_encoder", "mask_decoder", "masks"}
+    assert all(result["stages_ms"][name]["median"] > 0 for name in result["lazy"])
 
 
 @pytest.mark.parametrize(

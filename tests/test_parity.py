@@ -13,6 +13,7 @@ from tokenizers_to_test import llama_sentencepiece
 
 import mllm_edge
 from mllm_edge.bundle.read import read_manifest
+from mllm_edge.bundle.sources import Pixels
 from mllm_edge.errors import BadInput
 from mllm_edge.export.verify.verify import verify_bundle
 from mllm_edge.runtime.preprocess import preprocess
@@ -57,8 +58,9 @@ def test_logits_and_64_greedy_tokens(exported: Path, model: transformers.LlavaFo
         tokenized = [ours.tokenize(piece) for piece in PROMPT.split("<image>")]
         embeds = ours.prompt_embeds(PROMPT, picture(), raw=True)
         logits = ours.language_model.prefill(embeds).logits
+    (pixels_source,) = (source for source in manifest.sources if isinstance(source, Pixels))
     ids = torch.tensor([[1, *tokenized[0], *[IMAGE] * 16, *tokenized[1]]])
-    pixels = torch.from_numpy(preprocess(picture(), manifest.preprocessing[0]))
+    pixels = torch.from_numpy(preprocess(picture(), pixels_source))
     with torch.no_grad():
         theirs = model(input_ids=ids, pixel_values=pixels).logits[0, -1].numpy()
         generated = model.generate(
@@ -101,6 +103,7 @@ def test_merged_tokens_are_verified_against_the_merged_reference(
     assert [row.measured for row in verify_bundle(folder)] == [row.measured for row in parity]
     with mllm_edge.load(folder) as ours:
         answer = ours.generate(PROMPT, image=picture(), raw=True, max_tokens=2)
-        assert ours.encode_image(picture()).shape[0] == answer.tokens.image == 7
+        (embeds,) = ours.look(picture())
+        assert len(embeds) == answer.tokens.image == 7
     with pytest.raises(BadInput, match="without --mmproj or --merge-tokens"):
         mllm_edge.export("llava", str(tmp_path / "checkpoint"), merge_tokens=7, mmproj=True)

@@ -122,8 +122,8 @@ def test_devices_are_plausible() -> None:
 
 def test_stages_of_some_answers_are_not_in_the_time_to_first_token() -> None:
     made = plan("glamm", "7b-lite", USUAL, ORIN)
-    late = {part.name for part in made.parts if part.late}
-    assert late == {"region_encoder", "mask_encoder", "mask_decoder"}
+    lazy = {part.name for part in made.parts if part.lazy}
+    assert lazy == {"region_encoder", "mask_encoder", "mask_decoder"}
     early = sum(part.limit_ms for part in made.parts if part.name in ("vision_encoder", "connector", "prefill"))
     assert made.first_token_ms[0] == pytest.approx(early)
     assert made.prompt_tokens < 1000  # a picture takes 576

@@ -34,7 +34,7 @@ def test_the_rail_of_the_whole_board(tmp_path: Path) -> None:
 
 def test_rails_are_summed_where_none_is_the_whole_boards(tmp_path: Path) -> None:
     rails = {"VDD_GPU_SOC": (19000, 500), "VDD_CPU_CV": (19000, 200), "VIN_SYS_5V0": (5000, 1000)}
-    write(tmp_path, {**rails, "VDDQ_VDD2_1V8AO": (5000, 300)})  # the last one lies behind the one before
+    write(tmp_path, {**rails, "VDDQ_VDD2_1V8AO": (5000, 300)})  # the one before it feeds the last
     found = power.sensor(tmp_path)
     assert found is not None
     assert (found.name, found.watts()) == ("VDD_GPU_SOC + VDD_CPU_CV + VIN_SYS_5V0", pytest.approx(18.3))
@@ -80,11 +80,11 @@ def test_no_sensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_joules_are_the_integral_of_watts() -> None:
-    begun = time.perf_counter()
-    ramp = power.Sensor("ramp", lambda: 100 * (time.perf_counter() - begun))
+    started = time.perf_counter()
+    ramp = power.Sensor("ramp", lambda: 100 * (time.perf_counter() - started))
     with power.Meter(ramp) as meter:
         time.sleep(0.3)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     assert meter.joules == pytest.approx(50 * seconds**2, rel=0.05)
 
 

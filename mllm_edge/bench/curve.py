@@ -1,4 +1,4 @@
-"""A curve over bundles of one model whose pictures take different numbers of tokens: quality against time."""
+"""Plots quality and time of bundles of one model against their number of image tokens."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from mllm_edge.bench.result import Result
 
 
 def draw_curve(results: Sequence[Result], path: Path) -> None:
-    """Draw scores (left, percent) and times (right, median milliseconds) over the tokens of a picture, of results that
-    `check_quality` has let pass."""
+    """Draw scores (left, percent) and times (right, median milliseconds) over the tokens of a picture, for results that
+    passed `check_quality`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -35,6 +35,6 @@ def draw_curve(results: Sequence[Result], path: Path) -> None:
     right.set_ylabel("milliseconds, median")
     right.set_ylim(bottom=0)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    left.set_title(f"{results[0].system} {results[0].config}: tokens merged behind the connector", fontsize=10)
+    left.set_title(f"{results[0].system} {results[0].config}: tokens merged after the connector", fontsize=10)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -47,8 +47,8 @@ def render(results: Sequence[Result], form: str) -> str:
 def plotter(
     path: Path, draw: Callable[[Sequence[Result], Path], None] | None = None
 ) -> Callable[[Sequence[Result]], None]:
-    """A function that draws what `draw` does, by default the medians by stage, stacked, a bar per bundle. What it needs
-    is checked now.
+    """A function that draws with `draw`, by default stacked medians by stage, one bar per bundle. Its requirements are
+    checked now.
 
     Raises:
         BadInput: not the path of a PNG in an existing folder.
@@ -62,7 +62,7 @@ def plotter(
 
 
 def _rows(result: Result) -> dict[str, str]:
-    """A result for people, by the names of its rows."""
+    """A result as text, by row names."""
 
     def times(spread: Spread, *more: str) -> str:
         told = f"{spread.median:.1f} ({spread.min:.1f}, {spread.p90:.1f}, {spread.p99:.1f})"
@@ -73,7 +73,7 @@ def _rows(result: Result) -> dict[str, str]:
         return "" if share is None else f"{100 * share:.0f} % of the limit" + (LOW if is_low(stage, share) else "")
 
     def part(stage: str) -> str:
-        if stage in result.late:
+        if stage in result.lazy:
             return "when asked for"
         return f"{100 * result.stages_ms[stage].median / result.first_token_ms.median:.0f} % of the time"
 
@@ -95,7 +95,7 @@ def _rows(result: Result) -> dict[str, str]:
 
 
 def _markdown(results: Sequence[Result]) -> str:
-    """A column per bundle, then what the numbers were taken on."""
+    """A column per bundle, then the conditions of the measurement."""
     columns = [_rows(result) for result in results]
     names = list(dict.fromkeys(name for column in columns for name in column))
     grid = [["median (min, p90, p99)", *(result.bundle.replace("|", "\\|") for result in results)]]
@@ -131,7 +131,7 @@ def colored(text: str) -> str:
 
 
 def ratio_table(ratios: Sequence[Ratio], fail_above: float | None) -> Table:
-    """What `compare` found; medians that are worse than allowed are marked."""
+    """The ratios of `compare`; medians worse than allowed are marked."""
     from mllm_edge.tables import table
 
     numbers = ("old", "new", "new / old", "may be")
@@ -190,7 +190,7 @@ def _plot(results: Sequence[Result], path: Path) -> None:
 
 
 def plan_tables(plan: Plan) -> list[Table]:
-    """A plan for people: memory, then times."""
+    """A plan as tables: memory, then times."""
     from mllm_edge.tables import pairs, size, table
 
     device, settings = plan.device, plan.settings
@@ -212,7 +212,7 @@ def plan_tables(plan: Plan) -> list[Table]:
         if with_measured:
             known = part.measured_ms
             cells += ["", ""] if known is None else [f"{known:.1f}", f"{part.expected_ms / known:.2f}"]
-        name = f"{part.name} (when asked for)" if part.late else part.name
+        name = f"{part.name} (when asked for)" if part.lazy else part.name
         times.add_row(name if name != "decode" else "decode, a token", *cells)
     limit, expected = plan.first_token_ms
     times.add_row("time to first token", "", "", f"{limit:.1f}", f"{expected:.1f}", *[""] * (2 * with_measured))

@@ -1,6 +1,6 @@
-"""How near a stage comes to what the machine allows: its roofline (Williams et al. 2009), measured on the spot.
+"""How close a stage comes to the machine's roofline (Williams et al. 2009), measured on the spot.
 
-A stage cannot end before its weights are read from memory, nor before its products are computed.
+A stage takes at least the time to read its weights from memory and the time to compute its products.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from mllm_edge.bundle.manifest import Manifest
 from mllm_edge.machine.devices import CPU, THIS, Device
 from mllm_edge.machine.facts import cpu_name, memory
 
-_BYTES = 1 << 28  # read for the memory's rate: past every cache
-_WIDTH = 2048  # of the square matrices for the products' rate
+_BYTES = 1 << 28  # read to measure memory bandwidth; larger than every cache
+_WIDTH = 2048  # of the square matrices to measure compute throughput
 _ROUNDS = 5
 
-# What well-tuned engines reach of the limit, per kind of stage: TinyChat and TensorRT Edge-LLM on Jetson for the
-# language model, EfficientViT-SAM for encoders (docs/benchmarks.md). Below half of it a stage is worth looking at.
+# Share of the limit that well-tuned engines reach, by kind of stage: TinyChat and TensorRT Edge-LLM on Jetson for the
+# language model, EfficientViT-SAM for encoders (docs/benchmarks.md). A stage below half of it is worth a look.
 REACHED = {"decode": 0.65, "prefill": 0.50}
 STAGE_TARGET = 0.40
 
 
 def measure_limits() -> Limits:
-    """Measure this machine's CPU: the best of some rounds, about a second in all, with the threads that BLAS takes."""
+    """Measure this machine's CPU: the best of several rounds, about a second in all, with BLAS's default threads."""
     numbers = np.ones(_BYTES // 4, np.float32)
     read = _fastest(lambda: np.dot(numbers, numbers))
     matrix = np.ones((_WIDTH, _WIDTH), np.float32)
@@ -44,13 +44,13 @@ def this_machine() -> Device:
 def shares(
     manifest: Manifest, limits: Limits, milliseconds: dict[str, float], tokens: int, rate: float
 ) -> dict[str, float]:
-    """The part of the machine's limit that each stage reached.
+    """The share of the machine's limit that each stage reached.
 
     Args:
-        manifest: of the bundle; stages whose operations it does not tell are left out.
+        manifest: the bundle's; stages without a count of operations are left out.
         limits: the machine's.
-        milliseconds: median time by stage, `prefill` among them.
-        tokens: that were prefilled, and stood in the KV cache while decoding.
+        milliseconds: median time by stage, including `prefill`.
+        tokens: prefilled tokens, which are in the KV cache while decoding.
         rate: tokens decoded per second.
     """
     lm = manifest.language_model
@@ -60,17 +60,14 @@ def shares(
         if stage.flops and milliseconds.get(stage.name):
             found[stage.name] = _least_seconds(limits, stage.flops, size) * 1000 / milliseconds[stage.name]
     if lm.flops_per_token:
-        attention = 2 * tokens**2 * lm.hidden_width * lm.layers  # scores and values, half of them masked
+        attention = (
+            2 * tokens**2 * lm.width * lm.gguf.layers if lm.gguf else 0
+        )  # scores and values, half of them masked
         flops = tokens * lm.flops_per_token + attention
         found["prefill"] = _least_seconds(limits, flops, lm.bytes_per_token) * 1000 / milliseconds["prefill"]
-        cache = tokens * kv_bytes_per_token(lm.layers, lm.kv_width)
+        cache = tokens * lm.kv_bytes_per_token
         found["decode"] = rate * _least_seconds(limits, lm.flops_per_token, lm.bytes_per_token + cache)
     return {name: round(share, 4) for name, share in found.items()}
-
-
-def kv_bytes_per_token(layers: int, kv_width: int, bytes_per_number: float = 2) -> int:
-    """Keys and values of one token."""
-    return int(2 * layers * kv_width * bytes_per_number)
 
 
 def is_low(stage: str, share: float) -> bool:
@@ -85,7 +82,7 @@ def _least_seconds(limits: Limits, flops: float, size: float) -> float:
 def _fastest(work: Callable[[], object]) -> float:
     seconds = []
     for _ in range(_ROUNDS):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         work()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - started)
     return min(seconds)

@@ -12,17 +12,15 @@ from typing import Any
 import torch
 
 from mllm_edge import models
-from mllm_edge.bench.limits import kv_bytes_per_token
 from mllm_edge.bench.result import Result
 from mllm_edge.errors import BadInput, look_up
-from mllm_edge.export.cost import stage_flops, without_weights
-from mllm_edge.export.onnx.merging import embedding_stage
+from mllm_edge.export.cost import kv_bytes_per_token, stage_flops, without_weights
 from mllm_edge.machine.devices import Device
-from mllm_edge.models.language.llama import LlamaDims
+from mllm_edge.models.language.reference import DecoderDims
 from mllm_edge.models.plan import ExportPlan
 from mllm_edge.models.resolve import resolve
 from mllm_edge.quants import KV_TYPES, PRECISIONS, QUANTS
-from mllm_edge.runtime.wiring import EMBEDS, needed_for
+from mllm_edge.runtime.wiring import needed_for
 
 TEXT = 64  # tokens of text around the picture
 WORK_GB = 0.3  # Python, the engines' code and working memory
@@ -43,8 +41,8 @@ class Settings:
 class Part:
     """A stage, the prefill of a picture and its question, or the decoding of one token.
 
-    `measured_ms` is what a benchmark on the same machine gave, None without one. `late` stages run for some answers
-    only, behind the first token or before a question about a region.
+    `measured_ms` is what a benchmark on the same machine gave, None without one. `lazy` stages run for some answers
+    only, after the first token or before a question about a region.
     """
 
     name: str
@@ -53,7 +51,7 @@ class Part:
     limit_ms: float
     expected_ms: float
     measured_ms: float | None = None
-    late: bool = False
+    lazy: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Plan:
     @property
     def first_token_ms(self) -> tuple[float, float]:
         """Limit and expectation of the time to the first token of a picture and a question."""
-        before = [part for part in self.parts if part.name != "decode" and not part.late]
+        before = [part for part in self.parts if part.name != "decode" and not part.lazy]
         return sum(part.limit_ms for part in before), sum(part.expected_ms for part in before)
 
 
@@ -121,8 +119,8 @@ def plan(system: str, config: str, chosen: Settings, device: Device, measured: R
     free = device.memory_gb - device.reserved_gb
     files = _files(stages, dims, chosen)
     full = _full(files, dims, chosen)
-    early = needed_for(EMBEDS, lowered.stages)
-    tokens = measured.prompt_tokens if measured else _image_tokens(lowered) + TEXT
+    early = needed_for([spec.name for stage in lowered.pictured for spec in stage.outputs], lowered.stages)
+    tokens = measured.prompt_tokens if measured else lowered.picture_tokens + TEXT
     return Plan(
         system=system,
         config=checkpoint.config,
@@ -136,7 +134,7 @@ def plan(system: str, config: str, chosen: Settings, device: Device, measured: R
         fits=full <= free,
         advice="" if full <= free else _advice(stages, dims, chosen, free),
         parts=[
-            replace(part, late=part.name in files and part.name not in early)
+            replace(part, lazy=part.name in files and part.name not in early)
             for part in _parts(stages, files, dims, chosen, tokens, device, measured)
         ],
     )
@@ -153,12 +151,9 @@ def _stages(lowered: ExportPlan) -> dict[str, tuple[int, int, tuple[str, ...]]]:
     return found
 
 
-def _image_tokens(lowered: ExportPlan) -> int:
-    stage = embedding_stage(lowered)
-    return int(stage.outputs[0].shape[1]) if stage else 0
-
-
-def _files(stages: dict[str, tuple[int, int, tuple[str, ...]]], dims: LlamaDims, settings: Settings) -> dict[str, int]:
+def _files(
+    stages: dict[str, tuple[int, int, tuple[str, ...]]], dims: DecoderDims, settings: Settings
+) -> dict[str, int]:
     sizes = {}
     for name, (weights, _, precisions) in stages.items():
         precision = settings.precision if settings.precision in precisions else precisions[-1]
@@ -166,18 +161,18 @@ def _files(stages: dict[str, tuple[int, int, tuple[str, ...]]], dims: LlamaDims,
     return {**sizes, "language_model": int(dims.weights * QUANTS[settings.quant].bytes_per_weight)}
 
 
-def _full(files: dict[str, int], dims: LlamaDims, settings: Settings) -> float:
+def _full(files: dict[str, int], dims: DecoderDims, settings: Settings) -> float:
     """GB with the whole context in use."""
     cache = settings.context * _kv_bytes(dims, settings)
     return (sum(files.values()) + cache) / 1e9 + WORK_GB
 
 
-def _kv_bytes(dims: LlamaDims, settings: Settings) -> int:
-    return kv_bytes_per_token(dims.layers, dims.kv_width, KV_TYPES[settings.kv_type])
+def _kv_bytes(dims: DecoderDims, settings: Settings) -> int:
+    return kv_bytes_per_token(dims, KV_TYPES[settings.kv_type])
 
 
 def _advice(
-    stages: dict[str, tuple[int, int, tuple[str, ...]]], dims: LlamaDims, settings: Settings, free: float
+    stages: dict[str, tuple[int, int, tuple[str, ...]]], dims: DecoderDims, settings: Settings, free: float
 ) -> str:
     """The first change that fits, from the cheapest to the dearest in quality."""
     quants = list(QUANTS)  # from the largest to the smallest
@@ -200,7 +195,7 @@ def _advice(
 def _parts(
     stages: dict[str, tuple[int, int, tuple[str, ...]]],
     files: dict[str, int],
-    dims: LlamaDims,
+    dims: DecoderDims,
     settings: Settings,
     tokens: int,
     device: Device,
@@ -208,7 +203,7 @@ def _parts(
 ) -> list[Part]:
     read = int(dims.product_weights * QUANTS[settings.quant].bytes_per_weight)
     cache = tokens * _kv_bytes(dims, settings)
-    attention = 2 * tokens**2 * dims.heads * dims.head_dim * dims.layers  # scores and values, half of them masked
+    attention = 2 * tokens**2 * dims.attention_width * dims.layers  # scores and values, half of them masked
     costs: dict[str, tuple[float, int]] = {name: (flops, files[name]) for name, (_, flops, _) in stages.items()}
     costs["prefill"] = 2.0 * dims.product_weights * tokens + attention, read
     costs["decode"] = 2.0 * dims.product_weights, read + cache

@@ -1,4 +1,4 @@
-"""Power while a bundle works: a Jetson's INA sensors or NVIDIA's driver (NVML), read beside the work."""
+"""Power while a bundle runs: a Jetson's INA sensors or NVIDIA's driver (NVML), sampled in a thread."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 INA3221, INA238 = "sys/bus/i2c/drivers/ina3221", "sys/bus/i2c/drivers/ina238"
-# Rails of an INA3221 that feed a whole module, alone or together: Orin Nano and NX; AGX Orin.
+# Rails of an INA3221 that feed a whole module, alone or summed: Orin Nano and NX; AGX Orin.
 WHOLE = (("VDD_IN",), ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"))
-SECONDS = 0.05  # between two readings
+SECONDS = 0.05  # between readings
 
 
 @dataclass(frozen=True)
 class Sensor:
-    """Something that tells watts: what it measures, and how it is read."""
+    """A power sensor: what it measures, and a function that reads watts."""
 
     name: str
     watts: Callable[[], float]
@@ -28,8 +28,8 @@ def sensor(root: Path = Path("/"), gpu: bool = True) -> Sensor | None:
     """The best sensor of this machine: a module's input, the sum of its rails, or the GPU's own; None without any.
 
     Args:
-        root: where the system's files are.
-        gpu: whether the bundle uses one.
+        root: root of the system's files.
+        gpu: whether the bundle uses a GPU.
     """
     return _ina238(root) or _ina3221(root) or (_nvml() if gpu else None)
 
@@ -38,7 +38,7 @@ class Meter:
     """Integrates a sensor's watts in a thread; a context manager around the work.
 
     Attributes:
-        joules: taken since the work began; not-a-number where the sensor failed meanwhile.
+        joules: used since the start; NaN if the sensor failed meanwhile.
     """
 
     def __init__(self, sensor: Sensor):
@@ -50,7 +50,7 @@ class Meter:
     def _measure(self) -> None:
         try:
             self._integrate()
-        except (OSError, ValueError):  # what hwmon's files give when the bus is disturbed
+        except (OSError, ValueError):  # raised by hwmon's files on a bus error
             self.joules = float("nan")
 
     def _integrate(self) -> None:
@@ -79,14 +79,14 @@ def _ina238(root: Path) -> Sensor | None:
 
 
 def _ina3221(root: Path) -> Sensor | None:
-    """Millivolts and milliamperes of each labelled channel, as hwmon has them."""
+    """Power from millivolts and milliamperes of each labelled channel, as in hwmon."""
     rails: dict[str, tuple[Path, Path]] = {}
     for label in sorted((root / INA3221).glob("*/hwmon/hwmon*/in*_label")):
         channel = label.name.removeprefix("in").removesuffix("_label")
         volts, amperes = label.with_name(f"in{channel}_input"), label.with_name(f"curr{channel}_input")
         if volts.is_file() and amperes.is_file():
             rails[label.read_text(encoding="ascii").strip()] = volts, amperes
-    # Without rails that are known to feed everything, those that are no sum of others, and are connected.
+    # If no rails are known to feed everything: all connected ones that are not sums of others.
     unknown = [name for name in rails if "sum" not in name.lower() and name != "NC"]
     chosen = next((list(names) for names in WHOLE if rails.keys() >= set(names)), unknown)
     if not chosen:
@@ -104,6 +104,6 @@ def _nvml() -> Sensor | None:
         nvml.nvmlInit()
         handle = nvml.nvmlDeviceGetHandleByIndex(0)
         nvml.nvmlDeviceGetPowerUsage(handle)
-    except Exception:  # noqa: BLE001  no package, no driver, a GPU without a sensor: its errors are made at run time
+    except Exception:  # noqa: BLE001  no package, no driver, no sensor: NVML creates its errors at run time
         return None
     return Sensor("GPU (NVML)", lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000)

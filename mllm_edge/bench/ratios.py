@@ -1,4 +1,4 @@
-"""Two measurements side by side, for people's own CI."""
+"""Compares two measurements, for use in CI."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mllm_edge.errors import BadInput
 
 @dataclass(frozen=True)
 class Ratio:
-    """New over old of one measure; above 1 is worse whatever is measured: slower, or more memory.
+    """New over old for one measure; above 1 is always worse: slower, or more memory.
 
-    `low` and `high` are the least and the largest ratio that the repetitions allow (minimum of one over 90th percentile
-    of the other): where 1 lies between them, the difference may be chance.
+    `low` and `high` bound the ratio over the repetitions (minimum of one over 90th percentile of the other): if 1 lies
+    between them, the difference may be chance.
     """
 
     bundle: str
@@ -30,10 +30,10 @@ class Ratio:
 def compare(old: Path, new: Path) -> list[Ratio]:
     """Ratios of every measure that two files of `mllm-edge bench --json` share, bundle by bundle.
 
-    Bundles are the same when their names are; two files of one bundle each are compared whatever the names.
+    Bundles are matched by name; two files of one bundle each are compared whatever the names.
 
     Raises:
-        BadInput: a file that is no result of `bench`, or nothing in common.
+        BadInput: a file is not a result of `bench`, or nothing in common.
     """
     before, after = read_results(old), read_results(new)
     if len(before) == len(after) == 1:
@@ -47,7 +47,7 @@ def compare(old: Path, new: Path) -> list[Ratio]:
 
 
 def read_results(path: Path) -> list[Result]:
-    """What `mllm-edge bench --json` wrote.
+    """Read the output of `mllm-edge bench --json`.
 
     Raises:
         BadInput: it cannot be read, or is something else.
@@ -75,7 +75,7 @@ def _ratios(old: Result, new: Result) -> list[Ratio]:
     if old.peak_rss_mb and new.peak_rss_mb:
         singles["peak memory, MB"] = old.peak_rss_mb, new.peak_rss_mb
     found = [_ratio(new.bundle, name, *pair) for name, pair in times.items() if pair[0].median]
-    for name, (slow, fast) in rates.items():  # more is better: the other way round
+    for name, (slow, fast) in rates.items():  # more is better, so inverted
         turned = _ratio(new.bundle, name, fast, slow)
         found.append(Ratio(new.bundle, name, slow.median, fast.median, turned.ratio, turned.low, turned.high))
     for name, (was, now) in singles.items():

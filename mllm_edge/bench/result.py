@@ -51,7 +51,7 @@ class Result:
     `stages_ms` has `preprocess`, the stages in order and `prefill`. `first_token_ms` runs from the call to the first
     token, everything included but loading. `load_cold_ms` is the load of files that are not in the page cache, None
     where they cannot be put out of it. `share_of_limit` says for stages, `prefill` and `decode` which part of what
-    `environment.limits` allows was reached (above 1 where narrower numbers than fp32 are multiplied). `late` names the
+    `environment.limits` allows was reached (above 1 where narrower numbers than fp32 are multiplied). `lazy` names the
     stages that run for some answers only and are not in `first_token_ms`. `energy_j` is what `power_sensor` told during
     an answer to a picture and a question, `generated_tokens` long; None where the machine has no sensor. `quality` has
     scores in percent by name, on `quality_data`, where they were asked for.
@@ -75,7 +75,7 @@ class Result:
     peak_rss_mb: float | None
     share_of_limit: dict[str, float]
     environment: Environment
-    late: list[str] = field(default_factory=list)
+    lazy: list[str] = field(default_factory=list)
     energy_j: Spread | None = None
     power_sensor: str = ""
     quality: dict[str, float] = field(default_factory=dict)

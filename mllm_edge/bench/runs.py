@@ -26,12 +26,14 @@ from numpy.typing import NDArray
 from mllm_edge.bench.limits import measure_limits, shares
 from mllm_edge.bench.power import Meter, Sensor
 from mllm_edge.bench.result import Environment, Limits, Result, Spread, from_document
+from mllm_edge.bundle.manifest import Manifest
 from mllm_edge.bundle.read import read_manifest
+from mllm_edge.bundle.sources import States
 from mllm_edge.errors import BadInput, MllmEdgeError, look_up
 from mllm_edge.machine.facts import peak_rss
-from mllm_edge.runtime.answers.masks import LOGITS, SEG
+from mllm_edge.runtime.answers.kinds import KINDS
 from mllm_edge.runtime.images import load_image
-from mllm_edge.runtime.wiring import EMBEDS, needed_for
+from mllm_edge.runtime.wiring import needed_for
 from mllm_edge.targets import TARGETS
 from mllm_edge.version import __version__
 
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
 
 PROMPT = "Describe the picture."
 PICTURE_SIZE = 512
-LATE = ("masks",)
 ENGINES = ("onnxruntime", "onnxruntime-gpu", "llama-cpp-python", "tensorrt", "tensorrt-rtx")
 
 
@@ -82,11 +83,11 @@ def measure(
     runs = []
     for number in range(repeat + 1):
         report(name, number + 1, repeat + 1, None)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         runs.append(_once(model, _altered(picture, number), gen_tokens, sensor))
-        report(name, number + 1, repeat + 1, time.perf_counter() - begun)
+        report(name, number + 1, repeat + 1, time.perf_counter() - started)
     peak = peak_rss()
-    environment = _environment(threads, model.target, limits())
+    environment = _environment(threads, model, limits())
     result = _result(model, name, gen_tokens, runs[1:], load_cold_ms, peak, environment)
     if sensor is None:
         return result
@@ -104,18 +105,12 @@ def check_quality(data: str | None, cases: int, curve: Path | None, bundles: Seq
         raise BadInput(f"{cases} cases score nothing; give at least 1")
     manifests = {path: read_manifest(path, verify_hash=False, engines=False) for path in bundles}
     for path, manifest in manifests.items():
-        gives = {spec.name for stage in manifest.stages for spec in stage.outputs}
-        if data and SCENES[data] in ("referring", "grounded") and LOGITS not in gives:
+        kinds = {entry.kind for entry in manifest.answers}
+        if data and SCENES[data] in ("referring", "grounded") and "masks" not in kinds:
             raise BadInput(f"{path} gives no masks; use scenes-questions")
-        if data and SCENES[data] == "regions" and not manifest.prompt.box:
+        if data and SCENES[data] == "regions" and not manifest.prompt.slots_of("boxes"):
             raise BadInput(f"{path} takes no boxes; use scenes-questions")
-    tokens = {
-        spec.shape[1]
-        for one in manifests.values()
-        for stage in one.stages
-        for spec in stage.outputs
-        if spec.name == EMBEDS
-    }
+    tokens = {_picture_tokens(manifest) for manifest in manifests.values()}
     if curve and (data is None or len(tokens) < 2):
         raise BadInput("--curve needs --quality and bundles of different numbers of tokens (export --merge-tokens)")
 
@@ -134,11 +129,11 @@ def measure_quality(result: Result, model: Model, data: str, cases: int, report:
     from mllm_edge.evaluate.run import evaluate
     from mllm_edge.evaluate.show import MAIN, NAMES
 
-    begun = time.perf_counter()
+    started = time.perf_counter()
     found = evaluate(
         model, scenes(data, cases, "test"), None, False, False, lambda n, total: report(data, 1, 1, None, n / total)
     )
-    report(data, 1, 1, time.perf_counter() - begun)
+    report(data, 1, 1, time.perf_counter() - started)
     scores = {NAMES[name]: value for name, value in found["scores"].items() if name in MAIN}
     return replace(result, quality=scores, quality_data=f"{data}, {cases} cases")
 
@@ -220,7 +215,7 @@ def _once(
     model.generate((*model.manifest.prompt.stop, ".")[0], raw=True, max_tokens=1)
     with Meter(sensor) if sensor else contextlib.nullcontext() as meter:
         answer, decoded = _answer(model, decoder, picture, gen_tokens)
-    answer = replace(answer, timings={**answer.timings, **_late_stages(model, picture)})
+    answer = replace(answer, timings={**answer.timings, **_lazy_parts(model, picture)})
     return answer, decoded, meter.joules if meter else 0.0
 
 
@@ -228,27 +223,39 @@ def _answer(model: Model, decoder: LanguageModel, picture: NDArray[np.uint8], ge
     answer = model.generate(PROMPT, picture, max_tokens=1)
     if answer.tokens.prompt + gen_tokens > decoder.context:
         raise BadInput(
-            f"{gen_tokens} tokens behind a prompt of {answer.tokens.prompt} do not fit the context of "
+            f"{gen_tokens} tokens after a prompt of {answer.tokens.prompt} do not fit the context of "
             f"{decoder.context}; lower --gen-tokens"
         )
-    begun = time.perf_counter()
+    started = time.perf_counter()
     token = answer.tokens.ids[0]
     for _ in range(gen_tokens):
-        token = int(decoder.step(token).logits.argmax())
-    return answer, time.perf_counter() - begun
+        token = int(decoder.extend([token]).logits.argmax())
+    return answer, time.perf_counter() - started
 
 
-def _late_stages(model: Model, picture: NDArray[np.uint8]) -> dict[str, float]:
-    """Milliseconds of what only some answers need: one mask, and one region."""
-    asked = []
-    if model.gives_masks:
-        asked.append(model.generate(PROMPT, picture, teacher_forced=SEG, max_tokens=1))
-    if model.manifest.prompt.box:
-        height, width = picture.shape[:2]
-        whole = (0, 0, width, height)
-        asked.append(model.generate(model.manifest.prompt.box, picture, [whole], max_tokens=1))
-    names = {stage.name for stage in model.manifest.stages} | {"masks"}
+def _lazy_parts(model: Model, picture: NDArray[np.uint8]) -> dict[str, float]:
+    """Milliseconds of what only some answers need: a part of each kind that states make, and a question about a box."""
+    height, width = picture.shape[:2]
+    marks = {source.name: "".join(source.tokens) for source in model.manifest.sources if isinstance(source, States)}
+    wanted = dict.fromkeys(getattr(entry, "states", "") for entry in model.manifest.answers)
+    asked = [
+        model.generate(PROMPT, picture, teacher_forced=marks[name], max_tokens=1) for name in wanted if name in marks
+    ]
+    for slot in model.manifest.prompt.slots_of("boxes"):
+        asked.append(model.generate(slot.placeholder, picture, [(0, 0, width, height)], max_tokens=1))
+    names = {stage.name for stage in model.manifest.stages} | set(KINDS)
     return {name: ms for answer in asked for name, ms in answer.timings.items() if name in names and ms > 0}
+
+
+def _picture_tensors(manifest: Manifest) -> list[str]:
+    return [name for slot in manifest.prompt.slots_of("pixels") for name in slot.tensors]
+
+
+def _picture_tokens(manifest: Manifest) -> int:
+    """Positions that a picture takes in the prompt."""
+    names = _picture_tensors(manifest)
+    shapes = [spec.shape for stage in manifest.stages for spec in stage.outputs if spec.name in names]
+    return sum(size for shape in shapes for size in shape[-2:-1] if isinstance(size, int))
 
 
 def _result(
@@ -262,11 +269,12 @@ def _result(
 ) -> Result:
     manifest, answers = model.manifest, [answer for answer, _, _ in runs]
     tokens = answers[0].tokens
-    prefilled = tokens.prompt - (model.language_model.bos is not None)
-    stages = [stage for stage in answers[0].timings if stage not in ("load", "late_load", "decode", "total")]
+    prefilled = tokens.prompt - (model.tokenizer.bos is not None)
+    stages = [stage for stage in answers[0].timings if stage not in ("load", "lazy_load", "decode", "total")]
     precisions = [*dict.fromkeys(stage.precision for stage in manifest.stages), manifest.language_model.precision]
     stages_ms = {stage: _spread([answer.timings[stage] for answer in answers]) for stage in stages}
-    names, early = {stage.name for stage in manifest.stages}, needed_for(EMBEDS, manifest.stages)
+    names = {stage.name for stage in manifest.stages}
+    early = needed_for(_picture_tensors(manifest), manifest.stages)
     decode = _spread([gen_tokens / seconds for _, seconds, _ in runs])
     medians = {stage: spread.median for stage, spread in stages_ms.items()}
     limits = environment.limits
@@ -289,7 +297,7 @@ def _result(
         peak_rss_mb=peak,
         share_of_limit=shares(manifest, limits, medians, prefilled, decode.median) if limits else {},
         environment=environment,
-        late=[stage for stage in stages if stage in LATE or (stage in names and stage not in early)],
+        lazy=[stage for stage in stages if stage in KINDS or (stage in names and stage not in early)],
     )
 
 
@@ -297,22 +305,21 @@ def _spread(values: Sequence[float]) -> Spread:
     return Spread(*(round(float(np.percentile(values, share)), 3) for share in (0, 50, 90, 99)))
 
 
-def _environment(threads: int, target: str, limits: Limits | None) -> Environment:
+def _environment(threads: int, model: Model, limits: Limits | None) -> Environment:
     from mllm_edge.machine.facts import cpu_name, gpu_name, version
-    from mllm_edge.runtime.engines.llama.library import library
 
-    on_cpu = not TARGETS[target].gpu
+    on_cpu = not TARGETS[model.target].gpu
     names = [name for name in ENGINES if not (on_cpu and name.startswith("tensorrt"))]
     engines = {engine: found for engine in names if (found := version(engine))}
     versions = {"mllm-edge": __version__, **engines}
     return Environment(
         cpu=cpu_name(),
         threads=threads,
-        target=target,
+        target=model.target,
         system=platform.platform(),
         python=platform.python_version(),
         versions=versions,
-        build=library().llama_print_system_info().decode().strip(),
+        build=model.language_model.about(),
         limits=limits,
         gpu="" if on_cpu else gpu_name(),
     )

@@ -1,16 +1,19 @@
 """The manifest (`bundle.json`): the only contract between export and runtime.
 
-A bundle is a folder with `bundle.json` and one file per stage. Everything the runtime knows about a model (shapes,
-preprocessing, prompt template, special tokens, hashes, measured parity) is data in here.
+A bundle is a folder with `bundle.json` and the files of its parts. Everything that the runtime knows of a model stands
+in here as data: wiring, sources, prompt template, kinds of answers, tokenizers, hashes, measured parity.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from mllm_edge.bundle.answers import AnswerEntry
+from mllm_edge.bundle.sources import Constant, FileEntry, Source
 from mllm_edge.errors import BadInput
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "bundle.json"
 
 
@@ -24,47 +27,38 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class FileEntry:
-    """A file of the bundle, by its path relative to the bundle's folder."""
-
-    file: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class BuiltEngine(FileEntry):
-    """A TensorRT engine of a stage: the package that built it, its version, the GPUs that it is for ("sm_89"), what it
-    was built from (`graph_of`), and the lengths of axes that vary (`BuildSettings.profile`; none if none do)."""
+    """A TensorRT engine of a stage: the package that built it, its version, the GPUs that it is for ("sm_89"), the
+    graph that it was built from (`read.graph_of`), and the lengths of its named axes (`BuildSettings.axes`)."""
 
     package: str
     version: str
     capabilities: list[str]
     graph: str
-    profile: list[int] = field(default_factory=list)
+    axes: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """How a device builds engines of the stages: the boards that the bundle was made for, the least, usual and greatest
-    length of axes that vary, the most scratch memory of a kernel in MB (10^6 bytes; 0 leaves it to TensorRT), and the
-    file beside the manifest in which measured kernel times are kept."""
+    """How a device builds engines of the stages: the boards that the bundle was made for; the least, usual and greatest
+    length of each named axis; the most scratch memory of a kernel in MB (10^6 bytes; 0 leaves it to TensorRT); and the
+    file beside the manifest that keeps measured kernel times."""
 
     devices: list[str] = field(default_factory=list)
-    profile: list[int] = field(default_factory=lambda: [1, 4, 16])
+    axes: dict[str, list[int]] = field(default_factory=dict)
     workspace_mb: int = 0
     timing_cache: str = "timing.cache"
 
 
 @dataclass(frozen=True)
 class StageEntry(FileEntry):
-    """One sub-network and the engine that runs it. Stages are wired to each other by tensor names.
+    """One sub-network and the engine that runs it. Stages are wired to each other and to the sources by tensor names.
 
-    A stage of engine "tensorrt" has its graph as `file`, and `engines` that were built from it; where there are none,
-    the device has to build its own.
+    A stage of engine "tensorrt" has its graph as `file`, and `engines` that were built from it; without any, the device
+    has to build its own.
 
     `flops` counts the floating-point operations of its products, `activation_bytes` the most that its graph holds
-    between nodes; 0 where nobody counted.
+    between nodes; 0 if unknown.
     """
 
     name: str
@@ -76,6 +70,65 @@ class StageEntry(FileEntry):
     flops: int = 0
     activation_bytes: int = 0
     engines: list[BuiltEngine] = field(default_factory=list)
+
+
+# The prompt.
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A placeholder of the prompt that rows of tensors replace, those of `tensors` one after the other, between the
+    texts `open` and `close`.
+
+    `of` is "pixels" (a picture each; in front of a question without the placeholder stands `joint`), "boxes" (a row for
+    each of the user's boxes) or "constant".
+    """
+
+    placeholder: str
+    of: str
+    tensors: list[str]
+    open: str = ""
+    close: str = ""
+    joint: str = ""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A chat template as data. `first` and `next` open a user turn with {system}, {text} and the fields of `Labels`;
+    `answer` closes the assistant's turn with {text}. Text between placeholders is tokenized piece by piece."""
+
+    name: str
+    system: str
+    first: str
+    next: str
+    answer: str
+    stop: list[str]
+    slots: list[Slot] = field(default_factory=list)
+
+    def slots_of(self, of: str) -> list[Slot]:
+        """The slots for "pixels", "boxes" or constants."""
+        return [slot for slot in self.slots if slot.of == of]
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer: `kind` "gguf" (inside the GGUF `file`) or "json" (a `tokenizer.json`).
+
+    `lead` is put before the first piece of a prompt (a tokenizer that adds its own leading space needs none). White
+    space beside a token of `added` is dropped, as the slow tokenizers of transformers 4 did. `bos` opens a sequence and
+    `ends` end an answer; a GGUF knows both itself.
+    """
+
+    name: str
+    kind: str
+    file: str
+    lead: str = ""
+    added: list[str] = field(default_factory=list)
+    bos: str = ""
+    ends: list[str] = field(default_factory=list)
+
+
+# The language model.
 
 
 @dataclass(frozen=True)
@@ -91,86 +144,72 @@ class EmbeddingTable:
 
 
 @dataclass(frozen=True)
-class LanguageModelEntry(FileEntry):
-    """The stage that steps. `special_tokens` maps roles (bos, eos, ...) to ids.
+class GgufDetails(FileEntry):
+    """The language model's GGUF file; `kv_width` counts the channels of one layer's keys, and as many of its values."""
 
-    `state_positions` says, for a special token whose hidden state feeds another stage, whether the state is read where
-    the token stands ("at") or where it is predicted ("before"). `flops_per_token` counts the operations of the products
-    with weights, `bytes_per_token` the weights that one step reads; 0 where nobody counted.
+    layers: int
+    kv_width: int
+    embedding: EmbeddingTable
+
+
+@dataclass(frozen=True)
+class LanguageModelEntry:
+    """The part that steps: `kind` "causal" or "seq2seq".
+
+    Its weights are a GGUF file, or ONNX `parts`, whose names and tensors `runtime/engines/ort_seq2seq.py` describes;
+    `start` is the token that a seq2seq answer starts with. `context` counts positions: of prompt and answer together
+    ("causal"), or of each ("seq2seq"). `kv_bytes_per_token` are the bytes of one position's keys and values at 16 bits
+    a number. `flops_per_token` counts the operations of the products with weights, `bytes_per_token` the weights that
+    one step reads; 0 if unknown.
     """
 
     name: str
     engine: str
+    kind: str
     precision: str
-    architecture: str
-    context_length: int
-    hidden_width: int
-    layers: int
-    kv_width: int
+    tokenizer: str
+    context: int
+    width: int
     vocabulary: int
-    embedding: EmbeddingTable
-    special_tokens: dict[str, int]
-    state_positions: dict[str, str] = field(default_factory=dict)
+    kv_bytes_per_token: int
+    gguf: GgufDetails | None = None
+    parts: list[StageEntry] = field(default_factory=list)
+    start: int | None = None
     flops_per_token: int = 0
     bytes_per_token: int = 0
 
+    def files(self) -> list[FileEntry]:
+        """Its files."""
+        return [*([self.gguf] if self.gguf else []), *stage_files(self.parts)]
 
-@dataclass(frozen=True)
-class ImagePreprocessing:
-    """What happens to a picture before the stage named `stage` reads it as tensor `input`.
+    @property
+    def bytes(self) -> int:
+        """Size of its files."""
+        return sum(entry.bytes for entry in self.files())
 
-    The picture is turned to RGB; `fit` is "pad" (centred on a square of colour `pad_color`, then resized), "crop"
-    (shortest edge resized to `size`, then the centre is cut out) or "longest" (longest edge resized to `size`, then
-    zeros on the right and below). `mean` and `std` apply to values in 0..1.
-    """
-
-    stage: str
-    input: str
-    size: int
-    fit: str
-    resample: str
-    pad_color: list[int]
-    mean: list[float]
-    std: list[float]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A chat template as data. `first` and `next` open a user turn with {system} and {text}; `answer` closes the
-    assistant's turn with {text}.
-
-    `image` is the placeholder that a picture's embeddings replace, between `image_open` and `image_close`, `box` the
-    one of a region's; a phrase that a mask is tied to stands between the two of `phrase`. `image_joint` is put in front
-    of a question without a placeholder. Text between placeholders is tokenised piece by piece; `lead` is put before the
-    first piece (a tokenizer that adds its own leading space needs none). White space beside a token of `added` is
-    dropped, as the slow tokenizers of transformers 4 did.
-    """
-
-    name: str
-    system: str
-    first: str
-    next: str
-    answer: str
-    image: str
-    image_joint: str
-    lead: str
-    stop: list[str]
-    image_open: str = ""
-    image_close: str = ""
-    box: str = ""
-    phrase: list[str] = field(default_factory=list)
-    added: list[str] = field(default_factory=list)
+    @property
+    def sha256(self) -> str:
+        """What names its weights: the hashes of its files."""
+        return "+".join(entry.sha256 for entry in self.files())
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Decoding defaults. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off."""
+    """Decoding defaults. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off.
+
+    `groups` maps a token to those that always follow it: they are never sampled, and forced after it. `beams` above 1
+    searches instead of sampling, with `length_penalty`. No end comes before `min_tokens`.
+    """
 
     max_tokens: int = 512
     temperature: float = 0.0
     top_k: int = 40
     top_p: float = 0.95
     repeat_penalty: float = 1.0
+    beams: int = 1
+    length_penalty: float = 1.0
+    min_tokens: int = 0
+    groups: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -185,7 +224,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole of `bundle.json`, schema version 1."""
+    """The whole of `bundle.json`, schema version 2."""
 
     system: str
     config: str
@@ -195,11 +234,13 @@ class Manifest:
     licences: dict[str, str]
     source: dict[str, str]
     tasks: list[str]
+    sources: list[Source]
     stages: list[StageEntry]
+    tokenizers: list[Tokenizer]
     language_model: LanguageModelEntry
-    preprocessing: list[ImagePreprocessing]
     prompt: Prompt
     generation: Generation
+    answers: list[AnswerEntry] = field(default_factory=list)
     extra_files: list[FileEntry] = field(default_factory=list)
     parity: list[Parity] = field(default_factory=list)
     build: BuildSettings = field(default_factory=BuildSettings)
@@ -207,8 +248,8 @@ class Manifest:
 
     def files(self) -> list[FileEntry]:
         """Every file that must be in the folder."""
-        stages = [entry for stage in self.stages for entry in (stage, *stage.data_files, *stage.engines)]
-        return [*stages, self.language_model, *self.extra_files]
+        constants = [source.file for source in self.sources if isinstance(source, Constant)]
+        return [*stage_files(self.stages), *self.language_model.files(), *constants, *self.extra_files]
 
     def stage(self, name: str) -> StageEntry:
         """The stage called `name`. Raises BadInput when the bundle has none."""
@@ -216,3 +257,16 @@ class Manifest:
             if stage.name == name:
                 return stage
         raise BadInput(f"the bundle has no stage {name!r}; it has {', '.join(s.name for s in self.stages)}")
+
+    def tokenizer(self, name: str) -> Tokenizer:
+        """The tokenizer called `name`. Raises BadInput when the bundle has none."""
+        for tokenizer in self.tokenizers:
+            if tokenizer.name == name:
+                return tokenizer
+        raise BadInput(f"the bundle has no tokenizer {name!r}; export it again")
+
+
+def stage_files(stages: list[StageEntry]) -> Iterator[FileEntry]:
+    """Graphs, weights and engines of stages."""
+    for stage in stages:
+        yield from (stage, *stage.data_files, *stage.engines)

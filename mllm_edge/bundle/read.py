@@ -8,11 +8,14 @@ import json
 import os
 import typing
 from pathlib import Path
+from typing import Any, cast
 
 from mllm_edge.bundle.check import check, locate
-from mllm_edge.bundle.manifest import MANIFEST, SCHEMA, BuiltEngine, FileEntry, Manifest, StageEntry
+from mllm_edge.bundle.manifest import MANIFEST, SCHEMA, BuiltEngine, Manifest, StageEntry
+from mllm_edge.bundle.sources import FileEntry
+from mllm_edge.bundle.upgrade import upgrade
 from mllm_edge.errors import BadInput
-from mllm_edge.typed_json import typed
+from mllm_edge.typed_json import UnknownKind, typed
 
 
 def graph_of(stage: StageEntry) -> str:
@@ -66,7 +69,7 @@ def read_manifest(folder: Path, verify_hash: bool = True, engines: bool = True) 
         raise BadInput(f"{folder} is not a bundle (it has no {MANIFEST}); make one with: mllm-edge export")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not valid JSON ({error}); export the bundle again") from None
     schema = data.get("schema") if isinstance(data, dict) else None
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
@@ -74,13 +77,23 @@ def read_manifest(folder: Path, verify_hash: bool = True, engines: bool = True) 
     if schema > SCHEMA:
         needs = data.get("tool_version", "a newer version")
         raise BadInput(f"{path} has schema {schema}, this tool reads up to {SCHEMA}; install mllm-edge >= {needs}")
-    manifest = typing.cast(Manifest, typed(Manifest, data, str(path)))
+    manifest = _typed(data, path)
     check(manifest, folder)
     built = {engine.file for stage in manifest.stages for engine in stage.engines}
     for entry in manifest.files():
         if engines or entry.file not in built:
             check_file(entry, folder, verify_hash)
     return manifest
+
+
+def _typed(data: dict[str, Any], path: Path) -> Manifest:
+    try:
+        return cast("Manifest", typed(Manifest, upgrade(data), str(path)))
+    except UnknownKind as error:
+        needs = data.get("tool_version", "the version that wrote it")
+        raise BadInput(f"{error}; install mllm-edge >= {needs}") from None
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, StopIteration) as error:
+        raise BadInput(f"{path} is no manifest of schema {data['schema']} ({error!r}); export it again") from None
 
 
 def check_file(entry: FileEntry, folder: Path, verify_hash: bool = True) -> None:

@@ -1,1 +1,1 @@
-"""Weights and tokenizers as they lie on disk or inside packages: read lazily, and never run as code."""
+"""Weights and tokenizers on disk or inside packages: read lazily, never executed as code."""

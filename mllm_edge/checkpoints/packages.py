@@ -1,4 +1,4 @@
-"""Weights that come inside ordinary Python packages: found without importing the package, and checked by hash."""
+"""Weights inside ordinary Python packages: found without importing the package, and checked by hash."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class PackagedFile:
     """A file inside a package.
 
     Attributes:
-        requirement: What pip installs, with its version.
+        requirement: The pip requirement, with its version.
         module: The import name of the package.
-        path: Where the file lies below the module's folder.
+        path: The file's path below the module's folder.
         sha256: Its hash, in hexadecimal.
     """
 
@@ -29,11 +29,11 @@ class PackagedFile:
 
 
 def locate(files: Sequence[PackagedFile], needed_by: str) -> list[Path]:
-    """The files' places, in order.
+    """The files' paths, in order.
 
     Raises:
-        MllmEdgeError: packages are not installed (all of them are named, with the command that installs them).
-        BadInput: a file is missing in its package or is another than expected.
+        MllmEdgeError: packages are not installed (names all of them and the command that installs them).
+        BadInput: a file is missing in its package or has the wrong hash.
     """
     specs = [importlib.util.find_spec(file.module) for file in files]
     missing = [file.requirement for file, spec in zip(files, specs, strict=True) if spec is None]

@@ -1,7 +1,7 @@
-"""Weights from disk or the hub as lazy mappings: a tensor is read when it is asked for, and nothing else is held.
+"""Weights from disk or the hub as lazy mappings: each tensor is read on access and not cached.
 
-Files from outside are hostile: pickles are read with `weights_only=True` alone, and an index may only name files of its
-own folder.
+Checkpoints are untrusted: pickles are read only with `weights_only=True`, and an index may only name files in its own
+folder.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HUB_FILES = ["*.json", "*.model", "*.txt", "*.safetensors", "*.bin"]
 
 
 class Tensors(Mapping[str, Tensor]):
-    """Names to tensors, each made when it is asked for; `shape` does not load."""
+    """Names to tensors, each created on access; `shape` does not load."""
 
     def __init__(self, names: list[str], get: Callable[[str], Tensor], shape: Callable[[str], Shape]):
         self._names, self._get, self.shape = dict.fromkeys(names), get, shape
@@ -47,7 +47,7 @@ def open_folder(folder: Path) -> Tensors:
     """The weights of a checkpoint's folder: safetensors or `.bin`, single or sharded with an index.
 
     Raises:
-        BadInput: no weights there, a missing or damaged shard, an index that points outside, a pickle that runs code.
+        BadInput: no weights, a missing or damaged shard, an index that points outside, a pickle that runs code.
     """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
@@ -64,7 +64,7 @@ def open_file(path: Path) -> Tensors:
 
 
 def merged(sources: list[Tensors]) -> Tensors:
-    """One mapping over several; a name in two of them is read from the later one."""
+    """One mapping over several; for duplicate names the later one wins."""
     owner = {name: source for source in sources for name in source}
     return Tensors(list(owner), lambda name: owner[name][name], lambda name: owner[name].shape(name))
 
@@ -76,7 +76,7 @@ def renamed(source: Tensors, rename: Callable[[str], str | None]) -> Tensors:
 
 
 def random_weights(shapes: Mapping[str, Shape], seed: int = 0) -> Tensors:
-    """Seeded random weights, the same for a name whatever else there is: normal with std 0.02, norms 1, biases 0."""
+    """Seeded random weights that depend only on name and seed: normal with std 0.02, norms 1, biases 0."""
 
     def make(name: str) -> Tensor:
         shape = shapes[name]
@@ -95,11 +95,11 @@ def merge_lora(base: Tensors, adapter: Path) -> Tensors:
     """`base` with a peft LoRA added: W + scale * B @ A, tensor by tensor (peft's `merge_and_unload`).
 
     Args:
-        base: weights named as the adapter's model names them.
+        base: weights under the names used by the adapter's model.
         adapter: a folder with `adapter_config.json` and `adapter_model.safetensors` or `.bin`.
 
     Raises:
-        BadInput: the configuration or weights are missing, or weights fit no tensor of `base` (named).
+        BadInput: the configuration or weights are missing, or weights (named) match no tensor of `base`.
     """
     config = read_json(adapter / "adapter_config.json")
     found = [adapter / f"adapter_model.{suffix}" for suffix in ("safetensors", "bin")]
@@ -139,10 +139,10 @@ def merge_lora(base: Tensors, adapter: Path) -> Tensors:
 
 
 def check_shapes(tensors: Tensors, shapes: Mapping[str, Shape], where: str) -> None:
-    """Compare what is there with what a model needs, without loading.
+    """Compare names and shapes with what a model needs, without loading.
 
     Raises:
-        BadInput: names the missing tensors, or the first of another shape.
+        BadInput: names the missing tensors, or the first of the wrong shape.
     """
     missing = [name for name in shapes if name not in tensors]
     if missing:
@@ -153,10 +153,10 @@ def check_shapes(tensors: Tensors, shapes: Mapping[str, Shape], where: str) -> N
 
 
 def resolve_folder(weights: str) -> Path:
-    """A local folder, or a hub id such as `llava-hf/llava-1.5-7b-hf`, fetched once into the hub's cache.
+    """A local folder, or a hub id (org/name), fetched once into the hub's cache.
 
     Raises:
-        BadInput: neither, or the hub cannot be reached.
+        BadInput: neither of the two, or the hub cannot be reached.
     """
     path = Path(weights).expanduser()
     if path.is_dir():
@@ -177,7 +177,7 @@ def resolve_folder(weights: str) -> Path:
 
 
 def fingerprint(*folders: Path) -> str:
-    """SHA-256 over the weight files, configuration and tokenizer of folders."""
+    """SHA-256 over the weight files, configuration and tokenizer in `folders`."""
     digest = hashlib.sha256()
     patterns = (*WEIGHT_FILES, "*.json", "*.model")
     for folder in folders:
@@ -247,7 +247,7 @@ def _open_bin(path: Path) -> Tensors:
 
 
 def _is_zip(path: Path) -> bool:
-    """Whether torch wrote it in its zip format, which can be mapped; the older one has to be read whole."""
+    """Whether it is torch's zip format, which can be memory-mapped; the older one must be read whole."""
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
 

@@ -1,4 +1,4 @@
-"""Tokenizers as GGUF metadata, and the proof that the GGUF tokenizes as the checkpoint does.
+"""Tokenizers of checkpoints, converted to GGUF metadata or refused where llama.cpp would tokenize differently.
 
 Two families: SentencePiece BPE with byte fallback (LLaMA; `tokenizer.model`, or a `tokenizer.json` converted from one)
 and byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM; `tokenizer.json`).
@@ -28,9 +28,9 @@ PATTERNS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _RE
 
 @dataclass(frozen=True)
 class Added:
-    """A token that was added to a trained vocabulary. Special ones never come out of plain text.
+    """A token added to a trained vocabulary. Special ones never result from plain text.
 
-    `flags` names what it asks of the text around it (lstrip, rstrip, single_word).
+    `flags` names its conditions on the surrounding text (lstrip, rstrip, single_word).
     """
 
     id: int
@@ -41,10 +41,10 @@ class Added:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """What GGUF stores of a tokenizer.
+    """A tokenizer as stored in GGUF.
 
-    `special` maps roles (bos, eos, unk, pad) to ids; `space_prefix` says whether every piece of text gets a leading
-    space; `normalized` whether the checkpoint's tokenizer composes Unicode first (llama.cpp does not).
+    `special` maps roles (bos, eos, unk, pad) to ids; `space_prefix`: whether every piece of text gets a leading space;
+    `normalized`: whether the checkpoint's tokenizer composes Unicode first (llama.cpp does not).
     """
 
     model: str
@@ -65,7 +65,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     """Read the tokenizer of a checkpoint's folder.
 
     Raises:
-        BadInput: no tokenizer there, or one that llama.cpp has no model for (it is named).
+        BadInput: no tokenizer, or one (named) that llama.cpp does not support.
     """
     config = _json(folder / "tokenizer_config.json")
     data = _json(folder / "tokenizer.json")
@@ -87,9 +87,9 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def lead(folder: Path) -> str:
-    """What goes before the first piece of a prompt: a space, when the tokenizer prefixes the first piece only.
+    """The prefix of a prompt's first piece: a space if the tokenizer prefixes only the first piece, else empty.
 
-    llama.cpp prefixes every piece of text or none, so such a tokenizer is written with none.
+    llama.cpp prefixes every piece of text or none, so such a tokenizer is written without prefix.
     """
     return " " if read_tokenizer(folder).first_space else ""
 
@@ -145,8 +145,8 @@ def _added(number: int, entry: dict[str, Any]) -> Added:
 
 
 def _check_added(folder: Path, added: dict[int, Added], data: dict[str, Any]) -> None:
-    """Refuse added tokens that match otherwise than letter by letter: llama.cpp's do not."""
-    prefixed = _normalizer(data, "Prepend")  # such a token would only match behind the space that is put before it
+    """Refuse added tokens that are not matched literally: llama.cpp supports no other match."""
+    prefixed = _normalizer(data, "Prepend")  # a normalized token would only match after the prepended space
     moved = {entry["content"] for entry in data.get("added_tokens", []) if prefixed and entry.get("normalized")}
     for token in added.values():
         flags = [*token.flags, *(["normalized"] if token.text in moved else [])]
@@ -158,9 +158,9 @@ def _check_added(folder: Path, added: dict[int, Added], data: dict[str, Any]) ->
 
 
 def _check_prefix(folder: Path, data: dict[str, Any]) -> None:
-    """Refuse a space before every piece that has none yet: llama.cpp puts it before every piece or before none."""
+    """Refuse a space prefix only for pieces that have none yet: llama.cpp prefixes every piece or none."""
     for step in _steps(data.get("pre_tokenizer"), "pretokenizers"):
-        older = "always" if step.get("add_prefix_space", True) else "never"  # what files of older tokenizers mean
+        older = "always" if step.get("add_prefix_space", True) else "never"  # the setting's equivalent in older files
         if step.get("type") == "Metaspace" and step.get("prepend_scheme", older) == "always":
             raise BadInput(
                 f"{folder}/tokenizer.json has Metaspace with prepend_scheme always (transformers 5 saves LLaMA's so "
@@ -173,7 +173,7 @@ def _normalizer(data: dict[str, Any], kind: str) -> bool:
 
 
 def _steps(spec: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, which may be one step, a sequence or nothing."""
+    """The steps of a normalizer or pre-tokenizer, which may be one step, a sequence or None."""
     steps: list[dict[str, Any]] = spec.get(key, [spec]) if spec else []
     return steps
 
@@ -214,9 +214,9 @@ def _from_sentencepiece(
     ids = {text: i for i, text in enumerate(tokens)}
     first_space = _prefixes_first_only(data)
     if not data and config.get("legacy") is False:
-        # LLaVA's pieces are fresh strings, each with its space; only the text behind a control token has none.
+        # The pieces of a prompt are separate strings, each with its space; only text after a control token has none.
         warnings.warn(
-            f"{folder} has a LLaMA tokenizer with legacy false: behind </s> it adds no space, llama.cpp does; from the "
+            f"{folder} has a LLaMA tokenizer with legacy false: after </s> it adds no space, llama.cpp does; from the "
             "second turn on one token a turn differs",
             stacklevel=3,
         )
@@ -238,7 +238,7 @@ def _piece_type(model: Any, i: int) -> int:
 
 
 def _put_added(added: dict[int, Added], tokens: list[str], types: list[int], scores: list[float] | None) -> None:
-    """Write added tokens over or behind the trained ones; ids that nothing names stay unused."""
+    """Write added tokens over or after the trained ones; ids without a token are marked unused."""
     for token in sorted(added.values(), key=lambda a: a.id):
         while len(tokens) <= token.id:
             tokens.append(f"[UNUSED{len(tokens)}]")
@@ -293,7 +293,7 @@ def _adds_bos(data: dict[str, Any], config: dict[str, Any]) -> bool:
 
 
 def _prefixes_all(data: dict[str, Any]) -> bool:
-    """Legacy LLaMA: the normalizer puts a space before every piece between special tokens."""
+    """Legacy LLaMA: the normalizer prepends a space to every piece between special tokens."""
     return _normalizer(data, "Prepend")
 
 
@@ -309,7 +309,7 @@ def _check_byte_level(
     if others:
         raise BadInput(f"{folder}/tokenizer.json has the normalizer {others[0]}, which llama.cpp has not")
     if bool(data["model"].get("ignore_merges")) == (pre == "llama-bpe"):
-        return  # only there llama.cpp takes a word that is a token without merging
+        return  # only with llama-bpe llama.cpp takes whole-word tokens without merging
     made = {merge.replace(" ", "", 1) for merge in merges}
     words = (text for text, kind in zip(tokens, types) if kind == NORMAL and len(text) > 1 and text not in made)
     word = next(words, None)

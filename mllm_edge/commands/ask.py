@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mllm_edge.commands.frame import Boxes, BundleFolder, Decoding, Loading, Pictures, verb
+from mllm_edge.commands.frame import Boxes, BundleFolder, Decoding, Drawing, Loading, Pictures, TaskName, verb
 from mllm_edge.commands.screen import Screen
 from mllm_edge.errors import BadInput
 
@@ -23,20 +23,23 @@ if TYPE_CHECKING:
     'run my.bundle "What is in the picture?" --image scene.png',
     'run my.bundle "What differs?" --image a.png --image b.png --stream',
     'run my.bundle "Please segment the red circle in this image." --image scene.png --out answer',
-    'run my.bundle "What is <bbox>?" --image scene.png --box 10,20,110,90',
     'run my.bundle "USER: <image> Caption: ASSISTANT:" --image scene.png --raw --json',
 )
 def run(
     screen: Screen,
     loading: Loading,
     decoding: Decoding,
+    drawing: Drawing,
     bundle: BundleFolder,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="By default what stdin says.")] = None,
     image: Pictures = None,
     box: Boxes = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where pictures of the answer go.")] = None,
+    task: TaskName = "",
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="DIR", help="Where pictures of the answer go.")
+    ] = None,
     teacher_forced: Annotated[
-        str | None, typer.Option(metavar="ANSWER", help="Do not write; cut out the masks of this answer's [SEG].")
+        str | None, typer.Option(metavar="ANSWER", help="Generate nothing; make the masks and pictures of this answer.")
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="PROMPT is the whole text; no template.")] = False,
@@ -45,16 +48,17 @@ def run(
     question = prompt if prompt is not None else _piped()
     pictures, boxes = _pictures(image), _boxes(box)
     with loading.open(bundle) as model:
-        if out and not model.gives_masks:
+        if out and not model.manifest.answers:
             raise BadInput(f"{bundle} ({', '.join(model.manifest.tasks)}) answers with text alone; leave out --out")
         if loading.memory_budget:
-            screen.aside(str(model.residence))
-        pieces = model.stream(question, pictures, boxes, raw=raw, teacher_forced=teacher_forced, **vars(decoding))
+            screen.aside(str(model.memory))
+        asked: dict[str, Any] = {"task": task, "raw": raw, "teacher_forced": teacher_forced, "drawing": drawing.open()}
+        pieces = model.stream(question, pictures, boxes, **asked, **vars(decoding))
         stream = stream and not screen.as_json and teacher_forced is None
         answer = _shown(screen, pieces, stream)
     if not stream:
         screen.result(answer.to_json(), answer.text)
-    _write_masks(screen, answer, pictures, out)
+    _write(screen, answer, out)
     screen.times(answer)
 
 
@@ -63,15 +67,18 @@ def chat(
     screen: Screen,
     loading: Loading,
     decoding: Decoding,
+    drawing: Drawing,
     bundle: BundleFolder,
     image: Pictures = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where pictures of the answers go.")] = None,
+    task: TaskName = "",
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="DIR", help="Where pictures of the answers go.")
+    ] = None,
 ) -> None:
     """Ask in turns about pictures. They are encoded once; /image FILE shows another, /box x1,y1,x2,y2 gives a region to
     the next question, /quit or Ctrl-D ends."""
     screen.kept = "the dialogue is not kept"
     pictures, boxes = _pictures(image), _boxes(None)
-    looked_at = pictures[-1:]
     turns: list[dict[str, Any]] = []
     with loading.open(bundle) as model:
         dialogue = model.chat(**vars(decoding))
@@ -80,14 +87,14 @@ def chat(
             with screen.turn():
                 if command == "/image":
                     pictures += _pictures([Path(argument.strip())])
-                    looked_at = pictures[-1:]
                 elif command == "/box":
                     boxes += _boxes([argument.strip()])
                 elif text:
-                    answer = _shown(screen, dialogue.stream(text, pictures, boxes), not screen.as_json)
+                    items = dialogue.stream(text, pictures, boxes, task, drawing.open())
+                    answer = _shown(screen, items, not screen.as_json)
                     turns.append({"prompt": text, **answer.to_json()})
                     pictures, boxes = [], []
-                    _write_masks(screen, answer, looked_at, out and out / f"turn_{len(turns)}")
+                    _write(screen, answer, out and out / f"turn_{len(turns)}")
                     screen.times(answer)
     if screen.as_json:
         screen.result({"turns": turns})
@@ -104,15 +111,16 @@ def _boxes(texts: list[str] | None) -> list[list[float]]:
     return boxes
 
 
-def _write_masks(screen: Screen, answer: Answer, pictures: list[PIL.Image.Image], out: Path | None) -> None:
-    """The answer's pictures under `out`; an answer without masks leaves none, and says so."""
-    if out and pictures and answer.masks:
-        from mllm_edge.runtime.answers.write import write_pictures
+def _write(screen: Screen, answer: Answer, out: Path | None) -> None:
+    """What the answer holds beside text under `out`; an answer of text alone leaves nothing, and says so."""
+    if out:
+        from mllm_edge.runtime.answers.write import write
 
-        files = write_pictures(answer, pictures[-1], out)
-        screen.aside(f"wrote {files[0]} and {len(answer.masks)} mask(s) beside it")
-    elif out:
-        screen.aside(f"the answer has no masks, so nothing is written to {out}")
+        files = write(answer, out)
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        screen.aside(
+            f"wrote {files[0]}{more}" if files else f"the answer is text alone, so nothing is written to {out}"
+        )
 
 
 def _pictures(paths: list[Path] | None) -> list[PIL.Image.Image]:
@@ -125,7 +133,7 @@ def _pictures(paths: list[Path] | None) -> list[PIL.Image.Image]:
 def _piped() -> str:
     text = "" if sys.stdin.isatty() else sys.stdin.read().strip()
     if not text:
-        raise BadInput("there is no prompt; write it behind the bundle, or pipe it in")
+        raise BadInput("there is no prompt; write it after the bundle, or pipe it in")
     return text
 
 

@@ -20,12 +20,20 @@ from mllm_edge.targets import TARGETS
 
 if TYPE_CHECKING:
     from mllm_edge.runtime import Model
+    from mllm_edge.runtime import turn as runtime_turn
 
 BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.", show_default=False)]
 Pictures = Annotated[list[Path] | None, typer.Option("--image", metavar="FILE", help="A picture; may be repeated.")]
 Boxes = Annotated[
     list[str] | None,
-    typer.Option("--box", metavar="x1,y1,x2,y2", help="A region for a <bbox> of PROMPT, in pixels; may be repeated."),
+    typer.Option(
+        "--box",
+        metavar="x1,y1,x2,y2",
+        help="A region in pixels, for the placeholder that `inspect` names; may be repeated.",
+    ),
+]
+TaskName = Annotated[
+    str, typer.Option("--task", metavar="NAME", help="One of the bundle's tasks; by default its first.")
 ]
 NoVerifyHash = Annotated[bool, typer.Option("--no-verify-hash", help="Do not compare the files' hashes.")]
 
@@ -44,17 +52,25 @@ class Loading:
     """Options of commands that run a bundle; see `mllm_edge.load`."""
 
     target: Annotated[
-        str | None, typer.Option(metavar="|".join(TARGETS), help="Run there; an engine without it is an error.")
+        str | None,
+        typer.Option(metavar="|".join(TARGETS), help="Where to run; if that is not possible, it is an error."),
     ] = None
     threads: Annotated[int | None, typer.Option(help="CPU threads; by default the physical cores.")] = None
-    context: Annotated[int | None, typer.Option(help="Positions; by default the bundle's, up to 4096.")] = None
+    context: Annotated[
+        int | None,
+        typer.Option(help="Most tokens of prompt and answer, pictures included; by default the bundle's, up to 4096."),
+    ] = None
     gpu_layers: Annotated[
         int | None, typer.Option(help="Layers of the language model on a GPU; by default what fits.")
     ] = None
     kv_type: Annotated[str, typer.Option(metavar="|".join(KV_TYPES), help="Element type of the KV cache.")] = "f16"
     no_verify_hash: NoVerifyHash = False
     memory_budget: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Stay under so much memory, as 6G or 512M; slower.")
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Most memory of the process, as 6G or 512M; parts may then be loaded for each use, which is slower.",
+        ),
     ] = None
 
     def open(self, bundle: Path) -> Model:
@@ -81,9 +97,31 @@ class Decoding:
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="End the answer here, not at the template's strings.")
     ] = None
+    beams: Annotated[int | None, typer.Option(help="Sequences of a beam search; 1 samples.")] = None
 
 
-GROUPS = (Loading, Decoding)
+@dataclass(frozen=True)
+class Drawing:
+    """Options of commands whose answers may hold pictures; see `mllm_edge.runtime.turn.Drawing`."""
+
+    steps: Annotated[int | None, typer.Option(help="Diffusion steps of a generated picture.")] = None
+    guidance: Annotated[
+        list[float] | None, typer.Option(metavar="SCALE", help="Guidance scale of a condition; may be repeated.")
+    ] = None
+    draw_seed: Annotated[int, typer.Option(help="The same one gives the same generated picture.")] = 0
+    index: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Index of pictures that an answer may retrieve.")
+    ] = None
+
+    def open(self) -> runtime_turn.Drawing:
+        """The runtime's own."""
+        from mllm_edge.runtime.answers.index import Index
+        from mllm_edge.runtime.turn import Drawing as Made
+
+        return Made(self.steps, self.guidance, self.draw_seed, Index(self.index) if self.index else None)
+
+
+GROUPS = (Loading, Decoding, Drawing)
 Command = Callable[..., None]
 
 

@@ -86,13 +86,13 @@ def export(
     from mllm_edge.commands.shown import parity_table
     from mllm_edge.tables import size
 
-    screen.kept = "finished steps are kept, the same command goes on where it stopped"
-    begun = time.monotonic()
+    screen.kept = "finished steps are kept, the same command continues where it stopped"
+    started = time.monotonic()
     options: dict[str, Any] = {"target": target, "precision": precision, "quant": quant, "out": out, "force": force}
     options |= {"merge_tokens": merge_tokens, "mmproj": mmproj, "devices": [name for name in device.split(",") if name]}
     with screen.steps() as report:
         folder = write_bundle(system, weights, config, **options, report=report)
-    seconds, manifest = time.monotonic() - begun, _manifest(folder)
+    seconds, manifest = time.monotonic() - started, _manifest(folder)
     count = sum(entry.bytes for entry in manifest.files())
     parity = [dataclasses.asdict(row) for row in manifest.parity]
     screen.aside(parity_table(manifest.parity))
@@ -117,7 +117,7 @@ def build(
     from mllm_edge.commands.shown import engine_table
     from mllm_edge.export.tensorrt.build import build_bundle
 
-    screen.kept = "finished engines are kept, the same command goes on with the others"
+    screen.kept = "finished engines are kept, the same command continues with the others"
     with screen.steps() as report:
         built = build_bundle(bundle, [name for name in device.split(",") if name], force, report)
     screen.result({"bundle": str(bundle), "engines": [dataclasses.asdict(one) for one in built]}, engine_table(built))

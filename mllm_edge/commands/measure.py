@@ -19,7 +19,7 @@ from mllm_edge.targets import TARGETS
 
 @verb(
     "bench my.bundle",
-    "bench fp32.bundle int8.bundle -r 20 -o csv --plot stages.png",
+    "bench fp32.bundle int8.bundle -r 20 -o times.csv --plot stages.png",
     "bench all.bundle half.bundle --quality scenes-questions --curve tokens.png",
 )
 def bench(
@@ -32,7 +32,12 @@ def bench(
     repeat: Annotated[int, typer.Option("-r", "--repeat", help="Measured repetitions.")] = 5,
     image: Annotated[Path | None, typer.Option(metavar="FILE", help="By default a drawn one.")] = None,
     gen_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
-    form: Annotated[str, typer.Option("-o", "--output", metavar="md|csv|json|jsonl", help="The result's form.")] = "md",
+    form: Annotated[
+        str, typer.Option("--format", metavar="md|csv|json|jsonl", help="The result's form; by default that of --out.")
+    ] = "",
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FILE", help="Also write the result there.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the times by stage.")] = None,
     quality: Annotated[
         str | None, typer.Option(metavar="DATASET", help="Also score answers about scenes, as `eval` does.")
@@ -46,8 +51,10 @@ def bench(
     from mllm_edge import bench as measuring
     from mllm_edge.machine.threads import usable_cores
 
-    form = "json" if screen.as_json else form
+    form = form or (out.suffix.removeprefix(".") if out else "md")
     measuring.check_form(form)
+    if out and not out.parent.is_dir():
+        raise BadInput(f"{out.parent} is no folder; make it, or write elsewhere")
     measuring.check_quality(quality, cases, curve, bundles)
     draw = measuring.plotter(plot) if plot else None
     draw_curve = measuring.plotter(curve, measuring.draw_curve) if curve else None
@@ -66,6 +73,9 @@ def bench(
         options |= {"quiet": screen.quiet, "debug": screen.debug}
         results = [measuring.measure_apart(bundle, options) for bundle in bundles]
     shown = measuring.render(results, form)
+    if out:
+        out.write_text(shown + "\n", encoding="utf-8")
+        screen.aside(f"results: {out}")
     screen.result(measuring.document(results), measuring.colored(shown) if form == "md" and screen.in_color else shown)
     if draw:
         draw(results)
@@ -141,7 +151,7 @@ def eval_(
         data = dataclasses.replace(data, cases=data.cases[:number])
     screen.kept = f"the answers so far are in {out}, go on with --resume" if out else ""
     with screen.steps() as report, loading.open(bundle) as model:
-        begun = time.monotonic()
+        started = time.monotonic()
         result = evaluate(
             model,
             data,
@@ -150,7 +160,7 @@ def eval_(
             teacher_forced,
             lambda done, total: report(data.name, 1, 1, None, done / total),
         )
-        report(data.name, 1, 1, time.monotonic() - begun)
+        report(data.name, 1, 1, time.monotonic() - started)
     screen.result({"bundle": str(bundle), **result}, score_table(str(bundle), result))
 
 

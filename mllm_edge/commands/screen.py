@@ -139,7 +139,7 @@ class Screen:
 
     @contextlib.contextmanager
     def steps(self) -> Iterator[Report]:
-        """Progress over numbered steps that are told when they begin and when they have ended."""
+        """Progress over numbered steps that report when they begin and when they have ended."""
         if self.quiet:
             yield lambda *_: None
             return

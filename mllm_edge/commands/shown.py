@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mllm_edge.bundle.sources import Pixels, Source, States, Task, Text
 from mllm_edge.tables import pairs, size, table
 
 if TYPE_CHECKING:
@@ -43,14 +44,18 @@ def bundle_tables(folder: Path, manifest: Manifest) -> list[Table]:
         "weights": ", ".join(f"{key} {_short(value)}" for key, value in manifest.source.items()),
         "licenses": "; ".join(f"{key}: {value}" for key, value in manifest.licences.items()),
         "size": size(sum(entry.bytes for entry in manifest.files())),
-        "context": f"{manifest.language_model.context_length} positions",
+        "context": f"{manifest.language_model.context} positions",
         "prompt": f"{prompt.name}: {prompt.first.replace('{system}', prompt.system)!r}",
         "stops at": ", ".join(map(repr, prompt.stop)),
     }
-    for step in manifest.preprocessing:
-        about[f"pictures for {step.stage}"] = f"{step.size} x {step.size}, {step.fit}, {step.resample}"
+    for slot in prompt.slots:
+        about[f"{slot.placeholder} takes"] = f"{slot.of}, as {' and '.join(slot.tensors)}"
+    for source in manifest.sources:
+        about[f"source {getattr(source, 'name', getattr(source, 'field', ''))}"] = _source(source)
+    if manifest.answers:
+        about["answers with"] = ", ".join(["text", *(entry.kind for entry in manifest.answers)])
     files = table(
-        "stages", "stage", "engine", "precision", "takes", "gives", "size", "sha256", "parity", right=("size",)
+        "stages", "stage", "engine", "precision", "inputs", "outputs", "size", "sha256", "parity", right=("size",)
     )
     checked = {row.name: "passed" if row.passed else "FAILED" for row in manifest.parity}
     for stage in manifest.stages:
@@ -70,7 +75,7 @@ def bundle_tables(folder: Path, manifest: Manifest) -> list[Table]:
         lm.name,
         lm.engine,
         lm.precision,
-        f"embeddings [T,{lm.hidden_width}]",
+        f"embeddings [T,{lm.width}]",
         f"logits [{lm.vocabulary}]",
         size(lm.bytes),
         lm.sha256[:12],
@@ -129,6 +134,19 @@ def _engines(manifest: Manifest) -> Table:
     if manifest.build.devices:
         made.add_row("all", ", ".join(manifest.build.devices), "the board itself: mllm-edge build", "")
     return made
+
+
+def _source(source: Source) -> str:
+    """A source in a few words."""
+    if isinstance(source, Pixels):
+        return f"pixels, {source.size} x {source.size}, {source.fit}, {source.resample}"
+    if isinstance(source, States):
+        return f"hidden states {'before' if source.at == 'before' else 'at'} {', '.join(source.tokens)}"
+    if isinstance(source, Task):
+        return f"task: {', '.join(source.values)}"
+    if isinstance(source, Text):
+        return f"the question in {source.length} tokens of {source.tokenizer}"
+    return source.kind
 
 
 def _specs(specs: Sequence[TensorSpec]) -> str:

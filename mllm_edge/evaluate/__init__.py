@@ -1,1 +1,1 @@
-"""Quality of a bundle on a data set: `evaluate(model, cases, ...)` asks, `scores` counts."""
+"""Quality of a bundle on a data set: `run.evaluate` asks, `scores` computes the metrics."""

@@ -1,4 +1,4 @@
-"""What a bundle is asked, and what the right answer is: scenes of ours, or files like RefCOCO's and GranD-f's."""
+"""Evaluation questions with their ground truth: our scenes, or files like RefCOCO's and GranD-f's."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ SCENES = {
     "scenes-grounded": "grounded",
     "scenes-regions": "regions",
 }
-SIZE = 320  # pixels of a scene
+SIZE = 320  # pixels per side of a scene
 REGION_QUESTION, REFERRING_QUESTION = REGION_QUESTIONS[0], SEGMENT_TURNS[0][0]
 
 
 @dataclass(frozen=True)
 class Truth:
-    """The right answer: texts that would do, and masks with the words that they are tied to."""
+    """The right answer: accepted texts, and masks with their phrases."""
 
     texts: list[str] = field(default_factory=list)
     masks: list[Mask] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Case:
-    """One question. The picture is opened and the truth made when they are asked for."""
+    """One question. The picture and the truth are loaded lazily."""
 
     name: str
     question: str
@@ -67,7 +67,7 @@ class DataSet:
     """Cases of one kind: "questions" (a word or phrase), "referring" (a mask), "grounded" (a text with masks) or
     "regions" (a text about a box).
 
-    `digest` is the SHA-256 of the file that they come from, "" of scenes.
+    `digest` is the SHA-256 of their source file, "" for scenes.
     """
 
     name: str
@@ -97,7 +97,7 @@ def _scene_picture(split: str, index: int) -> Callable[[], Image.Image]:
 
 
 def _scene_question(split: str, index: int) -> Case | None:
-    """One question about a scene, its kind drawn first so that all kinds weigh the same; None where there is none."""
+    """One question about a scene, its kind drawn first so that all kinds weigh the same; None if there is none."""
     scene, rng = sample_scene(split, index), np.random.default_rng([23, index])
     asked = (held_out_questions if split == "held_out" else questions)(scene, rng)
     if not asked:
@@ -141,14 +141,14 @@ def _scene_regions(split: str, index: int) -> Case:
 
 
 def files(path: Path, images: Path, instances: Path | None, split: str, regions: bool) -> DataSet:
-    """Cases out of a file in the layout of GranD-f, or of RefCOCO's references as JSON.
+    """Cases from a file in the layout of GranD-f, or of RefCOCO's references as JSON.
 
     Args:
         path: the file.
         images: the folder of the pictures.
-        instances: COCO's annotations that came with references.
+        instances: the COCO annotations that belong to references.
         split: which references.
-        regions: ask what a reference's box holds, instead of where the words point to.
+        regions: ask what a reference's box holds, instead of which region the words refer to.
 
     Raises:
         BadInput: neither layout, or a malformed file.

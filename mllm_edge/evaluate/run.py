@@ -1,4 +1,4 @@
-"""Asks a bundle every case of a data set, keeps the answers in a file, and goes on from it."""
+"""Asks a bundle every case of a data set and keeps the answers in a file, from which a run can resume."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def evaluate(
     teacher_forced: bool,
     report: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    """Ask and count.
+    """Ask every case and compute the scores.
 
     Args:
         model: a loaded bundle.
-        data: what is asked.
-        out: JSON lines of the answers, written as they come; the first line says whose they are.
-        resume: go on from `out`.
-        teacher_forced: referring expressions get their answer, and only the mask is the bundle's.
-        report: called with how many cases of how many are done.
+        data: the cases.
+        out: JSON lines of the answers, written as they arrive; the first line identifies bundle and data set.
+        resume: resume from `out`.
+        teacher_forced: for referring expressions the answer's text is given, and only the mask is the bundle's.
+        report: called with (cases done, cases in all).
 
     Returns:
         `dataset`, `kind`, `cases` and `scores` (percent).
 
     Raises:
-        BadInput: `out` is there already, or holds another bundle's or data set's answers; an unusable case.
-        MissingPackage: a package that counts is not installed.
+        BadInput: `out` exists already, or holds another bundle's or data set's answers; an unusable case.
+        MissingPackage: a package for scoring is not installed.
     """
     if teacher_forced and data.kind != "referring":
         raise BadInput("--teacher-forced goes with referring expressions; leave it out")
@@ -55,20 +55,20 @@ def evaluate(
         "cases": len(data.cases),
         "teacher_forced": teacher_forced,
     }
-    done = _begun(out, title, resume) if out else {}
+    done = _started(out, title, resume) if out else {}
     report(len(done), len(data.cases))
 
     def answers() -> Iterator[tuple[Truth, Prediction]]:
         for number, case in enumerate(data.cases, start=1):
             picture = case.open()
-            told = done.get(case.name)
-            if told is None:
-                told = _ask(model, case, picture, teacher_forced)
+            answer = done.get(case.name)
+            if answer is None:
+                answer = _ask(model, case, picture, teacher_forced)
                 if out:
                     with out.open("a", encoding="utf-8") as stream:
-                        stream.write(json.dumps({"case": case.name, **told}) + "\n")
+                        stream.write(json.dumps({"case": case.name, **answer}) + "\n")
                 report(number, len(data.cases))
-            yield case.truth(picture), _prediction(told)
+            yield case.truth(picture), _prediction(answer)
 
     scores = score(data.kind, answers())
     return {"dataset": data.name, "kind": data.kind, "cases": len(data.cases), "scores": scores}
@@ -91,14 +91,14 @@ def _prediction(entry: dict[str, Any]) -> Prediction:
     return Prediction(entry["text"], masks, [mask["phrase"] for mask in entry["masks"]])
 
 
-def _begun(out: Path, title: dict[str, Any], resume: bool) -> dict[str, dict[str, Any]]:
-    """The answers that are in the file; it is begun where there is none."""
+def _started(out: Path, title: dict[str, Any], resume: bool) -> dict[str, dict[str, Any]]:
+    """The answers in the file; a new file gets its first line."""
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(title) + "\n", encoding="utf-8")
         return {}
     if not resume:
-        raise BadInput(f"{out} is there already; go on from it with --resume, or give another --out")
+        raise BadInput(f"{out} is there already; continue it with --resume, or give another --out")
     text = out.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]  # a killed run may leave half a line
     lines = whole.splitlines()

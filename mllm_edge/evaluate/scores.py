@@ -1,4 +1,4 @@
-"""Scores of masks and grounded texts, as GLaMM's paper counts them (groundingLMM eval/), and the paper's numbers."""
+"""Scores of masks and grounded texts as in GLaMM's paper (groundingLMM eval/), and the paper's numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mllm_edge.runtime.answers import rle
 from mllm_edge.runtime.answers.resize import box_of, iou
 
 Mask = NDArray[np.bool_]
-LEAST_IOU, LEAST_WORDS = 0.5, 0.5  # of a pair that counts as found
+LEAST_IOU, LEAST_WORDS = 0.5, 0.5  # thresholds for a pair to count as found
 # GLaMM-7B, fine-tuned (images/tables of groundingLMM); in percent, CIDEr too.
 PAPER: dict[str, tuple[str, dict[str, float]]] = {
     "grounded": ("GLaMM-GCG 7B, GranD-f val", {"meteor": 16.2, "cider": 47.2, "ap50": 30.8, "miou": 66.3}),
@@ -29,7 +29,7 @@ PAPER: dict[str, tuple[str, dict[str, float]]] = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a bundle answered: the text, and masks with their phrases."""
+    """A bundle's answer: the text, and masks with their phrases."""
 
     text: str
     masks: list[Mask]
@@ -37,14 +37,14 @@ class Prediction:
 
 
 def score(kind: str, answers: Iterable[tuple[Truth, Prediction]]) -> dict[str, float]:
-    """All scores of a kind of data set, in percent. Answers are looked at once, one after the other."""
+    """All scores of a kind of data set, in percent. `answers` is consumed once, in order."""
     shares = _KINDS[kind](answers)
     return {name: round(100 * value, 2) for name, value in shares.items()}
 
 
 def _referring(answers: Iterable[tuple[Truth, Prediction]]) -> dict[str, float]:
-    """cIoU (all intersections over all unions), gIoU (mean IoU, 1 where both are empty), and answers that have a mask.
-    The first mask of an answer counts."""
+    """cIoU (all intersections over all unions), gIoU (mean IoU, 1 where both are empty), and the share of answers with
+    a mask. Only the first mask of an answer counts."""
     shared = united = 0
     each, answered = [], []
     for truth, prediction in answers:
@@ -88,7 +88,7 @@ def _regions(answers: Iterable[tuple[Truth, Prediction]]) -> dict[str, float]:
 
 
 def _questions(answers: Iterable[tuple[Truth, Prediction]]) -> dict[str, float]:
-    """Answers that are the expected word or phrase to the letter."""
+    """Share of answers that equal the expected word or phrase."""
     return {"exact": float(np.mean([prediction.text.strip() == truth.texts[0] for truth, prediction in answers]))}
 
 
@@ -96,7 +96,7 @@ _KINDS = {"questions": _questions, "referring": _referring, "grounded": _grounde
 
 
 class _Texts:
-    """Texts with those that would do."""
+    """Texts with their accepted references."""
 
     def __init__(self) -> None:
         self.found: list[str] = []
@@ -112,7 +112,7 @@ class _Texts:
 
 
 def miou(found: Sequence[Mask], wanted: Sequence[Mask]) -> float:
-    """Mean IoU of the pairs that are made one by one, the best first, while masks overlap; 0 where none do."""
+    """Mean IoU of greedily matched pairs (highest IoU first, overlapping masks only); 0 if no masks overlap."""
     table = np.array([[iou(a, b) for b in wanted] for a in found]).reshape(len(found), len(wanted))
     pairs = []
     while table.size and table.max() > 0:
@@ -123,8 +123,8 @@ def miou(found: Sequence[Mask], wanted: Sequence[Mask]) -> float:
 
 
 def matches(truth: Truth, prediction: Prediction) -> int:
-    """How many masks are found with their words, the best pairs first; the count ends at the first best pair that
-    fails, as the original's does. Words must share half of theirs (the original asks BERT)."""
+    """How many masks are found with their words, best pairs first; stops at the first best pair that fails, as the
+    original does. Phrases must share half of their words (the original compares BERT embeddings)."""
     table = np.array([[iou(a, b) for b in prediction.masks] for a in truth.masks])
     table = table.reshape(len(truth.masks), len(prediction.masks))
     number = 0
@@ -138,14 +138,14 @@ def matches(truth: Truth, prediction: Prediction) -> int:
 
 
 def word_overlap(a: str, b: str) -> float:
-    """F1 of the words of two phrases, articles left out."""
+    """F1 of the words of two phrases, without articles."""
     one, other = (set(words(text)) - {"a", "an", "the", "another"} for text in (a, b))
     shared = len(one & other)
     return 2 * shared / (len(one) + len(other)) if shared else 0.0
 
 
 def _named(truth: Truth, prediction: Prediction) -> int:
-    """How many objects the answer names: all words of the object's phrase are in a phrase of the answer of its own."""
+    """How many objects the answer names: all words of the object's phrase occur in a separate phrase of the answer."""
     left = [set(words(phrase)) for phrase in prediction.phrases]
     number = 0
     for phrase in sorted(truth.phrases, key=lambda text: -len(words(text))):
@@ -157,7 +157,7 @@ def _named(truth: Truth, prediction: Prediction) -> int:
 
 
 class Ap50:
-    """COCO's AP at IoU 0.5, all masks of one class with score 1, by pycocotools. Masks are kept as run lengths."""
+    """COCO's AP at IoU 0.5 by pycocotools, all masks in one class with score 1. Masks are kept as run lengths."""
 
     def __init__(self) -> None:
         self._sizes: list[dict[str, int]] = []
@@ -165,7 +165,7 @@ class Ap50:
         self._found: list[dict[str, Any]] = []
 
     def add(self, truth: Truth, prediction: Prediction) -> None:
-        """The masks of one more picture."""
+        """Add the masks of one picture."""
         number = len(self._sizes)
         height, width = next((mask.shape for mask in [*truth.masks, *prediction.masks]), (1, 1))
         self._sizes.append({"id": number, "height": height, "width": width})

@@ -9,7 +9,7 @@ from rich.table import Table
 from mllm_edge.evaluate.scores import PAPER
 from mllm_edge.tables import table
 
-MAIN = ("ciou", "miou", "all_named", "exact")  # what stands for the others where there is room for one or two
+MAIN = ("ciou", "miou", "all_named", "exact")  # shown where there is room for one or two
 NAMES = {
     "ciou": "cIoU",
     "giou": "gIoU",
@@ -26,7 +26,7 @@ NAMES = {
 
 
 def score_table(bundle: str, result: dict[str, Any]) -> Table:
-    """The scores in percent, with those that the paper has for the same kind of data."""
+    """The scores in percent, beside the paper's for the same kind of data."""
     where, paper = PAPER.get(result["kind"], ("", {}))
     columns = ["%", *([where] if where else [])]
     made = table(f"{bundle} on {result['dataset']}, {result['cases']} cases", "score", *columns, right=tuple(columns))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from mllm_edge.errors import MissingPackage
 
 LONGEST = 4  # n-grams
-SIGMA = 6.0  # of CIDEr-D's penalty for another length
+SIGMA = 6.0  # of CIDEr-D's Gaussian penalty on length differences
 
 
 def words(text: str) -> list[str]:
@@ -19,13 +19,13 @@ def words(text: str) -> list[str]:
 
 
 def exact(found: str, wanted: Sequence[str]) -> bool:
-    """Whether a text is one of those wanted, but for case, white space and punctuation."""
+    """Whether a text equals one of `wanted`, ignoring case, white space and punctuation."""
     return words(found) in [words(text) for text in wanted]
 
 
 def meteor(found: str, wanted: Sequence[str]) -> float:
-    """METEOR (Banerjee & Lavie 2005) with equal words and equal stems, without synonyms: their lexicon is a download
-    that the evaluation does without, so that scores lie a little below the original's.
+    """METEOR (Banerjee & Lavie 2005) with exact and stem matches, without synonyms: their lexicon (WordNet) would be a
+    download. Scores are a little below the original's.
 
     Raises:
         MissingPackage: nltk is not installed.
@@ -38,7 +38,7 @@ def meteor(found: str, wanted: Sequence[str]) -> float:
 
 
 class _NoSynonyms:
-    """Stands where nltk takes WordNet."""
+    """In place of nltk's WordNet."""
 
     def synsets(self, word: str) -> list[str]:
         return []
@@ -47,12 +47,12 @@ class _NoSynonyms:
 def cider(found: Sequence[str], wanted: Sequence[Sequence[str]]) -> float:
     """CIDEr-D of a whole set (Vedantam et al. 2015): mean over n of the similarity of n-gram vectors, times 10.
 
-    N-grams that many pictures' references have weigh little (tf-idf), so one set's score cannot be compared with
-    another's. No kept Python package has it without Java; a test compares this one with hand-computed values.
+    N-grams common to many pictures' references weigh little (tf-idf), so scores of different sets are not comparable.
+    No maintained Python package has it without Java; a test compares this one with hand-computed values.
 
     Args:
-        found: a text per picture.
-        wanted: its references.
+        found: one text per picture.
+        wanted: the references of each picture.
     """
     references = [[_grams(text) for text in texts] for texts in wanted]
     frequency: Counter[tuple[str, ...]] = Counter()
@@ -90,5 +90,5 @@ def _grams(text: str) -> Counter[tuple[str, ...]]:
 
 
 def _bigrams(counts: Counter[tuple[str, ...]]) -> int:
-    """The length that the reference code compares: the number of bigrams."""
+    """The length as compared by the reference code: the number of bigrams."""
     return sum(count for gram, count in counts.items() if len(gram) == 2)

@@ -7,24 +7,29 @@ import dataclasses
 import datetime
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mllm_edge import models
 from mllm_edge.bundle.manifest import (
     BuildSettings,
     BuiltEngine,
     EmbeddingTable,
-    FileEntry,
+    GgufDetails,
     LanguageModelEntry,
     Manifest,
     StageEntry,
 )
 from mllm_edge.bundle.read import graph_of, write_manifest
+from mllm_edge.bundle.sources import Constant, FileEntry
 from mllm_edge.errors import BadInput, look_up
-from mllm_edge.export.cost import stage_flops
+from mllm_edge.export.cost import kv_bytes_per_token, stage_flops
 from mllm_edge.export.gguf.writer import export_language_model
 from mllm_edge.export.onnx.footprint import activation_bytes
 from mllm_edge.export.onnx.lower import export_stage
@@ -35,11 +40,12 @@ from mllm_edge.export.verify.samples import Samples, pictures
 from mllm_edge.export.verify.verify import PICTURES, require, verify
 from mllm_edge.export.workplace import Finished, Workplace, disk_full_explained
 from mllm_edge.machine.facts import gpu_capability
-from mllm_edge.models.language.llama import LlamaDims
+from mllm_edge.models.language.reference import DecoderDims
 from mllm_edge.models.plan import Checkpoint, ExportPlan, LanguageModelExport, StageExport
 from mllm_edge.models.resolve import resolve
 from mllm_edge.quants import PRECISIONS, QUANTS
 from mllm_edge.runtime.engines.tensorrt.packages import RTX
+from mllm_edge.runtime.turn import Drawing
 from mllm_edge.targets import BUNDLES
 from mllm_edge.version import __version__
 
@@ -48,6 +54,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+AXIS = [1, 4, 16]  # least, usual and greatest length of an axis that varies
 CALIBRATION_PICTURES = {"fp32": 0, "fp16": 8, "int8": 32}  # other pictures than those of the verification
 
 
@@ -65,12 +72,13 @@ def export(
     merge_tokens: int | None = None,
     mmproj: bool = False,
     check: bool = True,
+    drawing: Drawing | None = None,
     report: Report | None = None,
 ) -> Path:
     """Write a system's checkpoint as a bundle.
 
     The bundle grows in `<out>.partial` and gets its name when it is complete and verified. When this fails or is
-    interrupted, nothing is at `out`, and the same call goes on where it stopped.
+    interrupted, nothing is at `out`, and the same call continues where it stopped.
 
     Args:
         system: a name from the registry.
@@ -89,6 +97,7 @@ def export(
             mean (`kernels/token_merge.py`).
         mmproj: also write llama.cpp's multimodal projector file.
         check: compare the bundle with PyTorch before it gets its name.
+        drawing: how pictures of answers are made in that comparison; an answer that retrieves needs an index.
         report: called when a step begins (`seconds` None), with the `part` that is done of a long one, and when it has
             ended.
 
@@ -113,9 +122,14 @@ def export(
         if mmproj:
             raise BadInput("llama.cpp's projector file cannot merge tokens; export without --mmproj or --merge-tokens")
         plan = with_merged_tokens(plan, merge_tokens)
+    varying = {size for stage in plan.stages for spec in stage.inputs for size in spec.shape if isinstance(size, str)}
+    how = dataclasses.replace(how, axes=dict.fromkeys(sorted(varying), AXIS))
     final = Path(out or f"{system}-{checkpoint.config}.bundle")
     with disk_full_explained(final.parent), Workplace(final, force) as place:
-        clock = _Clock(report, len(plan.stages) * (2 if capabilities else 1) + 1 + mmproj + check)
+        clock = _Clock(
+            report,
+            len(plan.stages) * (2 if capabilities else 1) + max(1, len(plan.language_model.parts)) + mmproj + check,
+        )
         job = _Job(place, checkpoint, plan, target, capabilities, how, precision, quant, clock)
         manifest = job.manifest()
         if mmproj:
@@ -123,7 +137,7 @@ def export(
         write_manifest(manifest, place.folder)
         if check:
             with job.clock.step("verify"):
-                rows = verify(place.folder, checkpoint, plan, pictures(PICTURES))
+                rows = verify(place.folder, checkpoint, plan, pictures(PICTURES), drawing)
             require(rows)
             write_manifest(dataclasses.replace(manifest, parity=rows), place.folder)
         return place.publish(manifest.files())
@@ -147,7 +161,7 @@ def _check_devices(target: str, devices: Sequence[str]) -> Sequence[str]:
 
 
 class _Clock:
-    """Numbers the steps and tells the caller of each."""
+    """Numbers the steps and reports each."""
 
     def __init__(self, report: Report | None, total: int):
         self._report = report or (lambda *_: None)
@@ -180,24 +194,38 @@ class _Job:
 
     def manifest(self) -> Manifest:
         """Lower all stages and the language model."""
-        self.place.need(_language_model_bytes(self.plan.language_model.dims, self.quant), "the language model")
-        stages = [self._with_engine(self._stage(stage)) for stage in self.plan.stages]
+        plan, lm = self.plan, self.plan.language_model
+        self.place.need(_language_model_bytes(lm.dims, self.quant), "the language model")
+        stages = [self._with_engine(self._stage(stage)) for stage in plan.stages]
+        constants = [Constant(name, self._constant(name, array)) for name, array in plan.constants.items()]
         return Manifest(
             system=self.checkpoint.system,
             config=self.checkpoint.config,
             target=self.target,
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             tool_version=__version__,
-            licences=self.plan.licences,
+            licences=plan.licences,
             source=self.checkpoint.source,
-            tasks=self.plan.tasks,
+            tasks=plan.tasks,
+            sources=[*plan.sources, *constants],
             stages=stages,
-            language_model=self._language_model(self.plan.language_model),
-            preprocessing=self.plan.preprocessing,
-            prompt=self.plan.prompt,
-            generation=self.plan.generation,
+            tokenizers=plan.tokenizers,
+            language_model=self._decoder(lm) if lm.kind == "causal" else self._seq2seq(lm),
+            prompt=plan.prompt,
+            generation=plan.generation,
+            answers=plan.answers,
+            extra_files=[self._copied(name, path) for name, path in plan.files.items()],
             build=self.how,
         )
+
+    def _constant(self, name: str, array: np.ndarray) -> FileEntry:
+        path = self.place.folder / f"{name}.npy"
+        np.save(path, array, allow_pickle=False)
+        return self.place.entry(path)
+
+    def _copied(self, name: str, path: Path) -> FileEntry:
+        shutil.copyfile(path, self.place.folder / name)
+        return self.place.entry(self.place.folder / name)
 
     def extra_file(self, step: str, file: str) -> FileEntry:
         """A file that belongs to the bundle but to no stage."""
@@ -209,7 +237,7 @@ class _Job:
         with self.clock.step(step):
             return self.place.step(step, self._made_from(file=file), build).files[0]
 
-    def _stage(self, stage: StageExport) -> StageEntry:
+    def _stage(self, stage: StageExport, prefix: str = "") -> StageEntry:
         precision = self.precision if self.precision in stage.precisions else stage.precisions[-1]
         if precision != self.precision:
             log.info("%s is lowered to %s: it is not made for %s", stage.name, precision, self.precision)
@@ -218,7 +246,7 @@ class _Job:
             module = stage.module()
             weights = sum(parameter.nbytes for parameter in module.parameters())
             self.place.need(int(weights * 2.5), stage.name)  # the fp32 graph, its copy for calibration, the result
-            path = self.place.folder / f"{stage.name}.onnx"
+            path = self.place.folder / f"{prefix}{stage.name}.onnx"
             samples = Samples(self.plan, pictures(CALIBRATION_PICTURES[precision], first=PICTURES))
             feeds = samples.inputs(stage) if precision != "fp32" else []
             built = dataclasses.replace(stage, module=lambda: module)
@@ -227,10 +255,10 @@ class _Job:
             return Finished([self.place.entry(file) for file in (path, *data_files)], details)
 
         shapes = [dataclasses.asdict(spec) for spec in (*stage.inputs, *stage.outputs)]
-        pixels = [dataclasses.asdict(step) for step in self.plan.preprocessing]
-        key = self._made_from(precision=precision, shapes=shapes, preprocessing=pixels, trt=self.target == "trt")
-        with self.clock.step(stage.name):
-            finished = self.place.step(stage.name, key, build)
+        sources = [dataclasses.asdict(source) for source in self.plan.sources]
+        key = self._made_from(precision=precision, shapes=shapes, sources=sources, trt=self.target == "trt")
+        with self.clock.step(prefix + stage.name):
+            finished = self.place.step(prefix + stage.name, key, build)
         return StageEntry(
             **dataclasses.asdict(finished.files[0]),
             name=stage.name,
@@ -249,37 +277,59 @@ class _Job:
 
         def build() -> Finished:
             how = dataclasses.replace(self.how, workspace_mb=0)  # that is for boards
-            made = make_engine(self.place.folder, stage, self.capabilities, RTX, how, tell)
+            made = make_engine(self.place.folder, stage, self.capabilities, RTX, how, progress)
             return Finished([FileEntry(made.file, made.bytes, made.sha256)], dataclasses.asdict(made))
 
         key = {"graph": graph_of(stage), "devices": self.capabilities, "version": RTX.version, "how": repr(self.how)}
-        with self.clock.step(f"{stage.name} engine") as tell:
+        with self.clock.step(f"{stage.name} engine") as progress:
             return dataclasses.replace(
                 stage, engines=[BuiltEngine(**self.place.step(f"{stage.name}.engine", key, build).details)]
             )
 
-    def _language_model(self, lm: LanguageModelExport) -> LanguageModelEntry:
-        key = self._made_from(quant=self.quant, state_positions=lm.state_positions)
+    def _decoder(self, lm: LanguageModelExport) -> LanguageModelEntry:
+        """A causal language model: one GGUF file."""
+        key = self._made_from(quant=self.quant)
 
         def build() -> Finished:
             entry = export_language_model(
                 lm,
                 self.place.folder / "language_model.gguf",
                 self.quant,
-                lambda done, total: tell(done / total),
+                lambda done, total: progress(done / total),
                 made_from=json.dumps(key, sort_keys=True, default=repr),
             )
-            return Finished([FileEntry(entry.file, entry.bytes, entry.sha256)], dataclasses.asdict(entry))
+            return Finished([FileEntry(file.file, file.bytes, file.sha256) for file in entry.files()], asdict(entry))
 
-        with self.clock.step("language_model") as tell:
+        with self.clock.step("language_model") as progress:
             details = self.place.step("language_model", key, build).details
-        return LanguageModelEntry(**{**details, "embedding": EmbeddingTable(**details["embedding"])})
+        gguf = {**details["gguf"], "embedding": EmbeddingTable(**details["gguf"]["embedding"])}
+        return LanguageModelEntry(**{**details, "gguf": GgufDetails(**gguf)})
+
+    def _seq2seq(self, lm: LanguageModelExport) -> LanguageModelEntry:
+        """An encoder-decoder: ONNX parts."""
+        parts = [self._stage(part, "language_model.") for part in lm.parts]
+        decoder = next(part for part in parts if part.name == "decoder")
+        return LanguageModelEntry(
+            name="language_model",
+            engine="onnx",
+            kind=lm.kind,
+            precision=decoder.precision,
+            tokenizer=lm.tokenizer_name,
+            context=lm.dims.context,
+            width=lm.dims.width,
+            vocabulary=lm.dims.vocabulary,
+            kv_bytes_per_token=kv_bytes_per_token(lm.dims),
+            parts=parts,
+            start=lm.start,
+            flops_per_token=2 * lm.dims.product_weights,
+            bytes_per_token=decoder.bytes + sum(file.bytes for file in decoder.data_files),
+        )
 
     def _made_from(self, **options: Any) -> dict[str, Any]:
         weights = {"source": self.checkpoint.source, "dims": repr(self.checkpoint.dims)}
         return {"tool": __version__, **weights, **options}
 
 
-def _language_model_bytes(dims: LlamaDims, quant: str) -> int:
+def _language_model_bytes(dims: DecoderDims, quant: str) -> int:
     """Room that the language model takes."""
     return int(dims.weights * QUANTS[quant].bytes_per_weight * 1.05)

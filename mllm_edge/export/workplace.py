@@ -1,7 +1,7 @@
-"""The folder in which a bundle grows: `<name>.partial`, beside its final name, until everything in it is verified.
+"""The folder in which a bundle is built: `<name>.partial`, beside its final name, until everything is verified.
 
-Each finished step is written into `progress.json` with a key that stands for everything it was made from, so that a
-second try after a crash, a full disk or Ctrl-C redoes only what is missing or was asked for differently.
+Each finished step is recorded in `progress.json` with a key of all its inputs, so that a second run after a crash, a
+full disk or Ctrl-C redoes only steps that are missing or whose inputs changed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mllm_edge.bundle.manifest import MANIFEST, FileEntry
+from mllm_edge.bundle.manifest import MANIFEST
 from mllm_edge.bundle.read import file_entry, sha256
+from mllm_edge.bundle.sources import FileEntry
 from mllm_edge.errors import BadInput, MllmEdgeError
 
 PROGRESS = "progress.json"
@@ -28,17 +29,17 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class Finished:
-    """A step's files, and what else is worth keeping of its result (JSON values)."""
+    """A step's files, and other results to keep (JSON values)."""
 
     files: list[FileEntry]
     details: dict[str, Any] = field(default_factory=dict)
 
 
 class Workplace:
-    """One export's place on disk. Use it as a context manager: it holds the lock on the final name.
+    """One export's folder on disk. A context manager that holds the lock on the final name.
 
     Attributes:
-        folder: where to build.
+        folder: the build folder.
     """
 
     def __init__(self, final: Path, force: bool):
@@ -52,7 +53,7 @@ class Workplace:
         """Take the lock and make the folder.
 
         Raises:
-            BadInput: another export writes there, or the final name is taken.
+            BadInput: another export is writing there, or the final name is taken.
         """
         self.final.parent.mkdir(parents=True, exist_ok=True)
         self._take_lock()
@@ -70,7 +71,7 @@ class Workplace:
         self._lock.unlink(missing_ok=True)
 
     def step(self, name: str, made_from: dict[str, Any], build: Callable[[], Finished]) -> Finished:
-        """The result of `build`, or of an earlier run of it from the same things whose files are still intact."""
+        """The result of `build`, or of an earlier run of it with the same inputs whose files are intact."""
         key = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=repr).encode()).hexdigest()
         progress = self._progress()
         earlier = progress.get(name)
@@ -87,7 +88,7 @@ class Workplace:
         return file_entry(self.folder, path.relative_to(self.folder).as_posix())
 
     def need(self, size: int, what: str) -> None:
-        """Raise MllmEdgeError unless `size` bytes are free where the bundle grows."""
+        """Raise MllmEdgeError unless `size` bytes are free on the bundle's disk."""
         free = shutil.disk_usage(self.final.parent).free
         if free < size:
             raise MllmEdgeError(
@@ -96,7 +97,7 @@ class Workplace:
             )
 
     def publish(self, files: Iterable[FileEntry]) -> Path:
-        """Give the folder its final name; whatever is neither the manifest nor one of `files` is dropped."""
+        """Give the folder its final name; files other than the manifest and `files` are deleted."""
         keep = {MANIFEST, *(entry.file for entry in files)}
         for path in sorted(self.folder.rglob("*"), reverse=True):
             if path.is_dir() and not any(path.iterdir()):
@@ -161,11 +162,11 @@ def disk_full_explained(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # numpy's tofile says how much it wrote, and gives no errno
+        # numpy's tofile reports how much it wrote, without an errno
         if error.errno not in FULL and (error.errno is not None or shutil.disk_usage(place).free > 1 << 20):
             raise
         raise MllmEdgeError(
-            f"the disk of {place} is full; make room and run the same command again, it goes on where it stopped"
+            f"the disk of {place} is full; make room and run the same command again, it resumes where it stopped"
         ) from error
 
 
@@ -174,12 +175,12 @@ def _beside(final: Path, suffix: str) -> Path:
 
 
 def _holder(lock: Path) -> int | None:
-    """The living process that holds the lock."""
+    """The running process that holds the lock."""
     try:
         pid = int(lock.read_text(encoding="ascii"))
         os.kill(pid, 0)
     except (ValueError, ProcessLookupError, FileNotFoundError):
         return None
     except PermissionError:
-        pass  # it lives, and belongs to somebody else
+        pass  # it is running, as another user
     return pid

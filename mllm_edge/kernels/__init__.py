@@ -1,1 +1,1 @@
-"""Operations that have a kernel of their own on a GPU, each with its PyTorch reference in the same file."""
+"""Operations with a dedicated GPU kernel, each with its PyTorch reference in the same file."""

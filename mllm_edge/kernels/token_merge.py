@@ -1,11 +1,11 @@
-"""Token merging: a picture's embeddings become fewer, the most similar ones their mean.
+"""Token merging: fewer embeddings per picture, by averaging the most similar ones.
 
 Bipartite soft matching (Bolya et al. 2023, "Token Merging: Your ViT But Faster", arXiv 2210.09461, section 3) between
-connector and decoder, where it needs no weights and no training. Here the cosine of the embeddings themselves decides,
-and what is left keeps the reading order of the picture, as the decoder numbers its positions.
+connector and decoder, without weights or training. Similarity is the cosine of the embeddings themselves, and the
+merged tokens keep the picture's reading order, in which the decoder numbers its positions.
 
-Written with comparisons and products alone: exported to ONNX it has no scatter, which TensorRT refuses or gets wrong
-(its issues 3650 and 3750), and no sort whose order among equals differs from machine to machine.
+Only comparisons and products: the exported ONNX has no scatter, which TensorRT refuses or gets wrong (its issues 3650
+and 3750), and no sort whose order among ties differs between machines.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class TokenMerge(nn.Module):
 
 
 def merge_tokens(embeds: Tensor, tokens: int) -> Tensor:
-    """Merge [B,N,D] to [B,tokens,D], each the mean of one or more of the N, in the order of the last of each.
+    """Merge [B,N,D] to [B,tokens,D], each the mean of one or more of the N, ordered by the last of them.
 
-    In rounds: tokens at even places look for the most similar one at an odd place (the first among equals); the pairs
-    with the highest cosine (again the first among equals) are merged, half of the tokens at most. Of a token that was
-    merged before, the mean counts as often as it has parts.
+    In each round, every token at an even index is paired with the most similar one at an odd index (first among ties);
+    the pairs with the highest cosine (again first among ties) are merged, at most half of the tokens. Means are
+    weighted by the number of original tokens in each.
 
     Raises:
         ValueError: `tokens` is not 1 to N.
@@ -39,30 +39,30 @@ def merge_tokens(embeds: Tensor, tokens: int) -> Tensor:
     number = embeds.shape[1]
     if not 1 <= tokens <= number:
         raise ValueError(f"cannot merge {number} tokens to {tokens}")
-    sizes = embeds.new_ones(embeds.shape[0], number, 1)
+    sizes = embeds.new_ones(embeds.shape[0], number, 1)  # [B,N,1], original tokens per token
     while number > tokens:
         merged = min(number - tokens, number // 2)
-        matrix = matching(embeds, merged)
-        total = matrix @ sizes
-        embeds, sizes = matrix @ (embeds * sizes) / total, total
+        matrix = matching(embeds, merged)  # [B,N-merged,N]
+        total = matrix @ sizes  # [B,N-merged,1]
+        embeds, sizes = matrix @ (embeds * sizes) / total, total  # [B,N-merged,D]
         number -= merged
     return embeds
 
 
 def matching(embeds: Tensor, merged: int) -> Tensor:
-    """Which token of [B,N,D] becomes part of which: a matrix [B,N-merged,N] of zeros, and a single one per column."""
+    """Which input token of [B,N,D] goes into which output token: [B,N-merged,N], a single 1 per column, else 0."""
     number = embeds.shape[1]
     place = torch.arange(number, device=embeds.device)
-    even = place[0::2]
+    even = place[0::2]  # [E], E = ceil(N/2)
     direction = functional.normalize(embeds.float(), dim=-1)
-    cosine = direction[:, 0::2] @ direction[:, 1::2].transpose(1, 2)
-    best, partner = cosine.max(dim=-1)
-    # how many go before it: those with a higher cosine, and those of the same that stand before it
+    cosine = direction[:, 0::2] @ direction[:, 1::2].transpose(1, 2)  # [B,E,N-E]
+    best, partner = cosine.max(dim=-1)  # [B,E] each
+    # rank of each even token: tokens with a higher cosine, and earlier ones with an equal cosine, come first
     higher = best[:, None, :] > best[:, :, None]
     same = (best[:, None, :] == best[:, :, None]) & (even[None, :] < even[:, None])
-    goes = (higher | same).sum(dim=-1) < merged
-    target = torch.where(goes, 2 * partner + 1, even)  # where each token at an even place ends up
-    target = torch.stack([target, (even + 1).expand_as(target)], dim=2).flatten(1)[:, :number]  # the odd ones stay
-    first_highest = torch.where(target == place, (number - place).float(), 0.0)
-    kept = first_highest.topk(number - merged, dim=1).indices
+    goes = (higher | same).sum(dim=-1) < merged  # [B,E]
+    target = torch.where(goes, 2 * partner + 1, even)  # [B,E], where each even token ends up
+    target = torch.stack([target, (even + 1).expand_as(target)], dim=2).flatten(1)[:, :number]  # [B,N], odd ones stay
+    first_highest = torch.where(target == place, (number - place).float(), 0.0)  # [B,N]
+    kept = first_highest.topk(number - merged, dim=1).indices  # [B,N-merged]
     return (kept[:, :, None] == target[:, None, :]).to(embeds.dtype)

@@ -99,10 +99,10 @@ def gpus() -> list[Gpu]:
         return []
     command = [program, "--query-gpu=name,memory.total,driver_version,compute_cap", "--format=csv,noheader"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        listing = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []  # a driver that does not answer has no usable GPU
-    lines = [[cell.strip() for cell in line.split(",")] for line in told.splitlines()]
+    lines = [[cell.strip() for cell in line.split(",")] for line in listing.splitlines()]
     return [Gpu(*cells) for cells in lines if len(cells) == 4]
 
 
@@ -112,7 +112,7 @@ def available_memory() -> int | None:
 
 
 def resident_memory() -> int | None:
-    """Bytes of memory that this process holds now; None where the system does not tell."""
+    """Bytes of memory that this process holds now; None where the system does not say."""
     statm = Path("/proc/self/statm")
     if statm.is_file():
         import resource
@@ -126,7 +126,7 @@ def resident_memory() -> int | None:
 
 
 def peak_rss() -> float | None:
-    """Highest resident memory of this process so far in MB; None where the system does not tell."""
+    """Highest resident memory of this process so far in MB; None where the system does not say."""
     status = Path("/proc/self/status")
     if status.is_file():  # Linux, whose getrusage also counts what the parent had when it forked
         fields = dict(line.split(":", 1) for line in status.read_text(encoding="ascii", errors="replace").splitlines())

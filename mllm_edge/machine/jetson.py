@@ -1,4 +1,4 @@
-"""What a Jetson says of itself, in the files that its system (L4T) has."""
+"""Facts about a Jetson, from the files of its system (L4T)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-# L4T release -> JetPack, for systems without the package `nvidia-jetpack`, which says it itself.
+# L4T release -> JetPack, for systems without the package `nvidia-jetpack`, which states it.
 JETPACK = {
     "35.4.1": "5.1.2",
     "36.2": "6.0 DP",
@@ -16,14 +16,14 @@ JETPACK = {
     "36.4.4": "6.2.1",
     "38.2": "7.0",
 }
-# Compute capability by the chip.
+# Compute capability by chip.
 CAPABILITIES = {"tegra264": "sm_110", "tegra234": "sm_87", "tegra194": "sm_72"}
 
 
 @dataclass(frozen=True)
 class Jetson:
-    """A board: its model, the release of its system, JetPack ("" where it is not known), the power mode with its
-    number ("15W (0)", "" where it is not told), and the GPU's compute capability."""
+    """A board: its model, the release of its system, JetPack ("" if unknown), the power mode with its number
+    ("15W (0)", "" if unknown), and the GPU's compute capability."""
 
     model: str
     l4t: str
@@ -33,10 +33,10 @@ class Jetson:
 
 
 def find(root: Path = Path("/")) -> Jetson | None:
-    """The board that this system runs on, None on other machines.
+    """The board that this system runs on; None on other machines.
 
     Args:
-        root: where the system's files are.
+        root: root of the system's files.
     """
     model = read(root / "proc/device-tree/model").strip("\0\n ")
     released = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", read(root / "etc/nv_tegra_release"))
@@ -64,7 +64,7 @@ def _jetpack(root: Path, l4t: str) -> str:
 
 
 def _power_mode(root: Path) -> str:
-    """The mode that nvpmodel last set, by the name that its table has for it."""
+    """The mode last set by nvpmodel, with its name from nvpmodel's table."""
     mode = re.search(r"pmode:(\d+)", read(root / "var/lib/nvpmodel/status"))
     if not mode:
         return ""
@@ -74,7 +74,7 @@ def _power_mode(root: Path) -> str:
 
 
 def read(path: Path) -> str:
-    """A small file's text, "" where there is none."""
+    """A small file's text, "" if there is none."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

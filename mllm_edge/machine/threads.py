@@ -13,7 +13,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 def usable_cores() -> int:
     """Physical cores, within the process's CPU affinity and its container's CPU quota; at least 1.
 
-    Matrix products fill a core's vector units, so the second hardware thread of a core brings nothing.
+    Matrix products saturate a core's vector units, so a core's second hardware thread gains nothing.
     """
     cores = len(_physical_cores(_allowed_cpus()))
     quota = _cgroup_quota()
@@ -27,13 +27,13 @@ def _allowed_cpus() -> list[int]:
 
 
 def _physical_cores(cpus: list[int]) -> set[str]:
-    """One name per core: the list of hardware threads that share it, or the CPU's own number where it is not told."""
+    """One name per core: the list of hardware threads that share it, or the CPU's number if unknown."""
     names = (_read(_SYSTEM / f"cpu{cpu}" / "topology" / "thread_siblings_list") or str(cpu) for cpu in cpus)
     return set(names)
 
 
 def _cgroup_quota() -> float | None:
-    """CPUs that the container may use, from cgroup v2 or v1; None without a limit."""
+    """CPU quota of the container, in CPUs, from cgroup v2 or v1; None without a limit."""
     limit = _read(_CGROUP / "cpu.max").split()  # v2: "max 100000" or "150000 100000"
     if not limit:
         v1 = _CGROUP / "cpu"

@@ -1,4 +1,4 @@
-"""What the loaders of all systems share: our own layout, names by rules, and what a checkpoint says of itself."""
+"""Shared by the loaders of all systems: our own layout, renaming rules, and a checkpoint's source."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OURS = "system"
 
 
 def canonical_name(name: str, rules: tuple[tuple[str, str], ...]) -> str | None:
-    """Our name of a tensor by the first rule that matches, or None where none does."""
+    """A tensor's canonical name by the first rule that matches, or None."""
     for pattern, replacement in rules:
         if re.match(pattern, name):
             return re.sub("^" + pattern, replacement, name) if not name.endswith("position_ids") else None

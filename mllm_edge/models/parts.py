@@ -25,9 +25,26 @@ class Part(Mapping[str, Tensor]):
         return len(self.names)
 
 
+class Decoder(Mapping[str, Tensor]):
+    """A decoder's tensors, whose head is its embedding table where they are tied."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        tied = name == "lm_head.weight" and name not in self._tensors
+        return self._tensors["model.embed_tokens.weight" if tied else name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
 @torch.no_grad()
 def filled(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The module with its weights, which are read one by one: a second copy of them all is never held."""
+    """The module with its weights loaded one by one, so that there is never a second copy of all of them."""
     for name, weight in module.state_dict().items():
         weight.copy_(tensors[name])
     return module.eval()

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllm_edge.bundle.manifest import Generation, ImagePreprocessing, Prompt, TensorSpec
-from mllm_edge.models.language.llama import LlamaDims
+from mllm_edge.bundle.answers import AnswerEntry
+from mllm_edge.bundle.manifest import Generation, Prompt, TensorSpec, Tokenizer
+from mllm_edge.bundle.sources import Source
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+    from mllm_edge.models.language.reference import DecoderDims, Reference
 
 
 @dataclass(frozen=True)
@@ -48,31 +51,66 @@ class StageExport:
 
 @dataclass(frozen=True)
 class LanguageModelExport:
-    """A decoder to write as GGUF. `tensors` has the Hugging Face names of `LlamaForCausalLM`."""
+    """The language model.
 
-    architecture: str
-    dims: LlamaDims
-    tensors: Mapping[str, torch.Tensor]
+    `kind` "causal" is written as a GGUF file from `tensors`, which have the names of transformers' class of that
+    `architecture`; "seq2seq" as the ONNX `parts` of `runtime/engines/ort_seq2seq.py`, whose answers start with token
+    `start`. `tokenizer` is the checkpoint's folder, `tokenizer_name` its name among the plan's tokenizers.
+    `reference()` builds the PyTorch reference of it alone, in fp32.
+    """
+
+    dims: DecoderDims
     tokenizer: Path
-    state_positions: dict[str, str] = field(default_factory=dict)
+    reference: Callable[[], Reference]
+    kind: str = "causal"
+    architecture: str = "llama"
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    parts: list[StageExport] = field(default_factory=list)
+    start: int | None = None
+    tokenizer_name: str = "language_model"
 
 
 @dataclass(frozen=True)
 class ExportPlan:
     """Everything that export needs to know about one checkpoint of one system.
 
-    `examples` are inputs of stages, by tensor name, that no picture and no earlier stage gives; `question` is one whose
-    answer has all that the system can answer with. `extras` write files that belong to no stage, by
-    the option that asks for them.
+    Attributes:
+        tasks: what it can be asked for, for people.
+        sources: where inputs of stages come from, but for the constants.
+        stages: in the order in which they can run.
+        tokenizers: the language model's among them; `file` is "language_model.gguf" or one of `files`.
+        answers: kinds of answers beside text.
+        constants: arrays that stages read, or that stand in the prompt.
+        files: files that are copied into the bundle, by their names there.
+        examples: inputs of stages that neither pictures nor stages nor constants give: what the sources may give.
+        question: one whose answer has all that the system can answer with.
+        extras: write files that belong to no stage, by the option that asks for them.
     """
 
     tasks: list[str]
+    sources: list[Source]
     stages: list[StageExport]
+    tokenizers: list[Tokenizer]
     language_model: LanguageModelExport
-    preprocessing: list[ImagePreprocessing]
     prompt: Prompt
     generation: Generation
     licences: dict[str, str]
+    answers: list[AnswerEntry] = field(default_factory=list)
+    constants: dict[str, np.ndarray] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
     examples: dict[str, np.ndarray] = field(default_factory=dict)
     question: str = "What is in the picture?"
     extras: dict[str, Callable[[Path], None]] = field(default_factory=dict)
+
+    @property
+    def pictured(self) -> list[StageExport]:
+        """The stages whose outputs stand in the prompt in place of a picture."""
+        names = {name for slot in self.prompt.slots_of("pixels") for name in slot.tensors}
+        return [stage for stage in self.stages if names & {spec.name for spec in stage.outputs}]
+
+    @property
+    def picture_tokens(self) -> int:
+        """Positions that a picture takes in the prompt."""
+        names = {name for slot in self.prompt.slots_of("pixels") for name in slot.tensors}
+        specs = [spec for stage in self.stages for spec in stage.outputs if spec.name in names]
+        return sum(int(spec.shape[-2]) for spec in specs)

@@ -38,11 +38,11 @@ def train(recipe: str, overrides: list[str], resume: bool, report: Report) -> di
     Args:
         recipe: a name from `available()` or the path of a YAML file.
         overrides: `key=value` settings that replace the recipe's.
-        resume: go on from the last saved state.
+        resume: resume from the last saved state.
         report: called with (step, steps, metrics).
 
     Returns:
-        The run's report (what `report.json` holds) and `out`, its folder.
+        The run's report (the content of `report.json`) and `out`, its folder.
 
     Raises:
         BadInput: unknown recipe, key or value; missing parts; nothing to resume from.

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-SCALE = 1000.0  # groundingLMM's dice divides the sums by it, which makes its smoothing count
+SCALE = 1000.0  # groundingLMM's dice divides the sums by it, which makes its smoothing term matter
 SMOOTH = 1e-6
 
 
 def upscaled(logits: Tensor, size: int) -> Tensor:
-    """Logits [n,h,w] at the resolution of the picture, [n,size,size] (of a square one)."""
+    """Logits [n,h,w] upscaled to a square picture's resolution, [n,size,size]."""
     return functional.interpolate(logits.unsqueeze(1).float(), (size, size), mode="bilinear").squeeze(1)
 
 
@@ -23,8 +23,8 @@ def bce_loss(logits: Tensor, masks: Tensor) -> Tensor:
 
 def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
     """1 - dice of [n,H,W]; 0 for no masks (groundingLMM `calculate_dice_loss`)."""
-    chances, truth = torch.sigmoid(logits).flatten(1), masks.flatten(1)
-    shared = 2 * (chances / SCALE * truth).sum(1)
+    chances, truth = torch.sigmoid(logits).flatten(1), masks.flatten(1)  # [n,H*W] each
+    shared = 2 * (chances / SCALE * truth).sum(1)  # [n]
     whole = (chances / SCALE).sum(1) + (truth / SCALE).sum(1)
     return (1 - (shared + SMOOTH) / (whole + SMOOTH)).sum() / (len(masks) + 1e-8)
 
@@ -32,7 +32,7 @@ def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
 @torch.no_grad()
 def mean_iou(logits: Tensor, masks: Tensor) -> Tensor:
     """Mean IoU of logits > 0 [n,H,W] with masks; 1 for no masks."""
-    found, truth = logits.flatten(1) > 0, masks.flatten(1) > 0.5
+    found, truth = logits.flatten(1) > 0, masks.flatten(1) > 0.5  # [n,H*W] each
     union = (found | truth).sum(1).clamp(min=1)
-    ious = (found & truth).sum(1) / union
+    ious = (found & truth).sum(1) / union  # [n]
     return ious.mean() if len(ious) else torch.ones((), device=logits.device)

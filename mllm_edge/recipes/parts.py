@@ -1,6 +1,6 @@
 """Parts of a model on disk between recipes: `<part>.safetensors` in the folder of the run that trained it.
 
-Instead of a folder a recipe may say `packages`: the part then comes out of an ordinary package (see `llava_packaged`).
+Instead of a folder a recipe may give `packages`: the part is then read from an ordinary package (see `llava_packaged`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PACKAGES = "packages"
 
 
 def save_part(folder: Path, part: str, dims: dict[str, Any], state: dict[str, Tensor], prefix: str, dtype: str) -> None:
-    """Write the tensors below `prefix` (which is taken off) as `dtype`, with the part's dims in the metadata."""
+    """Write the tensors below `prefix` (stripped from their names) as `dtype`, with the part's dims in the metadata."""
     from safetensors.torch import save_file
 
     kept = {
@@ -30,7 +30,7 @@ def save_part(folder: Path, part: str, dims: dict[str, Any], state: dict[str, Te
 
 
 def tokenizer_folder(folder: str) -> Path:
-    """Where the tokenizer of the decoder in `folder` lies. Raises MllmEdgeError when a package is not installed."""
+    """Folder of the tokenizer of the decoder in `folder`. Raises MllmEdgeError when a package is not installed."""
     if folder != PACKAGES:
         return Path(folder)
     from mllm_edge.models.llava.packaged import tokenizer
@@ -39,7 +39,7 @@ def tokenizer_folder(folder: str) -> Path:
 
 
 def read_part(folder: str, part: str) -> dict[str, Tensor]:
-    """Read what `save_part` wrote, or a package's part, in fp32.
+    """Read a part written by `save_part`, or a package's part, in fp32.
 
     Raises:
         BadInput: the run has not been trained, or its file is damaged.

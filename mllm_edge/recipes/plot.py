@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def draw_losses(log: Path, png: Path, title: str) -> None:
-    """Draw the `loss` of a `log.jsonl` over its steps, with the learning rate behind it."""
+    """Draw the `loss` of a `log.jsonl` over its steps, with the learning rate in the background."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -29,12 +29,12 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a training run depends on.
+    """All settings of a training run.
 
     `batch` counts samples per optimizer step over all processes and accumulation steps. `init` maps a part of the model
-    to the folder of an earlier run. `data` is the task's own (empty: our scenes). `precision` "auto" takes bf16 where
-    the hardware multiplies it natively, else fp32. `connector_lr` is a rate of the connector's own, as LLaVA-1.5 has it
-    (0: as `lr`).
+    to the folder of an earlier run. `data` is specific to the task (empty: our scenes). `precision` "auto" selects bf16
+    if the hardware multiplies it natively, else fp32. `connector_lr` is a separate learning rate for the connector, as
+    in LLaVA-1.5 (0: as `lr`).
     """
 
     task: str

@@ -1,4 +1,4 @@
-"""The training loop: accelerate does devices, processes, precision and state; here are the schedule and the log."""
+"""The training loop: accelerate handles devices, processes, precision and state; this file the schedule and the log."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Report = Callable[[int, int, dict[str, float]], None]
 
 
 class Task(Protocol):
-    """What is trained. `model(**batch)` returns a dict with the scalar `loss` and further scalars to log.
+    """A training task. `model(**batch)` returns a dict with the scalar `loss` and further scalars to log.
 
-    `sample(i)` depends on `i` and the recipe alone: that is what makes a resumed run see the same data.
+    `sample(i)` depends only on `i` and the recipe, so that a resumed run gets the same data.
     """
 
     @property
@@ -50,12 +50,12 @@ class Task(Protocol):
         ...
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """Write the finished part so that later recipes and export can read it."""
+        """Write the trained part for later recipes and export."""
         ...
 
 
 class _Samples(Dataset[Any]):
-    """The samples of the steps still to run, in order."""
+    """The samples of the remaining steps, in order."""
 
     def __init__(self, task: Task, start: int, stop: int):
         self.task, self.start, self.stop = task, start, stop
@@ -91,12 +91,12 @@ def run(recipe: Recipe, task: Task, resume: bool, report: Report) -> dict[str, A
 
     Args:
         recipe: the settings.
-        task: what is trained.
-        resume: go on from `state/`, to the same losses as an uninterrupted run.
-        report: called with (step, steps, metrics) as training goes on.
+        task: the task to train.
+        resume: resume from `state/`, with the same losses as an uninterrupted run.
+        report: called with (step, steps, metrics) during training.
 
     Returns:
-        What `report.json` holds: seed, steps, seconds, metrics.
+        The content of `report.json`: seed, steps, seconds, metrics.
 
     Raises:
         BadInput: nothing to resume from, or a batch that does not divide over processes and accumulation.
@@ -148,11 +148,11 @@ def run(recipe: Recipe, task: Task, resume: bool, report: Report) -> dict[str, A
 
 
 def _keep_memory() -> None:
-    """Let glibc keep freed memory: on a CPU, mapping the activations anew costs a tenth of each step and more."""
+    """Let glibc keep freed memory: on a CPU, remapping the activations costs a tenth of each step or more."""
     if platform.libc_ver()[0] == "glibc" and not _has_gpu():
         libc = ctypes.CDLL(None)
-        libc.mallopt(ctypes.c_int(-4), ctypes.c_int(0))  # M_MMAP_MAX: no block gets a mapping of its own
-        libc.mallopt(ctypes.c_int(-1), ctypes.c_int(2**31 - 1))  # M_TRIM_THRESHOLD: give nothing back
+        libc.mallopt(ctypes.c_int(-4), ctypes.c_int(0))  # M_MMAP_MAX: no separate mappings
+        libc.mallopt(ctypes.c_int(-1), ctypes.c_int(2**31 - 1))  # M_TRIM_THRESHOLD: never return memory
 
 
 def _has_gpu() -> bool:
@@ -164,7 +164,7 @@ def _steps(
 ) -> Iterable[dict[str, float]]:
     """Yield the metrics of each optimizer step, averaged over its accumulated micro-batches.
 
-    Each micro-batch weighs the same, however many labels it has (so do the original scripts').
+    Each micro-batch weighs the same, whatever its number of labels (as in the original scripts).
     """
     totals: dict[str, Tensor] = {}
     for number, batch in enumerate(batches, start=1):
@@ -185,20 +185,20 @@ def _steps(
 
 
 class Progress:
-    """Where a run stands, on disk: step, seconds so far, log and resumable state."""
+    """Progress of a run on disk: step, seconds so far, log and resumable state."""
 
     def __init__(self, accelerator: Accelerator, out: Path):
         self.accelerator, self.out = accelerator, out
         self.log = out / "log.jsonl"
         self.step = 0
         self.before = 0.0
-        self.begun = time.perf_counter()
+        self.started = time.perf_counter()
         accelerator.register_for_checkpointing(self)
 
     @property
     def seconds(self) -> float:
-        """Training time so far, earlier parts of a resumed run included."""
-        return self.before + time.perf_counter() - self.begun
+        """Training time so far in seconds, earlier parts of a resumed run included."""
+        return self.before + time.perf_counter() - self.started
 
     def state_dict(self) -> dict[str, float]:
         """Saved by accelerate beside the model."""
@@ -225,7 +225,7 @@ class Progress:
         self.accelerator.wait_for_everyone()
 
     def restore(self) -> None:
-        """Load `state/` and drop log lines past it."""
+        """Load `state/` and drop log lines after its step."""
         state = self.out / "state"
         if not state.is_dir():
             raise BadInput(f"{self.out} has nothing to resume from; run without --resume")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from mllm_edge.runtime.answers import rle
 
@@ -32,6 +34,7 @@ class Mask:
     Attributes:
         phrase: words of the answer, "" where the mask stands alone.
         span: where they stand in the answer's text.
+        label: what was asked for: the phrase, or the question where there is none.
         score: mean probability of the mask's pixels.
         box: x1,y1,x2,y2 of the mask's extent in pixels, None of an empty mask.
         pixels: bool [H,W], the picture's own size.
@@ -39,6 +42,7 @@ class Mask:
 
     phrase: str
     span: tuple[int, int]
+    label: str
     score: float
     box: list[int] | None
     pixels: NDArray[np.bool_]
@@ -50,29 +54,85 @@ class Mask:
 
     def to_json(self) -> dict[str, Any]:
         """The entry in the answer's document."""
-        return {"phrase": self.phrase, "score": round(self.score, 4), "box": self.box, "rle": self.rle}
+        place = {"phrase": self.phrase, "span": list(self.span), "label": self.label}
+        return {**place, "score": round(self.score, 4), "box": self.box, "rle": self.rle}
+
+
+@dataclass(frozen=True)
+class TextBox:
+    """A box that the answer spells in its text at `span`: x1,y1,x2,y2 in pixels; `label` is what was asked for."""
+
+    span: tuple[int, int]
+    label: str
+    box: list[float]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of the answer, at `span` of its text.
+
+    Attributes:
+        label: what was asked for.
+        origin: "generated" or "retrieved".
+        image: RGB.
+        file: where a retrieved one is.
+        score: how near a retrieved one is.
+    """
+
+    span: tuple[int, int]
+    label: str
+    origin: str
+    image: Image.Image
+    file: str = ""
+    score: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry in the answer's document; the pixels are not in it."""
+        found = {"file": self.file, "score": self.score} if self.origin == "retrieved" else {}
+        size = {"width": self.image.width, "height": self.image.height}
+        return {"span": list(self.span), "label": self.label, "origin": self.origin, **size, **found}
+
+
+Part = Mask | TextBox | Picture
 
 
 @dataclass(frozen=True)
 class Answer:
     """An answer and what it cost.
 
-    `timings` are milliseconds: `load` is the bundle's loading, `total` runs from the call to the last token or mask and
-    so does not contain it. The mask encoder runs while tokens are written, so parts may sum to more than `total`.
-    A stage that did not run, because the picture was known, took 0. `memory` is in MB (10^6).
+    `parts` are what it holds beside text. `timings` are milliseconds: `load` is the bundle's loading, `total` runs from
+    the call to the last token or part and so does not contain it. Stages may run while tokens are written, so times may
+    sum to more than `total`. A stage that did not run, because its result was known, took 0. `memory` is in MB (10^6).
+    `picture` is the one that was looked at.
     """
 
     text: str
     tokens: Tokens
     timings: dict[str, float]
     memory: dict[str, float | None]
-    masks: list[Mask] = field(default_factory=list)
-    images: list[dict[str, Any]] = field(default_factory=list)
+    parts: Sequence[Part] = field(default_factory=list)
+    picture: Image.Image | None = None
+
+    @property
+    def masks(self) -> list[Mask]:
+        """Masks, in the order of the answer."""
+        return [part for part in self.parts if isinstance(part, Mask)]
+
+    @property
+    def images(self) -> list[Picture]:
+        """Generated and retrieved pictures."""
+        return [part for part in self.parts if isinstance(part, Picture)]
 
     @property
     def boxes(self) -> list[dict[str, Any]]:
-        """The boxes of the masks that are not empty: `phrase` and `box`."""
-        return [{"phrase": mask.phrase, "box": mask.box} for mask in self.masks if mask.box]
+        """Boxes of masks that are not empty, and of the text: `phrase`, `span`, `label`, `box`."""
+        found: list[dict[str, Any]] = []
+        for part in self.parts:
+            box = None if isinstance(part, Picture) else part.box
+            if box:
+                phrase = part.phrase if isinstance(part, Mask) else self.text[slice(*part.span)]
+                found.append({"phrase": phrase, "span": list(part.span), "label": part.label, "box": box})
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """The document that `mllm-edge run --json` prints."""
@@ -81,7 +141,7 @@ class Answer:
             "tokens": vars(self.tokens),
             "masks": [mask.to_json() for mask in self.masks],
             "boxes": self.boxes,
-            "images": self.images,
+            "images": [picture.to_json() for picture in self.images],
             "timings_ms": {name: round(value, 3) for name, value in self.timings.items()},
             "memory_mb": self.memory,
         }

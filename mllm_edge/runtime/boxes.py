@@ -1,4 +1,4 @@
-"""Boxes that a user gives: checked against the picture, and as the region encoder reads them."""
+"""Boxes from the user: checked against the picture, and normalized for the region encoder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels of the pictu
 
 
 def check_boxes(boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> list[Box]:
-    """The boxes, cut to the picture of `size` (width, height), with a warning where that changes one.
+    """The boxes, clipped to the picture of `size` (width, height), with a warning if that changes one.
 
     Raises:
-        BadInput: not four finite numbers, no area, or nothing of it inside the picture.
+        BadInput: not four finite numbers, no area, or entirely outside the picture.
     """
     width, height = size
     checked: list[Box] = []
@@ -41,5 +41,5 @@ def check_boxes(boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> list
 
 
 def normalized(boxes: Sequence[Box], size: tuple[int, int]) -> Floats:
-    """float32 [n,4] in 0..1 of the whole picture, whatever part of it the encoder crops (as GLaMM was trained)."""
+    """float32 [n,4] in 0..1 of the whole picture, even if the encoder crops it (Rasheed et al. 2024)."""
     return (np.array(boxes, np.float32).reshape(-1, 4) / np.array([*size, *size], np.float32)).astype(np.float32)

@@ -1,6 +1,6 @@
 """Pictures from users: any file, bytes, PIL image or array becomes an upright 8-bit RGB picture, or a one-line error.
 
-What "rightly" means for the modes that are not RGB:
+Modes other than RGB:
 - the first frame of an animation;
 - transparency (an alpha channel, a palette entry or a color key) is composited on white, as a page would show it;
 - 16-bit gray is divided by 257 (65535 becomes 255), not clipped;
@@ -23,12 +23,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mllm_edge.errors import BadInput, first_line
 
-MAX_PIXELS = 100_000_000  # refused by the header alone, before anything is decoded
+MAX_PIXELS = 100_000_000  # checked in the header, before anything is decoded
 MAX_SIDE = 65_535  # the longest side that a JPEG can have
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
 
-# What Pillow's decoders raise on damaged files; SyntaxError is its own choice for broken PNG and TIFF structure.
+# Raised by Pillow's decoders on damaged files, SyntaxError for broken PNG and TIFF structure.
 _DAMAGE = (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, struct.error, OverflowError, MemoryError)
 
 
@@ -96,7 +96,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         if getattr(image, "n_frames", 1) > 1:
             image.seek(0)
         image.load()
-        # A new picture, even where nothing changes: the caller's image may be altered or closed later.
+        # Always a copy: the caller's image may be altered or closed later.
         return _to_rgb(ImageOps.exif_transpose(image))
     except _DAMAGE as error:
         raise BadInput(f"{name} cannot be decoded ({first_line(error)}); give an undamaged picture") from None

@@ -16,12 +16,14 @@ from mllm_edge.bundle.read import read_manifest
 from mllm_edge.errors import BadInput, MllmEdgeError, look_up
 from mllm_edge.machine.threads import usable_cores
 from mllm_edge.quants import KV_TYPES
+from mllm_edge.runtime.decoding.tokenizers import KINDS as TOKENIZERS
 from mllm_edge.runtime.engines.interface import LanguageModel, Options
-from mllm_edge.runtime.engines.lazy import LazyLanguageModel, LazyStage
-from mllm_edge.runtime.engines.table import LANGUAGE_MODEL_ENGINES, STAGE_ENGINES, check_engines
-from mllm_edge.runtime.memory import residence, stage_bytes
+from mllm_edge.runtime.engines.lazy import LazyStage, lazy_language_model
+from mllm_edge.runtime.engines.table import LANGUAGE_MODEL_ENGINES, STAGE_ENGINES
+from mllm_edge.runtime.memory import plan_memory, stage_bytes
 from mllm_edge.runtime.model import Model
-from mllm_edge.runtime.wiring import EMBEDS, needed_for
+from mllm_edge.runtime.sources import Held
+from mllm_edge.runtime.wiring import needed_for
 from mllm_edge.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -53,7 +55,8 @@ def load(
         context: positions, at most the bundle's; by default the bundle's, up to 4096.
         verify_hash: compare SHA-256 of every file.
         memory_budget: bytes that the process may have resident on a CPU. Where the whole bundle needs more, stages are
-            loaded for their use and let go, and at last the language model is, too, while masks are made.
+            loaded for their use and unloaded after it, and in the end the language model, too, while masks or pictures
+            are made.
         gpu_layers: how many layers of the language model go to the GPU; by default as many as fit its free memory.
 
     Returns:
@@ -67,17 +70,15 @@ def load(
     start = time.perf_counter()
     folder = Path(folder)
     manifest = read_manifest(folder, verify_hash, engines=target in (None, "trt"))
-    check_engines(manifest.stages, manifest.language_model)
     options = _options(manifest, target, threads, kv_type, context, memory_budget, gpu_layers)
-    place = residence(manifest, options, memory_budget)
-    first = needed_for(EMBEDS, manifest.stages)
+    place = plan_memory(manifest, options, memory_budget)
+    pictures = [name for slot in manifest.prompt.slots if slot.of == "pixels" for name in slot.tensors]
+    first = needed_for(pictures, manifest.stages)
     with contextlib.ExitStack() as opened:
         if options.target == "trt":
             options = dataclasses.replace(options, device=_device(manifest, folder, opened))
         sizes = {entry.name: stage_bytes(entry) for entry in manifest.stages}
-        later = sum(
-            size for name, size in sizes.items() if name not in first
-        )  # the others are loaded before the decoder
+        later = sum(size for name, size in sizes.items() if name not in first)  # those are loaded before the decoder
         reserve = later if place.keep_stages else max(sizes.values(), default=0)
         options = dataclasses.replace(options, gpu_reserve=reserve)
         stages: dict[str, LazyStage] = {}
@@ -87,13 +88,17 @@ def load(
             opened.callback(stage.close)
             if entry.name in first and place.keep_stages:
                 stage.load()
+        tokenizers = {}
+        for tokenizer in manifest.tokenizers:
+            tokenizers[tokenizer.name] = TOKENIZERS[tokenizer.kind](locate(folder, tokenizer.file), tokenizer)
+            opened.callback(tokenizers[tokenizer.name].close)
         decoder = manifest.language_model
-        file = locate(folder, decoder.file)
-        make = functools.partial(LANGUAGE_MODEL_ENGINES[decoder.engine], file, decoder, options)
-        language_model: LanguageModel = make() if place.keep_language_model else LazyLanguageModel(make)
+        make = functools.partial(LANGUAGE_MODEL_ENGINES[decoder.engine], folder, decoder, options)
+        language_model: LanguageModel = make() if place.keep_language_model else lazy_language_model(make)
         opened.callback(language_model.close)
         load_ms = 1000 * (time.perf_counter() - start)
-        model = Model(manifest, stages, language_model, load_ms, opened, place, options.target)
+        held = Held(folder, tokenizers)
+        model = Model(manifest, stages, language_model, held, load_ms, opened, place, options.target)
         model.opened = opened.pop_all()
         return model
 
@@ -116,7 +121,7 @@ def _options(
     memory_budget: int | None,
     gpu_layers: int | None,
 ) -> Options:
-    wanted, longest = target or manifest.target, manifest.language_model.context_length
+    wanted, longest = target or manifest.target, manifest.language_model.context
     look_up("target", wanted, TARGETS)
     look_up("KV cache type", kv_type, KV_TYPES)
     if wanted == "trt" and manifest.target != "trt":

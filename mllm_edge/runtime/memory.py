@@ -9,18 +9,18 @@ from mllm_edge.errors import BadInput
 from mllm_edge.machine.facts import resident_memory
 from mllm_edge.quants import KV_TYPES
 from mllm_edge.runtime.engines.interface import Options
-from mllm_edge.runtime.wiring import EMBEDS, REGION_EMBEDS, needed_for
+from mllm_edge.runtime.wiring import needed_for, prompt_tensors
 
 INLINE = 200_000_000  # bytes; lighter stages are one file, of which two further copies exist while it is loaded
 SCRATCH = 150_000_000  # llama.cpp's compute buffers and the logits, and beside it for each value of a hidden state:
 SCRATCH_PER_WIDTH = 60_000  # 512 positions at once, and about 30 buffers of fp32
 PICTURES = 100_000_000  # pictures and their cached tensors
-MARGIN = 1.10  # of a GLaMM 7b 0.97 of what is expected so was taken with everything in memory, 0.81 with parts let go
+MARGIN = 1.10  # measured at 7 B with masks: peaks of 0.97 of this with everything loaded, 0.81 with parts unloaded
 
 
 @dataclass(frozen=True)
-class Residence:
-    """Whether stages stay in memory behind their use, and whether the language model stays while masks are made.
+class MemoryPlan:
+    """Whether stages stay in memory after use, and whether the language model stays while other answers are made.
 
     `peak` is the most bytes that this is expected to take.
     """
@@ -30,13 +30,13 @@ class Residence:
     peak: int
 
     def __str__(self) -> str:
-        kept = "everything stays in memory" if self.keep_stages else "stages are let go behind their use"
+        kept = "everything stays in memory" if self.keep_stages else "stages are unloaded after use"
         if not self.keep_language_model:
-            kept += ", and the language model while masks are made"
+            kept += ", and the language model while masks and pictures are made"
         return f"{kept}; at most about {budget_text(self.peak)}"
 
 
-def residence(manifest: Manifest, options: Options, budget: int | None) -> Residence:
+def plan_memory(manifest: Manifest, options: Options, budget: int | None) -> MemoryPlan:
     """The fastest way to stay under a budget in bytes of resident memory; without one everything stays.
 
     Raises:
@@ -50,13 +50,13 @@ def residence(manifest: Manifest, options: Options, budget: int | None) -> Resid
     busy = max((entry.activation_bytes for entry in manifest.stages), default=0)
     kept = sum(stages.values()) - sum(entry.activation_bytes for entry in manifest.stages) + busy
     # What the prompt is made of runs while the language model is there: it tokenizes first.
-    early = needed_for(EMBEDS, manifest.stages) | needed_for(REGION_EMBEDS, manifest.stages)
+    early = needed_for(prompt_tensors(manifest.prompt, manifest.sources), manifest.stages)
     beside = language_model + max((stages[name] for name in early), default=0)
     least = max(beside, largest)
     ways = [
-        Residence(True, True, base + int((language_model + kept) * MARGIN)),
-        Residence(False, True, base + int((language_model + largest) * MARGIN)),
-        Residence(False, False, base + int(least * MARGIN)),
+        MemoryPlan(True, True, base + int((language_model + kept) * MARGIN)),
+        MemoryPlan(False, True, base + int((language_model + largest) * MARGIN)),
+        MemoryPlan(False, False, base + int(least * MARGIN)),
     ]
     for way in ways:
         if budget is None or way.peak <= budget:
@@ -78,8 +78,8 @@ def stage_bytes(entry: StageEntry) -> int:
 
 def language_model_bytes(entry: LanguageModelEntry, options: Options) -> int:
     """Memory of the language model with its whole context in use."""
-    cache = 2 * entry.layers * entry.kv_width * KV_TYPES[options.kv_type] * options.context
-    return int(entry.bytes + cache) + SCRATCH + SCRATCH_PER_WIDTH * entry.hidden_width
+    cache = entry.kv_bytes_per_token / 2 * KV_TYPES[options.kv_type] * options.context
+    return int(entry.bytes + cache) + SCRATCH + SCRATCH_PER_WIDTH * entry.width
 
 
 def budget_text(size: float) -> str:

@@ -1,7 +1,7 @@
-"""From a user's words to token ids: the manifest's template, image placeholders, and pieces tokenized one by one.
+"""From a user's words to token ids: the manifest's template, placeholders, and pieces tokenized one by one.
 
-LLaVA's rule (llava/mm_utils.py `tokenizer_image_token`): the text is split at `<image>`, every piece is tokenized as a
-fresh string, BOS stands once at the very start, and a picture's embeddings go between the pieces.
+The rule of Liu et al. 2023 (mm_utils.py `tokenizer_image_token`): the text is split at the placeholders, every piece is
+tokenized as a fresh string, BOS stands once at the very start, and embeddings go between the pieces.
 
 Control strings count as control tokens only where the template has them. In a user's words `</s>` is four letters, so
 that a question cannot end the turn or open another role; with `raw` the whole text is the caller's own template.
@@ -11,21 +11,24 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from mllm_edge.bundle.manifest import Prompt
+from mllm_edge.bundle.manifest import Prompt, Slot
 from mllm_edge.errors import BadInput
+
+WHAT = {"pixels": "picture", "boxes": "box"}  # what a user gives for each placeholder of such a slot
+PLURAL = {"pixels": "pictures; leave them out (--image)", "boxes": "boxes; leave them out (--box)"}
 
 
 class Vocabulary(Protocol):
-    """The part of `stage.LanguageModel` that turns text to ids."""
+    """The part of `decoding.tokenizers.Tokenizer` that turns text to ids."""
 
     @property
     def control_tokens(self) -> Mapping[str, int]: ...
 
-    def tokenize(self, text: str, special: bool = False) -> list[int]: ...
+    def tokenize(self, text: str) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -36,44 +39,51 @@ class Span:
     trusted: bool
 
 
-Piece = list[Span]
-BOX_SLOT = -1  # stands in the ids where a region's embedding goes
+Part = Span | Slot
 
 
-def render(prompt: Prompt, text: str, images: int, first: bool = True, boxes: int = 0) -> list[Piece]:
-    """A user's turn as the pieces between its pictures: always `images` + 1 of them.
+def render(
+    prompt: Prompt,
+    text: str,
+    counts: Mapping[str, int],
+    *,
+    first: bool = True,
+    lead: str = "",
+    fields: Mapping[str, str] | None = None,
+) -> list[Part]:
+    """A user's turn as text and slots.
 
     Args:
         prompt: the template.
-        text: the user's words. Each placeholder takes one picture; without any, all pictures go to the front.
-        images: how many pictures come with this turn.
+        text: the user's words. Each placeholder takes one picture; without any, all pictures go to the front. Each
+            placeholder of a box takes one box.
+        counts: how many "pixels" and "boxes" come with this turn.
         first: whether this turn opens the dialogue.
-        boxes: how many regions come with this turn.
+        lead: what the tokenizer wants in front of a dialogue.
+        fields: words for the template's other fields.
 
     Raises:
-        BadInput: as many placeholders as pictures and regions are needed.
+        BadInput: as many placeholders as pictures and boxes are needed.
     """
-    if images and prompt.image not in text:
-        text = prompt.image_joint * images + text
-    template = prompt.first if first else prompt.next
-    spans = []
-    for literal, name, _, _ in string.Formatter().parse(template):
+    for slot in prompt.slots:
+        if slot.of == "pixels" and slot.placeholder not in text:
+            text = slot.joint * counts.get("pixels", 0) + text
+    words = {"system": prompt.system, **(fields or {})}
+    spans = [Span(lead if first else "", True)]
+    for literal, name, _, _ in string.Formatter().parse(prompt.first if first else prompt.next):
         spans.append(Span(literal, True))
         if name is not None:
-            spans.append(Span(text, False) if name == "text" else Span(prompt.system, True))
-    if first:
-        spans.insert(0, Span(prompt.lead, True))
-    return _split(spans, prompt, images, boxes)
+            spans.append(Span(text, False) if name == "text" else Span(words.get(name, ""), name == "system"))
+    return _split(spans, prompt, counts)
 
 
-def render_raw(prompt: Prompt, text: str, images: int, boxes: int = 0) -> list[Piece]:
+def render_raw(prompt: Prompt, text: str, counts: Mapping[str, int], lead: str = "") -> list[Part]:
     """The whole prompt as given, control strings and placeholders included.
 
     Raises:
-        BadInput: as many placeholders as pictures and regions are needed.
+        BadInput: as many placeholders as pictures and boxes are needed.
     """
-    lead = "" if text.startswith(" ") else prompt.lead
-    return _split([Span(lead, True), Span(text, True)], prompt, images, boxes)
+    return _split([Span("" if text.startswith(" ") else lead, True), Span(text, True)], prompt, counts)
 
 
 def answer_parts(prompt: Prompt) -> tuple[str, str]:
@@ -82,61 +92,91 @@ def answer_parts(prompt: Prompt) -> tuple[str, str]:
     return before, after
 
 
-def _split(spans: list[Span], prompt: Prompt, images: int, boxes: int) -> list[Piece]:
-    pieces: list[Piece] = [[]]
+def _split(spans: Sequence[Span], prompt: Prompt, counts: Mapping[str, int]) -> list[Part]:
+    """Slots in the place of their placeholders, between the texts that open and close them; in a user's words only
+    those of what the user gives."""
+    slots = {slot.placeholder: slot for slot in prompt.slots}
+    given_by_users = {placeholder: slot for placeholder, slot in slots.items() if slot.of in WHAT}
+    parts: list[Part] = []
     for span in spans:
-        head, *rest = span.text.split(prompt.image)
-        pieces[-1].append(Span(head, span.trusted))
-        for part in rest:
-            pieces[-1].append(Span(prompt.image_open, True))
-            pieces.append([Span(prompt.image_close, True), Span(part, span.trusted)])
-    _check_count(len(pieces) - 1, prompt.image, images, "picture")
-    if prompt.box:
-        _check_count(sum(span.text.count(prompt.box) for span in spans), prompt.box, boxes, "box")
-    elif boxes:
-        raise BadInput("this bundle takes no boxes; leave them out (--box)")
-    return pieces
+        for text, placeholder in _cut(span.text, slots if span.trusted else given_by_users):
+            parts.append(Span(text, span.trusted))
+            if placeholder:
+                slot = slots[placeholder]
+                parts += [Span(slot.open, True), slot, Span(slot.close, True)]
+    found = [part for part in parts if isinstance(part, Slot)]
+    for of, what in WHAT.items():
+        placeholders = [slot.placeholder for slot in prompt.slots if slot.of == of]
+        given = counts.get(of, 0)
+        if not placeholders and given:
+            raise BadInput(f"this bundle takes no {PLURAL[of]}")
+        if (number := sum(slot.of == of for slot in found)) != given:
+            none = ", or no placeholder at all" if of == "pixels" else ""
+            mismatch = f"the prompt has {number} {placeholders[0]} placeholder(s) for {given} {what}(s)"
+            raise BadInput(f"{mismatch}; give one {what} for each{none}")
+    return parts
 
 
-def _check_count(found: int, placeholder: str, given: int, what: str) -> None:
-    if found != given:
-        raise BadInput(
-            f"the prompt has {found} {placeholder} placeholder(s) for {given} {what}(s); give one {what} for each"
-            + (", or no placeholder at all" if what == "picture" else "")
-        )
+def _cut(text: str, separators: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Stretches of text, each with the separator that follows it, "" at the end; of two that fit the longer one."""
+    longest_first = sorted(filter(None, separators), key=len, reverse=True)
+    if not longest_first:
+        yield text, ""
+        return
+    pieces = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
+    yield from zip(pieces[::2], [*pieces[1::2], ""], strict=True)  # re.split puts the separators at odd places
 
 
-def piece_ids(piece: Piece, vocabulary: Vocabulary, prompt: Prompt) -> list[int]:
-    """Ids of one piece, without BOS. Text around a control token is tokenized as a fresh string on both sides.
+def tokenized(parts: Sequence[Part], vocabulary: Vocabulary, added: Sequence[str] = ()) -> list[list[int] | Slot]:
+    """Runs of ids and slots, without BOS; the first and the last are runs, and slots have one between them.
 
-    Where the prompt has a region's placeholder, the ids have `BOX_SLOT`.
+    Text around a control token or a slot is tokenized as a fresh string on both sides, and loses the white space beside
+    a token of `added`.
     """
-    ids: list[int] = []
-    fragments = [("", None), *_fragments(piece, vocabulary.control_tokens, prompt.box), ("", None)]
-    for (before, _), (text, control), (behind, _) in zip(fragments, fragments[1:], fragments[2:]):
-        if control is not None:
-            ids.append(control)
+    result: list[list[int] | Slot] = [[]]
+    fragments: list[tuple[str, int | Slot | None]] = [
+        ("", None),
+        *_fragments(parts, vocabulary.control_tokens),
+        ("", None),
+    ]
+    for (before, _), (text, meaning), (after, _) in zip(fragments, fragments[1:], fragments[2:]):
+        if isinstance(meaning, Slot):
+            result += [meaning, []]
             continue
-        text = text.lstrip() if before in prompt.added else text
-        text = text.rstrip() if behind in prompt.added else text
-        ids += vocabulary.tokenize(text) if text else []
-    return ids
+        run = result[-1]
+        assert isinstance(run, list)
+        if meaning is not None:
+            run.append(meaning)
+            continue
+        text = text.lstrip() if before in added else text
+        text = text.rstrip() if after in added else text
+        run += vocabulary.tokenize(text) if text else []
+    return result
 
 
-def _fragments(piece: Piece, control: Mapping[str, int], box: str) -> Iterator[tuple[str, int | None]]:
-    """Runs of plain text, joined across spans as the tokenizer must see them, and control strings with their ids."""
+def ids_of(text: str, vocabulary: Vocabulary, added: Sequence[str] = (), trusted: bool = True) -> list[int]:
+    """Ids of a text without placeholders."""
+    (run,) = tokenized([Span(text, trusted)], vocabulary, added)
+    assert isinstance(run, list)
+    return run
+
+
+def _fragments(parts: Sequence[Part], control: Mapping[str, int]) -> Iterator[tuple[str, int | Slot | None]]:
+    """Runs of plain text, joined across spans as the tokenizer must see them; control strings with their ids; slots."""
     plain = ""
-    for span in piece:
-        known = {**(control if span.trusted else {}), **({box: BOX_SLOT} if box else {})}
-        longest_first = sorted(filter(None, known), key=len, reverse=True)
-        pattern = "(" + "|".join(map(re.escape, longest_first)) + ")"
-        for index, part in enumerate(re.split(pattern, span.text) if longest_first else [span.text]):
-            if index % 2 == 0:  # re.split puts the separators at odd places
-                plain += part
-                continue
+    for part in parts:
+        if isinstance(part, Slot):
             if plain:
                 yield plain, None
             plain = ""
-            yield part, known[part]
+            yield part.placeholder, part
+            continue
+        for text, found in _cut(part.text, control if part.trusted else {}):
+            plain += text
+            if found:
+                if plain:
+                    yield plain, None
+                plain = ""
+                yield found, control[found]
     if plain:
         yield plain, None

@@ -1,8 +1,8 @@
-"""Scenes and questions in the fewest words: a decoder learns to look things up in these first.
+"""Scenes and questions in the fewest words, on which a decoder learns look-ups first.
 
-In whole sentences nothing is rewarded until a question's noun is gathered, found in the scene and its attribute carried
-to the answer, all at once; for many hundred steps a decoder then guesses among the objects that are there. Where one
-word follows another of the same object, each of those steps earns something by itself.
+With whole sentences the loss only falls once the decoder reads the question's noun, finds it in the scene and copies
+its attribute to the answer, all at once; for many hundred steps it guesses among the objects present. In brief texts,
+where one word follows another of the same object, each of these abilities lowers the loss by itself.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _FILLERS = frozenset(("is", "the", "are", "there", "you", "can", "see", "which",
 
 
 def attributes(item: SceneObject) -> list[str]:
-    """Returns all that words say of an object: size, color, shape and, where it is clear, the place."""
+    """Returns an object's attributes in words: size, color, shape and, where it is clear, the place."""
     place = location(item)
     return [item.size, item.color, item.shape, *([place] if place else [])]
 
@@ -26,7 +26,7 @@ def telegram(things: Sequence[Sequence[str]], rng: np.random.Generator) -> tuple
     """Names one of several things by its attributes in any order.
 
     Args:
-        things: The attributes of each, as of `attributes`.
+        things: The attributes of each, see `attributes`.
         rng: Draws the thing and the order.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Captions of whole scenes, with the places of their phrases."""
+"""Captions of whole scenes, with the spans of their phrases."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class GroundedCaption:
     Attributes:
         text: The caption.
         spans: (start, end, object index): `text[start:end]` names that object, article included.
-            In the order of the text, one span for each object.
+            In text order, one span per object.
     """
 
     text: str
@@ -52,20 +52,20 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def full_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Returns a caption that says the size, color, shape and (where clear) the place of every object."""
+    """Returns a caption with the size, color, shape and (where clear) the place of every object."""
     return _write(scene, reading_order(scene.objects), pick(rng, _FRAMES), "everything").text
 
 
 def grounded_caption(scene: Scene, rng: np.random.Generator, form: int | None = None) -> GroundedCaption:
     """Returns a caption with the character span and object of each of its phrases.
 
-    Objects come in the order of lines of text, as the decoder reads the picture's patches: with objects from left to
-    right, as `caption` has them, a small decoder loses count sooner.
+    Objects are in line order, as the decoder reads the picture's patches: with objects from left to right, as in
+    `caption`, a small decoder loses count sooner.
 
     Args:
         scene: A scene with at least one object.
         rng: Chooses the frame and how much is said, unless `form` (0..3) does.
-        form: A number that stands for a frame and a level of detail.
+        form: Selects the frame and the level of detail.
 
     Returns:
         The caption with one span per object.
@@ -94,7 +94,7 @@ def _write(scene: Scene, order: Sequence[int], frame: str, detail: str) -> Groun
     text = capitalized(frame.format(joined([phrase + place for phrase, place in zip(phrases, places, strict=True)])))
 
     spans: list[tuple[int, int, int]] = []
-    # Search each phrase behind the last one, past a frame that itself begins with an article.
+    # Search each phrase after the previous one, and past a frame that itself begins with an article.
     end = frame.index("{}")
     for index, phrase in zip(order, phrases, strict=True):
         start = text.lower().index(phrase, end)

@@ -15,7 +15,7 @@ from mllm_edge.scenes.model import Background, Scene, SceneObject
 
 Floats = npt.NDArray[np.float64]
 
-REACH = 1.25  # no shape has a point farther from its center, in radii
+REACH = 1.25  # upper bound of a shape's extent from its center, in radii
 
 _SQUARE_HALF_SIDE = 0.88
 _TRIANGLE_INRADIUS = 0.6
@@ -39,7 +39,7 @@ def _triangle(u: Floats, v: Floats) -> Floats:
 
 
 def _star(u: Floats, v: Floats) -> Floats:
-    # Fold the plane into half of one of five points; what remains is the distance to one line.
+    # Fold the plane into half of one of the star's five points, which leaves the distance to one line.
     half = math.pi / 5
     turn = np.abs((np.arctan2(u, -v) + half) % (2 * half) - half)
     reach = np.hypot(u, v)
@@ -92,7 +92,7 @@ def render(scene: Scene, size: int = 128) -> npt.NDArray[np.uint8]:
 
 
 def masks(scene: Scene, size: int = 128) -> npt.NDArray[np.bool_]:
-    """Tells which pixels show which object.
+    """Returns the visible pixels of each object.
 
     A pixel belongs to the topmost object that covers its center.
 
@@ -122,8 +122,8 @@ def boxes(scene: Scene, size: int = 128) -> npt.NDArray[np.int64]:
         size: Width and height of the picture in pixels.
 
     Returns:
-        int64 [objects, 4]: x1, y1, x2, y2 in pixels, x2 and y2 exclusive; zeros for an object of
-        which no pixel is visible.
+        int64 [objects, 4]: x1, y1, x2, y2 in pixels, x2 and y2 exclusive; zeros for an object without
+        visible pixels.
 
     Raises:
         ValueError: `size` is not positive.
@@ -171,7 +171,7 @@ def _draw_background(background: Background, size: int) -> npt.NDArray[np.float3
     if background.kind == "gradient":
         return first + _ramp(background.angle, size)[..., None] * (second - first)
     noise = _noise(background.seed, size)
-    # The second field moves light and dark without touching the hue, as uneven light does.
+    # The second field varies the brightness without changing the hue, like uneven light.
     return first + noise[..., :1] * (second - first) + 16.0 * (noise[..., 1:] - 0.5)
 
 

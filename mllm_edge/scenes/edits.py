@@ -24,7 +24,7 @@ class Edit:
         kind: One of `EDIT_KINDS`.
         target: Index of the changed object in `before`.
         before: The scene as given.
-        after: The scene that follows; all other objects and the background are the same.
+        after: The edited scene; all other objects and the background are unchanged.
     """
 
     instruction: str
@@ -37,15 +37,15 @@ class Edit:
 def edit(scene: Scene, rng: np.random.Generator) -> Edit:
     """Draws a change of one object of a scene.
 
-    The scene after it is as legible as any sampled one, has at least one object and, unless the scene
-    before it had one, no held-out pair. It stays in the split of the scene before it.
+    The edited scene is as legible as any sampled one, has at least one object, no held-out pair unless
+    the scene already had one, and stays in the same split.
 
     Args:
         scene: The scene to change.
         rng: Chooses the kind, the target and the words.
 
     Returns:
-        The edit. Every kind is as likely, but a single object is never removed.
+        The edit. All kinds are equally likely, but a single object is never removed.
 
     Raises:
         ValueError: No object of the scene can be named or changed (not so for any sampled scene).
@@ -65,7 +65,7 @@ def edit(scene: Scene, rng: np.random.Generator) -> Edit:
 def _changes(
     kind: str, name: str, item: SceneObject, rng: np.random.Generator
 ) -> Iterator[tuple[str, tuple[SceneObject, ...]]]:
-    """Yields instructions of one kind, each with what takes the object's place."""
+    """Yields instructions of one kind, each with the object's replacement."""
     if kind == "remove":
         yield pick(rng, _REMOVE).format(name), ()
     elif kind == "recolor":

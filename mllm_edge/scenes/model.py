@@ -1,4 +1,4 @@
-"""What a scene is: objects and a background in coordinates that know no pixel size."""
+"""Scenes: objects and a background in coordinates that are independent of the pixel size."""
 
 import hashlib
 import json
@@ -23,8 +23,8 @@ COLOR_RGB: dict[str, Rgb] = {
     "white": (244, 244, 244),
 }
 COLORS: tuple[str, ...] = tuple(COLOR_RGB)
-# Drawn scenes have none of these; `recolor` brings them into training. More colors than 8 leave a learner of pairs of
-# color and shape no choice but to learn the two apart.
+# Drawn scenes have none of these; `recolor` adds them in training. With more than 8 colors, a model that could learn
+# pairs of color and shape must learn the two separately.
 MORE_COLOR_RGB: dict[str, Rgb] = {
     "pink": (255, 150, 200),
     "teal": (0, 125, 125),
@@ -92,7 +92,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Background:
-    """What lies behind the objects.
+    """The background of a scene.
 
     Attributes:
         kind: "plain" (only `first`), "gradient" (`first` to `second` along `angle`) or "texture"

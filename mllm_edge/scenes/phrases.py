@@ -20,7 +20,7 @@ LOCATIONS: tuple[str, ...] = (
     "bottom",
     "bottom right",
 )
-ROWS = 8  # of a picture that is read line by line
+ROWS = 8  # of a picture, for `line_order`
 RELATION_MARGIN = 0.12  # how much farther left or up a center must be before we say so
 _CELL_MARGIN = 0.04  # a center this far inside its cell of the 3x3 grid has a clear location
 _NEIGHBOR_MARGIN = 0.1  # "the object at the top left" needs all others this far outside that cell
@@ -35,14 +35,14 @@ _SUPERLATIVES: tuple[tuple[str, str, int], ...] = (
 
 @dataclass(frozen=True)
 class Description:
-    """What is said of an object; None leaves an attribute unsaid."""
+    """Attributes used to describe an object; None omits one."""
 
     size: str | None = None
     color: str | None = None
     shape: str | None = None
 
     def fits(self, item: SceneObject) -> bool:
-        """Tells whether the description is true of an object."""
+        """Returns whether the description is true of an object."""
         return self.size in (None, item.size) and self.color in (None, item.color) and self.shape in (None, item.shape)
 
     def __str__(self) -> str:
@@ -50,12 +50,12 @@ class Description:
 
 
 def full_description(item: SceneObject) -> Description:
-    """Returns the description that says size, color and shape."""
+    """Returns the description with size, color and shape."""
     return Description(item.size, item.color, item.shape)
 
 
 def unique_descriptions(scene: Scene, index: int) -> list[Description]:
-    """Returns all descriptions that fit one object and no other."""
+    """Returns all descriptions that fit only the object `index`."""
     return [d for d in _true_descriptions(scene.objects[index]) if matches(scene, d) == [index]]
 
 
@@ -86,13 +86,13 @@ def sole_occupants(scene: Scene) -> dict[str, int]:
 
 
 def at_location(name: str) -> str:
-    """Returns a location as it stands in a sentence: "at the top left", "in the center", "on the left"."""
+    """Returns a location as used in a sentence: "at the top left", "in the center", "on the left"."""
     preposition = {"center": "in", "left": "on", "right": "on"}.get(name, "at")
     return f"{preposition} the {name}"
 
 
 def with_article(noun: str) -> str:
-    """Puts "a" or "an" in front."""
+    """Prepends "a" or "an"."""
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
@@ -107,17 +107,17 @@ def joined(parts: Sequence[str]) -> str:
 
 
 def reading_order(objects: Sequence[SceneObject]) -> list[int]:
-    """Returns the indices from left to right; where equal, from top to bottom."""
+    """Returns the indices from left to right; ties from top to bottom."""
     return sorted(range(len(objects)), key=lambda i: (objects[i].x, objects[i].y, i))
 
 
 def line_order(objects: Sequence[SceneObject]) -> list[int]:
-    """Returns the indices in the order of lines of text: row by row from the top, in a row from left to right."""
+    """Returns the indices in the order of text: row by row from the top, left to right within a row."""
     return sorted(range(len(objects)), key=lambda i: (int(objects[i].y * ROWS), objects[i].x, i))
 
 
 def referring_expressions(scene: Scene, rng: np.random.Generator) -> list[tuple[str, int]]:
-    """Returns everything we can call exactly one object of a scene.
+    """Returns all expressions that refer to exactly one object of a scene.
 
     By attribute ("the red object", "the small circle"), by rank ("the leftmost circle") and by place
     ("the object at the top left"). Every object of a sampled scene has at least one expression.
@@ -147,7 +147,7 @@ def _superlatives(scene: Scene) -> list[tuple[str, int]]:
 
 
 def _true_descriptions(item: SceneObject) -> list[Description]:
-    """Returns all there is to say of an object, from nothing to everything."""
+    """Returns all true descriptions of an object, from the empty to the full one."""
     return [Description(*words) for words in product((None, item.size), (None, item.color), (None, item.shape))]
 
 
@@ -158,7 +158,7 @@ def _shared_descriptions(objects: Iterable[SceneObject]) -> list[Description]:
 
 
 def _is_in_cell(item: SceneObject, name: str, margin: float) -> bool:
-    """Tells whether the center lies in a cell whose inner borders are moved outward by the margin."""
+    """Returns whether the center lies in a cell whose inner borders are moved outward by the margin."""
     row, column = divmod(LOCATIONS.index(name), 3)
     return all(
         (cell == 0 or value >= cell / 3 - margin) and (cell == 2 or value < (cell + 1) / 3 + margin)

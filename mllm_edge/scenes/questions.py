@@ -1,4 +1,4 @@
-"""Questions about scenes whose answers are certain."""
+"""Questions about scenes with unambiguous answers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from mllm_edge.scenes.phrases import (
     with_article,
 )
 
-# Appended to a question, it asks for `Question.answer` rather than `Question.sentence` (LLaVA's docs/Evaluation.md).
+# Appended to a question to ask for `Question.answer` rather than `Question.sentence` (LLaVA's docs/Evaluation.md).
 SHORT = "\nAnswer the question using a single word or phrase."
 QUESTION_KINDS: tuple[str, ...] = ("what", "color", "count", "where", "yesno")
 
@@ -42,7 +42,7 @@ class Question:
         question: The question.
         answer: Short form: "red", "red circle", "2", "top left", "yes".
         sentence: The answer as a full sentence.
-        target: Index of the object it is about; None where it is about none or about several.
+        target: Index of the object it is about; None if it is about none or several.
     """
 
     kind: str
@@ -53,7 +53,7 @@ class Question:
 
     @property
     def is_relation(self) -> bool:
-        """Whether it asks how two objects lie."""
+        """Whether it asks for the relation of two objects."""
         return self.question.startswith("Is the ")
 
     def asked(self, short: bool) -> tuple[str, str]:
@@ -64,10 +64,10 @@ class Question:
 def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """Returns questions of every kind that the scene allows.
 
-    No question is ambiguous: "the circle" is unique, places and relations hold with a margin. Half
-    of the answers on existence are "yes" (many a "no" is hard: the color is there and the shape is
-    there, but not together), and half of those on relations. A scene
-    without a held-out pair gets no question that names one, not even to be answered with "no".
+    No question is ambiguous: "the circle" is unique, places and relations hold with a margin. Half of
+    the answers on existence are "yes" (many of the others are hard: the color and the shape both occur,
+    but not together), and half of those on relations. A scene without a held-out pair gets no question
+    that names one, not even to be answered with "no".
 
     Args:
         scene: The scene.
@@ -83,14 +83,14 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
 def placed_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """Returns questions on the shape alone and the color alone of whatever is at a place.
 
-    They part what "What is at the top left?" asks for at once.
+    They separate the two things that "What is at the top left?" asks for at once.
 
     Args:
         scene: The scene.
         rng: Chooses templates.
 
     Returns:
-        Questions of the kinds "what" and "color" about each object that is alone at its place.
+        Questions of the kinds "what" and "color" about each object that is alone in its cell.
     """
     found = []
     for place, index in sole_occupants(scene).items():
@@ -103,7 +103,7 @@ def placed_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 
 def draw_questions(asked: Sequence[Question], rng: np.random.Generator, number: int) -> list[Question]:
-    """Returns up to `number` different questions, each kind as likely: a scene allows many more of some kinds."""
+    """Returns up to `number` different questions, all kinds equally likely: a scene allows many more of some kinds."""
     left = list(asked)
     drawn: list[Question] = []
     while left and len(drawn) < number:
@@ -119,13 +119,13 @@ def without_colors(asked: Sequence[Question]) -> list[Question]:
 
 
 def held_out_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Returns the questions on which only an unseen combination of color and shape can be of help.
+    """Returns the questions that can only be answered from an unseen combination of color and shape.
 
-    Their target has a held-out pair, or their text names one. "Is there a red star?" is asked of
-    pairs that are there and of as many that are not, so that saying "yes" to each earns half.
+    Their target has a held-out pair, or their text names one. "Is there a red star?" is asked for as
+    many present as absent pairs, so that always answering "yes" scores half.
 
     Args:
-        scene: A scene, of the split "held_out" to be of use.
+        scene: A scene, usually of the split "held_out".
         rng: Chooses templates, descriptions and negatives.
 
     Returns:
@@ -206,7 +206,7 @@ def _wheres(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 
 def _existences(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Asks up to two things that are there and as many that are not."""
+    """Asks for up to two things that are present and as many that are not."""
     there = [_said_partly(full_description(item), rng) for item in shuffled(rng, scene.objects)]
     asked = list(dict.fromkeys(there))[:2]
     hard = shuffled(rng, _hard_negatives(scene))
@@ -217,7 +217,7 @@ def _existences(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 
 def _said_partly(description: Description, rng: np.random.Generator) -> Description:
-    """Leaves the size, the color, the shape or nothing unsaid; color and shape stay most often."""
+    """Omits the size, the color, the shape or nothing; color and shape are kept most often."""
     size, color, shape = description.size, description.color, description.shape
     options = (
         Description(None, color, shape),
@@ -230,7 +230,7 @@ def _said_partly(description: Description, rng: np.random.Generator) -> Descript
 
 
 def _hard_negatives(scene: Scene) -> list[Description]:
-    """Returns descriptions of nothing in the scene whose words are all true of something in it."""
+    """Returns descriptions that fit nothing in the scene although each word fits something in it."""
     words = [(None, *dict.fromkeys(words)) for words in zip(*((o.size, *o.pair) for o in scene.objects), strict=True)]
     return [d for d in (Description(*choice) for choice in product(*words)) if _is_fair_negative(scene, d)]
 
@@ -243,12 +243,12 @@ def _easy_negative(scene: Scene, rng: np.random.Generator) -> Description:
 
 
 def _palette(scene: Scene) -> tuple[str, ...]:
-    """Colors to ask for: the additional ones in vain too, where there are some."""
+    """Colors to ask for, including the additional ones (as negatives too) if the scene has some."""
     return COLORS if all(item.color in COLORS for item in scene.objects) else ALL_COLORS
 
 
 def _is_fair_negative(scene: Scene, description: Description) -> bool:
-    """Tells whether a description fits nothing and does not give away a held-out pair."""
+    """Returns whether a description fits nothing and does not reveal a held-out pair."""
     names_held_out = (description.color, description.shape) in HELD_OUT_PAIRS
     return not matches(scene, description) and (scene.shows_held_out_pair or not names_held_out)
 
@@ -262,7 +262,7 @@ def _existence(scene: Scene, description: Description, rng: np.random.Generator)
 
 
 def _relations(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Asks, of each two objects that can be named, one relation that clearly holds or clearly does not."""
+    """Asks, for each two objects that can be named, one relation that clearly holds or clearly does not."""
     found = []
     for indices in combinations(range(len(scene.objects)), 2):
         first, second = shuffled(rng, indices)

@@ -8,7 +8,7 @@ import numpy as np
 from mllm_edge.scenes.model import COLORS, HELD_OUT_PAIRS, SHAPES, Scene
 from mllm_edge.scenes.questions import Question
 
-# Of regular plural, and none begins another.
+# With regular plurals, and none is a prefix of another.
 MORE_COLORS = ("pink", "brown", "gray", "black", "golden", "silver", "beige", "teal", "violet", "lime", "navy", "tan")
 MORE_SHAPES = ("heart", "diamond", "arrow", "moon", "cloud", "flower", "key", "bell", "drop", "spiral", "oval", "kite")
 
@@ -20,14 +20,13 @@ _ARTICLE = re.compile(r"\b([Aa])n? (?=([a-z]))")
 def rename(
     scene: Scene, texts: list[str], asked: list[Question], rng: np.random.Generator
 ) -> tuple[list[str], list[Question]]:
-    """Gives every color and every shape a name drawn from all that there are, the same one wherever it occurs.
+    """Gives every color and shape a name drawn from all names, the same one wherever it occurs.
 
-    Who learns from such texts learns to look names up: no name tells anything of another. The held-out pairs stay
-    unnamed.
+    A model trained on such texts must look names up, since no name predicts another. Held-out pairs are never named.
 
     Args:
         scene: What `texts` and `asked` are about.
-        texts: Told of the scene.
+        texts: Texts about the scene.
         asked: Questions about it.
         rng: Draws the names.
     """

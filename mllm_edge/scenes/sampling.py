@@ -1,7 +1,7 @@
 """Draws scenes for four splits that cannot overlap.
 
-A scene's split is written in its background: the hash of the background names it. An edit leaves
-the background alone, so a scene after an edit stays in the split of the scene before it.
+A scene's split is determined by the hash of its background. An edit keeps the background, so an edited
+scene stays in its split.
 """
 
 import math
@@ -27,7 +27,7 @@ from mllm_edge.scenes.model import (
     pick,
 )
 
-# Of twenty backgrounds, how many belong to each split. The order numbers the splits in the seeds.
+# Of twenty backgrounds, how many belong to each split. The seeds depend on the splits' order.
 _SHARES: dict[str, int] = {"train": 14, "validation": 2, "test": 2, "held_out": 2}
 SPLITS: tuple[str, ...] = tuple(_SHARES)
 _SPLIT_OF_BUCKET = tuple(split for split, share in _SHARES.items() for _ in range(share))
@@ -37,7 +37,7 @@ MOST_OBJECTS = 4
 LEAST_VISIBLE = 0.6
 TRAIN_PAIRS: tuple[Pair, ...] = tuple((c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT_PAIRS)
 
-_CHECK_SIZE = 64  # pixels; visibility is judged at this one size so that it never depends on the caller
+_CHECK_SIZE = 64  # pixels; visibility is always judged at this size, whatever the caller's
 _MOST_TURN = math.radians(15)
 _COLOR_JITTER = 11
 _ECHO_RATE = 0.45  # how often an object repeats an earlier color or shape, so that questions need both
@@ -78,7 +78,7 @@ def split_of(scene: Scene) -> str:
 
 
 def is_legible(scene: Scene) -> bool:
-    """Tells whether every object shows 60 % of its pixels and none melts into one of its own color."""
+    """Returns whether every object shows 60 % of its pixels and none touches another of its color."""
     meetings = [(a, b) for a, b in combinations(scene.objects, 2) if _may_touch(a, b)]
     if any(a.color == b.color for a, b in meetings):
         return False
@@ -126,7 +126,7 @@ def _sample_background(rng: np.random.Generator) -> Background:
 
 
 def _muted_rgb(rng: np.random.Generator) -> Rgb:
-    """Returns a dark to middle tone of little saturation: nothing that an object color could be."""
+    """Returns a dark to middle tone of low saturation, unlike any object color."""
     tone = int(rng.integers(38, 112))
     red, green, blue = (tone + int(rng.integers(-14, 15)) for _ in range(3))
     return red, green, blue
@@ -139,7 +139,7 @@ def _sample_objects(rng: np.random.Generator, held_out: bool) -> tuple[SceneObje
     while len(looks) < count:
         pair = pick(rng, HELD_OUT_PAIRS) if len(looks) == special else _sample_pair(rng, [p for p, _ in looks])
         look = pair, pick(rng, SIZES)
-        # Of two look-alikes one is always clearly left of or above the other; of three, perhaps not.
+        # One of two look-alikes is always clearly left of or above the other; with three, perhaps not.
         if looks.count(look) < 2:
             looks.append(look)
     return tuple(_place(pair, size, rng) for pair, size in looks)
@@ -154,7 +154,7 @@ def _sample_pair(rng: np.random.Generator, earlier: list[Pair]) -> Pair:
 
 
 def _place(pair: Pair, size: str, rng: np.random.Generator) -> SceneObject:
-    """Gives a look a place in the picture; four decimals are finer than any pixel we draw."""
+    """Places an object in the picture; four decimals are finer than any pixel we draw."""
     radius = round(float(rng.uniform(*RADIUS_RANGES[size])), 4)
     x, y = (round(float(rng.uniform(REACH * radius, 1.0 - REACH * radius)), 4) for _ in range(2))
     angle = round(float(rng.uniform(-_MOST_TURN, _MOST_TURN)), 4)

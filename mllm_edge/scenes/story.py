@@ -1,4 +1,4 @@
-"""Scenes told in words alone, for a language model that has yet to meet a picture."""
+"""Scenes as text alone, for a language model that is trained before any pictures."""
 
 from dataclasses import dataclass, replace
 
@@ -13,12 +13,12 @@ from mllm_edge.scenes.questions import Question, draw_questions, questions
 from mllm_edge.scenes.renaming import rename
 from mllm_edge.scenes.sampling import is_legible, sample_scene
 
-_STREAM = 77  # sets the choice of words apart from the choice of the scene, which has the same index
+_STREAM = 77  # separates the random stream of the words from that of the scene, which has the same index
 _MOST_QUESTIONS = 4
 
 
 def scene_text(index: int, seed: int = 0) -> str:
-    """Tells one scene of the train split: a caption, a dialogue about a description, or an edit.
+    """Describes one scene of the train split: a caption, a dialogue about a description, or an edit.
 
     Every answer follows from the description before it. A dialogue reads "A small red circle at the
     top left. Question: What color is the circle? Answer: red.", an edit "Before: ... Instruction:
@@ -39,7 +39,7 @@ def scene_text(index: int, seed: int = 0) -> str:
     form = rng.random()
     if form < 0.25:
         return caption(scene, rng)
-    # Objects of one cell now lie on each other, and some cannot be told apart: nothing to point at.
+    # Objects in one cell now overlap, and some cannot be told apart, so there may be nothing to edit.
     if form < 0.9 or not is_legible(scene):
         return f"{full_caption(scene, rng)} {_dialogue(scene, rng)}"
     change = edit(scene, rng)
@@ -52,9 +52,9 @@ class ToldScene:
     """A scene in words.
 
     Attributes:
-        text: A caption that says all there is to know.
-        things: The same in bare words: the attributes of each object (see `attributes`).
-        questions: Questions that both answer, each kind as likely.
+        text: A complete caption.
+        things: The same as bare words: the attributes of each object (see `attributes`).
+        questions: Questions answered by either, all kinds equally likely.
     """
 
     text: str
@@ -63,12 +63,12 @@ class ToldScene:
 
 
 def told_scene(index: int, seed: int = 0, other_names: bool = False) -> ToldScene:
-    """Tells one scene of the train split in full.
+    """Describes one scene of the train split in full.
 
     Args:
         index: Number of the scene, from 0.
         seed: Another seed gives another series.
-        other_names: Whether its colors and shapes get other names (see `rename`).
+        other_names: Rename its colors and shapes (see `rename`).
 
     Raises:
         ValueError: The index or seed is negative.
@@ -96,7 +96,7 @@ def _dialogue(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _snapped(scene: Scene) -> Scene:
-    """Moves every object to the middle of its grid cell, so that the words tell all there is to know."""
+    """Moves every object to the middle of its grid cell, so that the words describe the scene completely."""
     moved = []
     for item in scene.objects:
         x, y = cell_center(item)

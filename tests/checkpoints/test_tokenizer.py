@@ -1,4 +1,4 @@
-"""Tokenizers that llama.cpp has not are refused by name before anything is written; the others are read rightly."""
+"""Tokenizers that llama.cpp does not have are refused by name before anything is written; others are read correctly."""
 
 import json
 from collections.abc import Callable
@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_for_tests import vocabulary_only
+from gguf import GGUFReader
+from gguf_for_tests import causal, vocabulary_only
 from tokenizers_to_test import FLAGS, byte_level, llama_fast, llama_sentencepiece, write
 
 from mllm_edge.checkpoints.tokenizer import checkpoint_tokenizer, lead, read_tokenizer
 from mllm_edge.errors import BadInput, OutOfTolerance
+from mllm_edge.export.gguf.maps import tensor_shapes
 from mllm_edge.export.gguf.same_tokens import NASTY, assert_same_tokens
-from mllm_edge.export.gguf.writer import export_language_model, tensor_shapes
+from mllm_edge.export.gguf.writer import export_language_model
 from mllm_edge.models.language.llama import LlamaDims
-from mllm_edge.models.plan import LanguageModelExport
+from mllm_edge.runtime.engines.llama.tokenizer import GgufTokenizer
 
 Data = dict[str, Any]
 
@@ -44,7 +46,7 @@ def test_flags_count_without_tokenizer_json(tmp_path: Path) -> None:
         read_tokenizer(folder)
 
 
-def test_normalized_added_tokens_matter_only_behind_a_prepended_space(tmp_path: Path) -> None:
+def test_normalized_added_tokens_matter_only_after_a_prepended_space(tmp_path: Path) -> None:
     legacy, first = tmp_path / "legacy", tmp_path / "first"
     for folder in (legacy, first):
         folder.mkdir()
@@ -68,7 +70,7 @@ def test_normalized_added_tokens_matter_only_behind_a_prepended_space(tmp_path: 
         (lambda data: data["model"].pop("merges"), "no vocabulary or no merges"),
     ],
 )
-def test_byte_level_that_llama_cpp_has_not(tmp_path: Path, edit: Callable[[Data], object], message: str) -> None:
+def test_byte_level_that_llama_cpp_does_not_have(tmp_path: Path, edit: Callable[[Data], object], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         read_tokenizer(change(byte_level(tmp_path, "gpt-2"), edit))
 
@@ -117,7 +119,7 @@ def test_no_space_at_all(tmp_path: Path) -> None:
 
 
 def test_every_added_token_is_compared(tmp_path: Path) -> None:
-    """The twentieth differs: the file behind the GGUF calls it otherwise than the checkpoint's."""
+    """The twentieth differs: its text in the GGUF is not the checkpoint's."""
     mine, other = tmp_path / "mine", tmp_path / "other"
     for folder in (mine, other):
         folder.mkdir()
@@ -142,7 +144,7 @@ def test_sentencepiece_that_is_not_legacy_is_announced(tmp_path: Path) -> None:
 
 
 def test_pieces_are_fresh_strings_without_bos(tmp_path: Path) -> None:
-    """LLaVA tokenizes the text behind a picture as a string of its own: the space piece, then the newline."""
+    """LLaVA tokenizes the text after a picture as a string of its own: the space piece, then the newline."""
     folder = llama_sentencepiece(tmp_path)
     tokens = read_tokenizer(folder).tokens
     encode = checkpoint_tokenizer(folder)
@@ -152,10 +154,19 @@ def test_pieces_are_fresh_strings_without_bos(tmp_path: Path) -> None:
 
 
 def test_special_tokens_and_unused_rows(tmp_path: Path) -> None:
-    """The llava-hf table: <image> behind the trained tokens, more rows than tokens."""
+    """The llava-hf table: <image> after the trained tokens, more rows than tokens."""
     folder = llama_sentencepiece(tmp_path)
     dims = LlamaDims(vocabulary=448, width=32, ffn_width=32, layers=1, heads=1, kv_heads=1, context=32)
     state = {name: torch.zeros(shape) for name, shape in tensor_shapes(dims).items()}
-    entry = export_language_model(LanguageModelExport("llama", dims, state, folder), tmp_path / "model.gguf", "f32")
-    assert entry.special_tokens == {"bos": 1, "eos": 2, "unk": 0, "image": 420}
+    export_language_model(causal(dims, state, folder), tmp_path / "model.gguf", "f32")
+    fields = GGUFReader(tmp_path / "model.gguf").fields
+    roles = {name: field.contents() for name, field in fields.items() if name.endswith("_token_id")}
+    assert {name.split(".")[-1]: token for name, token in roles.items()} == {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+    }
+    tokenizer = GgufTokenizer(tmp_path / "model.gguf")
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.control_tokens["<image>"]) == (1, 2, 420)
+    tokenizer.close()
     assert_same_tokens(tmp_path / "model.gguf", folder, [*NASTY, "[PAD430]", "[PAD447] x"])

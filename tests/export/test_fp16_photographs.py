@@ -12,8 +12,8 @@ from PIL import Image
 from mllm_edge import models
 from mllm_edge.errors import MllmEdgeError
 from mllm_edge.export.onnx.lower import export_stage
+from mllm_edge.export.verify.difference import compare
 from mllm_edge.export.verify.samples import Samples, pictures
-from mllm_edge.export.verify.verify import compare
 from mllm_edge.models.plan import ExportPlan
 from mllm_edge.models.resolve import resolve
 

@@ -8,13 +8,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_for_tests import vocabulary_only
+from gguf_for_tests import causal, vocabulary_only
 from tokenizers_to_test import byte_level, llama_fast, llama_sentencepiece, write
 
 from mllm_edge.checkpoints.tokenizer import lead, read_tokenizer
 from mllm_edge.errors import BadInput, OutOfTolerance
+from mllm_edge.export.gguf.maps import tensor_shapes
 from mllm_edge.export.gguf.same_tokens import assert_same_tokens
-from mllm_edge.export.gguf.writer import export_language_model, tensor_shapes
+from mllm_edge.export.gguf.writer import export_language_model
 from mllm_edge.models.language.llama import LlamaDims, llama
 from mllm_edge.models.language.llama_gguf import interleave_rotary
 from mllm_edge.models.plan import LanguageModelExport
@@ -76,8 +77,9 @@ def random_llama(dims: LlamaDims) -> torch.nn.Module:
 
 def run(path: Path, lm: LanguageModelExport, quant: str, ids: list[int], kv: str = "f32") -> np.ndarray:
     entry = export_language_model(lm, path, quant)
-    assert entry.embedding.dtype in ("F32", "F16", "Q8_0")
-    model = LlamaLanguageModel(path, entry, Options("cpu", True, 1, kv, 64))
+    assert entry.gguf
+    assert entry.gguf.embedding.dtype in ("F32", "F16", "Q8_0")
+    model = LlamaLanguageModel(path.parent, entry, Options("cpu", True, 1, kv, 64))
     try:
         return model.prefill(model.embed(ids)).logits
     finally:
@@ -87,7 +89,7 @@ def run(path: Path, lm: LanguageModelExport, quant: str, ids: list[int], kv: str
 @pytest.mark.parametrize("dims", [NARROW, WIDE], ids=["plain", "grouped-tied"])
 def test_logits_equal_transformers(tmp_path: Path, tokenizer: Path, dims: LlamaDims) -> None:
     model = random_llama(dims)
-    lm = LanguageModelExport("llama", dims, model.state_dict(), tokenizer)
+    lm = causal(dims, model.state_dict(), tokenizer)
     ids = [1, 300, 17, 5, 260, 333]
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([ids])).logits[0, -1].numpy()
@@ -102,7 +104,7 @@ def test_logits_equal_transformers(tmp_path: Path, tokenizer: Path, dims: LlamaD
 @pytest.mark.parametrize("quant", K_QUANTS)
 def test_k_quants(tmp_path: Path, tokenizer: Path, quant: str) -> None:
     model = random_llama(WIDE)
-    lm = LanguageModelExport("llama", WIDE, model.state_dict(), tokenizer)
+    lm = causal(WIDE, model.state_dict(), tokenizer)
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([[1, 300, 17]])).logits[0, -1].numpy()
     rounded = run(tmp_path / "model.gguf", lm, quant, [1, 300, 17], kv="f16")
@@ -111,7 +113,7 @@ def test_k_quants(tmp_path: Path, tokenizer: Path, quant: str) -> None:
 
 
 def test_narrow_k_quants_are_announced(tmp_path: Path, tokenizer: Path) -> None:
-    lm = LanguageModelExport("llama", NARROW, random_llama(NARROW).state_dict(), tokenizer)
+    lm = causal(NARROW, random_llama(NARROW).state_dict(), tokenizer)
     with pytest.warns(UserWarning, match="no multiple of 256"):
         export_language_model(lm, tmp_path / "model.gguf", "q4_k_m")
 
@@ -122,7 +124,7 @@ def test_a_width_that_fits_no_block(tmp_path: Path, tokenizer: Path, quant: str,
     """llama.cpp aborts the whole process when it is told a type for the embedding whose blocks do not fit its rows."""
     dims = LlamaDims(vocabulary=422, width=48, ffn_width=80, layers=1, heads=4, kv_heads=4, context=64, tied=tied)
     model = random_llama(dims)
-    lm = LanguageModelExport("llama", dims, model.state_dict(), tokenizer)
+    lm = causal(dims, model.state_dict(), tokenizer)
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([[1, 300, 17]])).logits[0, -1].numpy()
     with pytest.warns(UserWarning, match=f"no multiple of {block}.*F16"):
@@ -135,7 +137,7 @@ def test_heads_narrower_than_the_width(tmp_path: Path, tokenizer: Path) -> None:
     model = random_llama(dims)
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([[1, 300, 17, 5]])).logits[0, -1].numpy()
-    lm = LanguageModelExport("llama", dims, model.state_dict(), tokenizer)
+    lm = causal(dims, model.state_dict(), tokenizer)
     np.testing.assert_allclose(run(tmp_path / "model.gguf", lm, "f32", [1, 300, 17, 5]), expected, atol=1e-4)
 
 
@@ -147,7 +149,7 @@ def test_ctrl_c_in_the_quantizer_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(library(), "llama_model_quantize", interrupt)
-    lm = LanguageModelExport("llama", WIDE, random_llama(WIDE).state_dict(), tokenizer)
+    lm = causal(WIDE, random_llama(WIDE).state_dict(), tokenizer)
     with pytest.raises(KeyboardInterrupt):
         export_language_model(lm, tmp_path / "model.gguf", "q4_k_m")
     assert not list(tmp_path.iterdir())
@@ -156,7 +158,7 @@ def test_ctrl_c_in_the_quantizer_leaves_nothing(
 @pytest.mark.parametrize("quant", ["f32", "q4_k_m"])
 def test_one_tensor_at_a_time(tmp_path: Path, tokenizer: Path, quant: str) -> None:
     tensors = Watched(dict(random_llama(WIDE).state_dict()))
-    export_language_model(LanguageModelExport("llama", WIDE, tensors, tokenizer), tmp_path / "model.gguf", quant)
+    export_language_model(causal(WIDE, tensors, tokenizer), tmp_path / "model.gguf", quant)
     assert tensors.most == 1
 
 
@@ -179,11 +181,11 @@ class Counted(dict[str, torch.Tensor]):
 
 
 @pytest.mark.parametrize("torn", [0, 1, 40], ids=["between tensors", "a byte missing", "in a tensor"])
-def test_a_killed_export_goes_on_with_the_next_tensor(tmp_path: Path, tokenizer: Path, torn: int) -> None:
+def test_a_killed_export_continues_with_the_next_tensor(tmp_path: Path, tokenizer: Path, torn: int) -> None:
     state = random_llama(WIDE).state_dict()
     path, whole = tmp_path / "model.gguf", tmp_path / "whole.gguf"
-    export_language_model(LanguageModelExport("llama", WIDE, state, tokenizer), whole, "q4_k_m")
-    lm = LanguageModelExport("llama", WIDE, Counted(state, 7), tokenizer)
+    export_language_model(causal(WIDE, state, tokenizer), whole, "q4_k_m")
+    lm = causal(WIDE, Counted(state, 7), tokenizer)
     with pytest.raises(Killed):
         export_language_model(lm, path, "q4_k_m", made_from="these weights")
     assert not path.exists()
@@ -191,7 +193,7 @@ def test_a_killed_export_goes_on_with_the_next_tensor(tmp_path: Path, tokenizer:
     with partial.open("r+b") as file:
         file.truncate(partial.stat().st_size - torn)
     rest, told = Counted(state, 1000), []
-    lm = LanguageModelExport("llama", WIDE, rest, tokenizer)
+    lm = causal(WIDE, rest, tokenizer)
     export_language_model(lm, path, "q4_k_m", lambda done, _: told.append(done), made_from="these weights")
     assert rest.read == len(tensor_shapes(WIDE)) - 7 + (torn > 0)
     assert told == sorted(set(told))
@@ -199,13 +201,13 @@ def test_a_killed_export_goes_on_with_the_next_tensor(tmp_path: Path, tokenizer:
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_another_export_does_not_go_on_with_a_strangers_file(tmp_path: Path, tokenizer: Path) -> None:
+def test_another_export_does_not_continue_a_file_of_other_weights(tmp_path: Path, tokenizer: Path) -> None:
     first, second = (random_llama(WIDE).state_dict() for _ in range(2))
     second = {name: tensor * 2 for name, tensor in second.items()}
-    lm = LanguageModelExport("llama", WIDE, Counted(first, 7), tokenizer)
+    lm = causal(WIDE, Counted(first, 7), tokenizer)
     with pytest.raises(Killed):
         export_language_model(lm, tmp_path / "model.gguf", "f16", made_from="the first")
-    lm = LanguageModelExport("llama", WIDE, second, tokenizer)
+    lm = causal(WIDE, second, tokenizer)
     export_language_model(lm, tmp_path / "model.gguf", "f16", made_from="the second")
     export_language_model(lm, tmp_path / "whole.gguf", "f16")
     assert (tmp_path / "model.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
@@ -218,7 +220,7 @@ def test_another_export_does_not_go_on_with_a_strangers_file(tmp_path: Path, tok
 def test_k_quants_are_those_of_llama_cpps_own_quantizer(
     tmp_path: Path, tokenizer: Path, dims: LlamaDims, quant: str
 ) -> None:
-    lm = LanguageModelExport("llama", dims, random_llama(dims).state_dict(), tokenizer)
+    lm = causal(dims, random_llama(dims).state_dict(), tokenizer)
     export_language_model(lm, tmp_path / "f32.gguf", "f32")
     export_language_model(lm, tmp_path / "ours.gguf", quant)
     settings = library().llama_model_quantize_default_params()
@@ -251,13 +253,13 @@ def test_wrong_shape_nan_and_small_vocabulary_are_named(tmp_path: Path, tokenize
     state = dict(random_llama(NARROW).state_dict())
     wrong = {**state, "model.norm.weight": torch.ones(3)}
     with pytest.raises(BadInput, match=r"model\.norm\.weight has shape \(3,\)"):
-        export_language_model(LanguageModelExport("llama", NARROW, wrong, tokenizer), tmp_path / "a.gguf", "f32")
+        export_language_model(causal(NARROW, wrong, tokenizer), tmp_path / "a.gguf", "f32")
     bad = {**state, "model.norm.weight": torch.full((64,), float("nan"))}
     with pytest.raises(BadInput, match=r"model\.norm\.weight has values that are NaN"):
-        export_language_model(LanguageModelExport("llama", NARROW, bad, tokenizer), tmp_path / "a.gguf", "q8_0")
+        export_language_model(causal(NARROW, bad, tokenizer), tmp_path / "a.gguf", "q8_0")
     few = dataclasses.replace(NARROW, vocabulary=100)
     with pytest.raises(BadInput, match="422 tokens but the model 100 rows"):
-        export_language_model(LanguageModelExport("llama", few, state, tokenizer), tmp_path / "a.gguf", "f32")
+        export_language_model(causal(few, state, tokenizer), tmp_path / "a.gguf", "f32")
 
 
 @pytest.mark.parametrize("kind", ["model", "legacy", "first", "gpt-2", "smollm", "llama-bpe", "qwen2"])

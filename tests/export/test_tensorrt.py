@@ -14,11 +14,12 @@ import mllm_edge
 from mllm_edge.bundle.manifest import BuildSettings, TensorSpec
 from mllm_edge.bundle.read import read_manifest
 from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
+from mllm_edge.export.export import AXIS
 from mllm_edge.export.onnx.lower import export_stage
 from mllm_edge.export.tensorrt import engine as tensorrt
 from mllm_edge.export.tensorrt.build import build_bundle
+from mllm_edge.export.verify.difference import compare
 from mllm_edge.export.verify.samples import Samples, pictures
-from mllm_edge.export.verify.verify import compare
 from mllm_edge.models.glamm import plan as glamm_plan
 from mllm_edge.models.llava import plan as llava_plan
 from mllm_edge.models.plan import StageExport
@@ -49,7 +50,7 @@ def test_every_stage_builds_for_three_gpus(name: str, stage: StageExport, tmp_pa
     export_stage(stage, path, "fp16" if "fp16" in stage.precisions else "fp32")
     told: list[float] = []
     work = tensorrt.Work(path, stage.inputs, stage.outputs, GPUS)
-    engine = tensorrt.build(work, RTX, BuildSettings(), progress=told.append)
+    engine = tensorrt.build(work, RTX, settings(stage.inputs), progress=told.append)
     assert len(engine) > 100_000
     assert told == sorted(told)
     assert 0 < told[-1] <= 1
@@ -63,7 +64,7 @@ def test_int8_builds_too(tmp_path: Path) -> None:
     for stage in quantized:
         path = tmp_path / f"{stage.name}.onnx"
         export_stage(stage, path, "int8", samples.inputs(stage), for_tensorrt=True)
-        assert len(tensorrt.build(tensorrt.Work(path, stage.inputs, stage.outputs, ["sm_89"]), RTX, BuildSettings()))
+        assert len(build(path, stage.inputs, stage.outputs))
         rounded, exact = onnxruntime.InferenceSession(path), samples.outputs(stage)[0]
         for name, found in zip(exact, rounded.run(list(exact), samples.inputs(stage)[0]), strict=True):
             assert compare(found, exact[name])["cosine"] > 0.99
@@ -78,7 +79,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StageExport]:
 
 
 def build(onnx: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bytes:
-    return tensorrt.build(tensorrt.Work(onnx, inputs, outputs, ["sm_89"]), RTX, BuildSettings())
+    return tensorrt.build(tensorrt.Work(onnx, inputs, outputs, ["sm_89"]), RTX, settings(inputs))
+
+
+def settings(inputs: Sequence[TensorSpec]) -> BuildSettings:
+    """With the lengths that export gives to axes that vary."""
+    return BuildSettings(axes={size: AXIS for spec in inputs for size in spec.shape if isinstance(size, str)})
 
 
 def test_a_node_that_the_parser_refuses_is_named(small: tuple[Path, StageExport], tmp_path: Path) -> None:
@@ -138,6 +144,15 @@ def test_a_bundle_of_engines(tmp_path: Path) -> None:
         assert (folder / engine.file).stat().st_size == engine.bytes
     with mllm_edge.load(folder, "cpu", threads=1) as model:
         assert model.generate("What is in the picture?", max_tokens=2).tokens.generated
+
+
+def test_engines_made_at_export_have_the_lengths_of_their_own_axes(tmp_path: Path) -> None:
+    folder = mllm_edge.export("glamm", target="trt", devices=["sm_89"], out=tmp_path / "g.bundle", check=False)
+    manifest = read_manifest(folder)
+    assert manifest.build.axes == {"boxes": [1, 4, 16], "masks": [1, 4, 16]}
+    varying = {"region_encoder": {"boxes": [1, 4, 16]}, "mask_decoder": {"masks": [1, 4, 16]}}
+    for stage in manifest.stages:
+        assert [engine.axes for engine in stage.engines] == [varying.get(stage.name, {})]
 
 
 def test_engines_run_where_their_gpu_is(tmp_path: Path) -> None:

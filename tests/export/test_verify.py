@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import types
 
@@ -5,15 +6,27 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toy_system import DIMS, PROMPT, ToySystem, decoder, fake_gguf, register
+from toy_system import DIMS, PROMPT, TOKENIZER, ToySystem, decoder, fake_gguf, register
 
 from mllm_edge.bundle.manifest import Manifest, StageEntry
 from mllm_edge.bundle.read import file_entry, read_manifest, write_manifest
 from mllm_edge.errors import BadInput, MllmEdgeError, OutOfTolerance
+from mllm_edge.export.verify import stages as stages_module
 from mllm_edge.export.verify import verify as verify_module
+from mllm_edge.export.verify.difference import compare, parity
 from mllm_edge.export.verify.samples import Samples, pictures
-from mllm_edge.export.verify.verify import compare, parity, require, verify, verify_bundle
+from mllm_edge.export.verify.verify import require, verify, verify_bundle
 from mllm_edge.runtime.preprocess import preprocess
+from mllm_edge.runtime.prompt import render, tokenized
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    bos, control_tokens = 1, {}
+
+    def tokenize(self, text):
+        return [byte % DIMS.vocabulary for byte in text.encode()]
 
 
 class Decoder:
@@ -21,19 +34,16 @@ class Decoder:
 
     def __init__(self, noise):
         self.reference, self.noise, self.past = decoder(), noise, None
-        self.bos, self.control_tokens = 1, {}
 
-    def tokenize(self, text, special=False):
-        return [byte % DIMS.vocabulary for byte in text.encode()]
+    def embed(self, ids):
+        return self.reference.get_input_embeddings().weight.detach()[ids].numpy()
 
-    def embed(self, tokens):
-        return self.reference.get_input_embeddings().weight.detach()[tokens].numpy()
-
-    def prefill(self, embeds):
+    def prefill(self, embeds, keep=0, state=False):
+        assert keep == 0
         return self._run(inputs_embeds=torch.from_numpy(embeds)[None])
 
-    def step(self, token):
-        return self._run(input_ids=torch.tensor([[token]]), past_key_values=self.past)
+    def extend(self, ids, states=0):
+        return self._run(input_ids=torch.tensor([ids]), past_key_values=self.past)
 
     def _run(self, **inputs):
         with torch.no_grad():
@@ -62,20 +72,24 @@ class Engine:
 class Runtime:
     """A loaded bundle whose stages are the plan's modules. `spoil` changes a stage's output."""
 
-    def __init__(self, plan, spoil, noise):
-        self.plan = plan
+    def __init__(self, manifest, plan, spoil, noise):
+        self.manifest, self.plan, self.tokenizer = manifest, plan, Bytes()
         self.stages = {stage.name: Engine(stage, spoil.get(stage.name, lambda x: x)) for stage in plan.stages}
         self.language_model = Decoder(noise)
 
     def prompt_embeds(self, prompt, image):
-        (step,) = self.plan.preprocessing
-        features = self.stages["vision_encoder"](pixel_values=preprocess(Image.fromarray(image), step))
+        (source,) = self.plan.sources
+        features = self.stages["vision_encoder"](pixel_values=preprocess(Image.fromarray(image), source))
         lm = self.language_model
         before, after = "USER: ", f"\n{prompt} ASSISTANT:"
-        ids = [lm.bos, *lm.tokenize(before)], lm.tokenize(after)
+        ids = [self.tokenizer.bos, *self.tokenizer.tokenize(before)], self.tokenizer.tokenize(after)
         return np.concatenate(
             [lm.embed(ids[0]), self.stages["connector"](**features)["image_embeds"][0], lm.embed(ids[1])]
         )
+
+    def prompt_parts(self, prompt, image):
+        first, *others = tokenized(render(PROMPT, prompt, {"pixels": 1}), self.tokenizer)
+        return [[self.tokenizer.bos, *first], *others]
 
     def __enter__(self):
         return self
@@ -110,17 +124,19 @@ def toy(tmp_path, monkeypatch):
     toy = Toy(system, folder, {})
     write_bundle(toy, "fp32", "f32")
     monkeypatch.setattr(
-        verify_module, "load", lambda folder, target=None, **_: Runtime(toy.plan(), toy.spoil, toy.noise)
+        verify_module,
+        "load",
+        lambda folder, target=None, **_: Runtime(read_manifest(folder), toy.plan(), toy.spoil, toy.noise),
     )
     opened = []
 
     def engine(path, entry, options):
         assert path.name == entry.file and options.target == "cpu"
         assert all(earlier.closed for earlier in opened)  # one at a time is in memory
-        opened.append(Runtime(toy.plan(), toy.spoil, 0.0).stages[entry.name])
+        opened.append(Runtime(None, toy.plan(), toy.spoil, 0.0).stages[entry.name])
         return opened[-1]
 
-    monkeypatch.setattr(verify_module, "STAGE_ENGINES", {"onnx": engine})
+    monkeypatch.setattr(stages_module, "STAGE_ENGINES", {"onnx": engine})
     monkeypatch.setattr(verify_module, "assert_same_tokens", lambda gguf, tokenizer: None)
     return toy
 
@@ -151,9 +167,10 @@ def write_bundle(toy, precision, quant):
             licences={},
             source=toy.checkpoint().source,
             tasks=[],
+            sources=plan.sources,
             stages=stages,
-            language_model=fake_gguf(plan.language_model, toy.folder / "lm.gguf", quant),
-            preprocessing=plan.preprocessing,
+            tokenizers=plan.tokenizers,
+            language_model=fake_gguf(plan.language_model, toy.folder / TOKENIZER.file, quant),
             prompt=PROMPT,
             generation=plan.generation,
         ),
@@ -274,6 +291,15 @@ def test_language_model_is_left_out_when_memory_is_short(toy, monkeypatch):
         assert list(toy.verify()) == ["vision_encoder", "connector"]
 
 
+@pytest.mark.parametrize(("beyond", "fits"), [(0, False), (1, True)])
+def test_memory_is_that_of_the_language_model_and_one_table(toy, monkeypatch, beyond, fits):
+    # two layers (attention 32x32 + 2 of 16x32 + 32x32, MLP 3 of 64x32), head and table 96x32; the table once more
+    weights = 2 * (3072 + 6144) + 2 * 3072
+    monkeypatch.setattr(verify_module, "available_memory", lambda: 4 * (weights + 3072) + beyond)
+    with contextlib.nullcontext() if fits else pytest.warns(UserWarning, match="not verified"):
+        assert ("language_model" in toy.verify()) == fits
+
+
 def test_result_is_written_into_the_manifest(toy):
     rows = verify_bundle(toy.folder)
     assert read_manifest(toy.folder).parity == rows
@@ -292,18 +318,9 @@ def test_other_weights_are_refused(toy):
 
 def test_other_tokens_stop_the_verification(toy, monkeypatch):
     def differ(gguf, tokenizer):
-        assert (gguf, tokenizer) == (toy.folder / "lm.gguf", toy.system.tokenizer)
+        assert (gguf, tokenizer) == (toy.folder / TOKENIZER.file, toy.system.tokenizer)
         raise OutOfTolerance("tokens differ")
 
-    opened = []
-
-    def engine(path, entry, options):
-        assert path.name == entry.file and options.target == "cpu"
-        assert all(earlier.closed for earlier in opened)  # one at a time is in memory
-        opened.append(Runtime(toy.plan(), toy.spoil, 0.0).stages[entry.name])
-        return opened[-1]
-
-    monkeypatch.setattr(verify_module, "STAGE_ENGINES", {"onnx": engine})
     monkeypatch.setattr(verify_module, "assert_same_tokens", differ)
     with pytest.raises(OutOfTolerance, match="tokens differ"):
         toy.verify()

@@ -7,7 +7,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-IMAGE = 420  # the id of <image>, behind 420 trained pieces
+IMAGE = 420  # the id of <image>, after 420 trained pieces
 SIZE, PATCH = 28, 7
 
 

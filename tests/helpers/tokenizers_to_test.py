@@ -26,7 +26,7 @@ FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": F
 
 
 def llama_sentencepiece(folder: Path, size: int = 420) -> Path:
-    """`tokenizer.model` as LLaMA's: BPE, byte fallback, digits split; `<image>` and `<extra>` added behind it."""
+    """`tokenizer.model` as LLaMA's: BPE, byte fallback, digits split; `<image>` and `<extra>` added after it."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),
         model_prefix=str(folder / "tokenizer"),

@@ -13,19 +13,22 @@ from mllm_edge import models
 from mllm_edge.bundle.manifest import (
     EmbeddingTable,
     Generation,
-    ImagePreprocessing,
+    GgufDetails,
     LanguageModelEntry,
     Prompt,
+    Slot,
     TensorSpec,
+    Tokenizer,
 )
 from mllm_edge.bundle.read import file_entry
-from mllm_edge.models.language.llama import LlamaDims
+from mllm_edge.bundle.sources import Pixels
+from mllm_edge.models.language.llama import LlamaDims, LlamaReference
 from mllm_edge.models.plan import Checkpoint, ExportPlan, LanguageModelExport, StageExport
 
 DIMS = LlamaDims(vocabulary=96, width=32, ffn_width=64, layers=2, heads=4, kv_heads=2, context=256)
-PROMPT = Prompt(
-    "toy", "", "USER: {text} ASSISTANT:", "USER: {text} ASSISTANT:", "{text}", "<image>", "<image>\n", "", []
-)
+SLOT = Slot("<image>", "pixels", ["image_embeds"], joint="<image>\n")
+PROMPT = Prompt("toy", "", "USER: {text} ASSISTANT:", "USER: {text} ASSISTANT:", "{text}", [], [SLOT])
+TOKENIZER = Tokenizer("language_model", "gguf", "language_model.gguf")
 EMBEDS = TensorSpec("image_embeds", "float32", [1, PATCHES, DIMS.width])
 HALF = [0.5, 0.5, 0.5]
 
@@ -78,12 +81,10 @@ class ToySystem(types.SimpleNamespace):
             StageExport("vision_encoder", lambda: self._module("vision_encoder"), [PIXELS], [FEATURES]),
             StageExport("connector", lambda: self._module("connector"), [FEATURES], [EMBEDS], ("fp32", "fp16")),
         ]
-        pixels = ImagePreprocessing("vision_encoder", PIXELS.name, SIZE, "pad", "bicubic", [127] * 3, HALF, HALF)
-        lm = LanguageModelExport("llama", DIMS, {}, checkpoint.tokenizer)
-        return ExportPlan(["chat"], stages, lm, [pixels], PROMPT, Generation(), {"weights": "none"}, extras=self.extras)
-
-    def build(self, checkpoint):
-        return types.SimpleNamespace(language_model=decoder())
+        pixels = Pixels(PIXELS.name, SIZE, "pad", "bicubic", [127] * 3, HALF, HALF)
+        lm = LanguageModelExport(DIMS, checkpoint.tokenizer, lambda: LlamaReference(decoder()))
+        about = {"weights": "none"}
+        return ExportPlan(["chat"], [pixels], stages, [TOKENIZER], lm, PROMPT, Generation(), about, extras=self.extras)
 
 
 def register(monkeypatch, system):
@@ -93,18 +94,21 @@ def register(monkeypatch, system):
 def fake_gguf(lm, path, quant, *_, **__):
     """Stands in for the GGUF writer, which has its own tests."""
     path.write_bytes(b"GGUF" + quant.encode())
-    entry = file_entry(path.parent, path.name)
+    details = GgufDetails(
+        **dataclasses.asdict(file_entry(path.parent, path.name)),
+        layers=DIMS.layers,
+        kv_width=DIMS.kv_width,
+        embedding=EmbeddingTable("F32", 0, [DIMS.vocabulary, DIMS.width]),
+    )
     return LanguageModelEntry(
-        **dataclasses.asdict(entry),
         name="language_model",
         engine="gguf",
+        kind="causal",
         precision=quant,
-        architecture="llama",
-        context_length=DIMS.context,
-        hidden_width=DIMS.width,
-        layers=DIMS.layers,
-        kv_width=16,
+        tokenizer="language_model",
+        context=DIMS.context,
+        width=DIMS.width,
         vocabulary=DIMS.vocabulary,
-        embedding=EmbeddingTable("F32", 0, [DIMS.vocabulary, DIMS.width]),
-        special_tokens={"bos": 1, "eos": 2},
+        kv_bytes_per_token=4 * DIMS.layers * DIMS.kv_width,
+        gguf=details,
     )

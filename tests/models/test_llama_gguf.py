@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf_for_tests import causal
 from tokenizers_to_test import byte_level
 
 from mllm_edge.checkpoints.tensors import random_weights
@@ -24,7 +25,7 @@ def language_model(folder: Path, tied: bool) -> LanguageModelExport:
         shapes = {name: tuple(tensor.shape) for name, tensor in llama(dims).state_dict().items()}
     if tied:
         del shapes["lm_head.weight"]
-    return LanguageModelExport("llama", dims, random_weights(shapes), tokenizer)
+    return causal(dims, random_weights(shapes), tokenizer)
 
 
 @pytest.mark.parametrize("tied", [False, True])

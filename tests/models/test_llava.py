@@ -61,7 +61,7 @@ def test_features_that_do_not_fall_into_squares_are_refused() -> None:
 def published_tensors(width: int, ffn_width: int, layers: int) -> dict[str, tuple[int, ...]]:
     """The list of `liuhaotian/llava-v1.5-*` with `openai/clip-vit-large-patch14-336`, under our prefixes.
 
-    CLIP has 24 blocks; the tap at -2 needs 23, and nothing behind them.
+    CLIP has 24 blocks; the tap at -2 needs 23, and nothing after them.
     """
     llm: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (32000, width), "lm_head.weight": (32000, width)}
     llm["model.norm.weight"] = (width,)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf_for_tests import causal
 from PIL import Image
 from tokenizers_to_test import llama_sentencepiece
 
@@ -16,7 +17,6 @@ from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.models.llava.mmproj import write_mmproj
 from mllm_edge.models.llava.model import Llava, LlavaDims
 from mllm_edge.models.llava.plan import preprocessing
-from mllm_edge.models.plan import LanguageModelExport
 from mllm_edge.runtime.engines.llama.library import library
 from mllm_edge.runtime.preprocess import preprocess
 
@@ -75,7 +75,7 @@ def test_llama_cpp_sees_what_pytorch_sees(tmp_path: Path, connector: str, activa
     dims = model.dims
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
-    lm = LanguageModelExport("llama", dims.language, model.language_model.state_dict(), llama_sentencepiece(tokenizer))
+    lm = causal(dims.language, model.language_model.state_dict(), llama_sentencepiece(tokenizer))
     export_language_model(lm, tmp_path / "model.gguf", "f32")
     write_mmproj(model.state_dict(), dims, tmp_path / "mmproj.gguf", half=half)
     picture = np.random.default_rng(0).integers(0, 256, (56, 56, 3), dtype=np.uint8)

@@ -51,7 +51,7 @@ def test_brief_turns_follow_the_picture() -> None:
             assert not [turn for turn in turns if any(color in " ".join(turn) for color in COLORS)]
 
 
-def test_stages_learn_answers_alone_behind_one_picture(parts: list[str]) -> None:
+def test_stages_learn_answers_alone_after_one_picture(parts: list[str]) -> None:
     task = LlavaTask(load("llava-pretrain", parts), "pretrain")
     forms = set()
     for index in range(30):

@@ -15,14 +15,17 @@ from onnx import TensorProto, helper, numpy_helper
 from mllm_edge.bundle.manifest import (
     EmbeddingTable,
     Generation,
-    ImagePreprocessing,
+    GgufDetails,
     LanguageModelEntry,
     Manifest,
     Prompt,
+    Slot,
     StageEntry,
     TensorSpec,
+    Tokenizer,
 )
 from mllm_edge.bundle.read import file_entry, read_manifest, write_manifest
+from mllm_edge.bundle.sources import Pixels
 
 WIDTH, LAYERS, HEADS, FFN, CONTEXT = 64, 2, 2, 96, 128
 SIZE, PATCH, FEATURES = 16, 8, 12
@@ -143,10 +146,8 @@ PROMPT = Prompt(
     first="{system} USER: {text} ASSISTANT:",
     next="USER: {text} ASSISTANT:",
     answer=" {text}</s>",
-    image="<image>",
-    image_joint="<image>\n",
-    lead="",
     stop=["</s>"],
+    slots=[Slot("<image>", "pixels", ["image_embeds"], joint="<image>\n")],
 )
 
 
@@ -174,24 +175,21 @@ def write_bundle(folder: Path, embedding: str = "F32", seed: int = 0) -> Manifes
         tasks=["chat"],
         stages=[stage("vision_encoder", pixels, features), stage("connector", features, embeds)],
         language_model=LanguageModelEntry(
-            **vars(file_entry(folder, "language_model.gguf")),
             name="language_model",
             engine="gguf",
+            kind="causal",
             precision="f32",
-            architecture="llama",
-            context_length=CONTEXT,
-            hidden_width=WIDTH,
-            layers=LAYERS,
-            kv_width=WIDTH,
+            tokenizer="language_model",
+            context=CONTEXT,
+            width=WIDTH,
             vocabulary=len(PIECES),
-            embedding=table,
-            special_tokens={"bos": 1, "eos": 2},
+            kv_bytes_per_token=4 * LAYERS * WIDTH,
+            gguf=GgufDetails(
+                **vars(file_entry(folder, "language_model.gguf")), layers=LAYERS, kv_width=WIDTH, embedding=table
+            ),
         ),
-        preprocessing=[
-            ImagePreprocessing(
-                "vision_encoder", "pixel_values", SIZE, "pad", "bicubic", [122, 116, 104], [0.5] * 3, [0.25] * 3
-            )
-        ],
+        sources=[Pixels("pixel_values", SIZE, "pad", "bicubic", [122, 116, 104], [0.5] * 3, [0.25] * 3)],
+        tokenizers=[Tokenizer("language_model", "gguf", "language_model.gguf")],
         prompt=PROMPT,
         generation=Generation(max_tokens=8),
     )

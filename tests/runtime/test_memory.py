@@ -30,7 +30,9 @@ def manifest(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
     one, two = (
         replace(stage, bytes=size * GIGA, activation_bytes=GIGA // 2) for stage, size in zip(known.stages, (1, 2))
     )
-    lm = replace(known.language_model, bytes=4 * GIGA, kv_width=0)
+    assert known.language_model.gguf is not None
+    details = replace(known.language_model.gguf, bytes=4 * GIGA)
+    lm = replace(known.language_model, gguf=details, kv_bytes_per_token=0)
     return replace(known, stages=[one, two], language_model=lm)
 
 
@@ -45,7 +47,7 @@ def manifest(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
 def test_the_fastest_way_that_fits(
     manifest: Manifest, size: float | None, stages: bool, language_model: bool, peak: float
 ) -> None:
-    way = budget.residence(manifest, OPTIONS, None if size is None else int(size * GIGA))
+    way = budget.plan_memory(manifest, OPTIONS, None if size is None else int(size * GIGA))
     assert (way.keep_stages, way.keep_language_model, way.peak / GIGA) == (stages, language_model, peak)
 
 
@@ -53,20 +55,20 @@ def test_what_cannot_fit_is_refused_at_once_with_its_size(manifest: Manifest) ->
     with pytest.raises(
         BadInput, match=r"cannot stay under 5\.6G: it takes 6\.1G at least \(language_model 3\.7G and c"
     ):
-        budget.residence(manifest, OPTIONS, 6 * GIGA)
+        budget.plan_memory(manifest, OPTIONS, 6 * GIGA)
 
 
 def test_masks_may_be_made_when_the_language_model_has_gone(manifest: Manifest) -> None:
-    late = replace(
+    encoder = replace(
         manifest.stages[1],
         name="mask_encoder",
         bytes=5 * GIGA,
         inputs=[TensorSpec("mask_pixel_values", "float32", [1])],
         outputs=[TensorSpec("image_embedding", "float32", [1])],
     )
-    three = replace(manifest, stages=[*manifest.stages, late])
+    three = replace(manifest, stages=[*manifest.stages, encoder])
     # Alone 5.5; the language model beside the larger of the others 4 + 2.5.
-    way = budget.residence(three, OPTIONS, 7 * GIGA)
+    way = budget.plan_memory(three, OPTIONS, 7 * GIGA)
     assert (way.keep_stages, way.keep_language_model, way.peak / GIGA) == (False, False, 6.5)
 
 
@@ -85,10 +87,11 @@ def test_a_tight_bundle_answers_as_a_loose_one(tiny_bundle: Path, monkeypatch: p
     picture = np.zeros((16, 16, 3), np.uint8)
     with mllm_edge.load(tiny_bundle, threads=1) as model:
         expected = model.generate("the", picture, max_tokens=4)
-    monkeypatch.setattr(loading, "residence", lambda *_: budget.Residence(False, False, 0))
+    monkeypatch.setattr(loading, "plan_memory", lambda *_: budget.MemoryPlan(False, False, 0))
     with mllm_edge.load(tiny_bundle, threads=1, memory_budget=1 << 30) as model:
         assert isinstance(model.language_model, LazyLanguageModel)
         assert model.generate("the", picture, max_tokens=4).text == expected.text
         assert not any(stage.loaded for stage in model.stages.values())
-        model._pipeline.forget()
+        model._pipeline._loop.release()
+        assert model.language_model._engine is None
         assert model.generate("the", picture, max_tokens=4).text == expected.text

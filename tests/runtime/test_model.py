@@ -33,9 +33,9 @@ def calls(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         model.stages[name] = Spy(stage, name, log)  # type: ignore[assignment]
     prefill = model.language_model.prefill
 
-    def spy(embeds: np.ndarray, keep: int = 0) -> Step:
+    def spy(embeds: np.ndarray, keep: int = 0, state: bool = False) -> Step:
         log.append((keep, len(embeds)))
-        return prefill(embeds, keep)
+        return prefill(embeds, keep, state)
 
     monkeypatch.setattr(model.language_model, "prefill", spy)
     return log
@@ -59,7 +59,7 @@ def greedy(model: Model, embeds: np.ndarray, count: int) -> list[int]:
     step = model.language_model.prefill(embeds)
     ids = [int(step.logits.argmax())]
     while len(ids) < count and ids[-1] != 2:
-        ids.append(int(model.language_model.step(ids[-1]).logits.argmax()))
+        ids.append(int(model.language_model.extend([ids[-1]]).logits.argmax()))
     return ids
 
 
@@ -70,12 +70,12 @@ def scripted(model: Model, monkeypatch: pytest.MonkeyPatch, *tokens: int) -> Non
     def logits() -> Step:
         row = np.zeros(len(PIECES), np.float32)
         row[next(wanted, 2)] = 9
-        return Step(row, None)
+        return Step(row, np.zeros((0, WIDTH), np.float32))
 
     language_model: LanguageModel = model.language_model
-    prefill, step = language_model.prefill, language_model.step
+    prefill, extend = language_model.prefill, language_model.extend
     monkeypatch.setattr(language_model, "prefill", lambda *a: (prefill(*a), logits())[1])
-    monkeypatch.setattr(language_model, "step", lambda *a: (step(*a), logits())[1])
+    monkeypatch.setattr(language_model, "extend", lambda *a: (extend(*a), logits())[1])
 
 
 def ids_of(*pieces: str) -> list[int]:
@@ -104,7 +104,7 @@ def test_a_known_picture_is_not_encoded_again(model: Model, calls: list[Any]) ->
 def test_the_cache_forgets_the_oldest_picture(model: Model, calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mllm_edge.runtime.tensors.CACHE_BYTES", 2 * PATCHES * WIDTH * 4)
     for index in (0, 1, 0, 2, 0, 1):  # 2 drives 1 out, not 0, which was used later
-        model.encode_image(PICTURES[index])
+        model.look(PICTURES[index])
     assert calls.count("vision_encoder") == 4
 
 
@@ -124,11 +124,11 @@ def test_rows_of_the_prompt(model: Model) -> None:
     embeds = model.prompt_embeds("a<image>b<image>", [PICTURES[0], PICTURES[1]])
     lm = model.language_model
     parts = [
-        lm.embed([1, *lm.tokenize("the USER: a")]),
-        model.encode_image(PICTURES[0]),
-        lm.embed(lm.tokenize("b")),
-        model.encode_image(PICTURES[1]),
-        lm.embed(lm.tokenize(" ASSISTANT:")),
+        lm.embed([1, *model.tokenize("the USER: a")]),
+        *model.look(PICTURES[0]),
+        lm.embed(model.tokenize("b")),
+        *model.look(PICTURES[1]),
+        lm.embed(model.tokenize(" ASSISTANT:")),
     ]
     np.testing.assert_array_equal(embeds, np.concatenate(parts))
 
@@ -137,15 +137,16 @@ def test_image_embeddings_equal_the_stages_by_hand(model: Model) -> None:
     white = np.full((SIZE, SIZE, 3), 255, np.uint8)
     features = model.stages["vision_encoder"](pixel_values=np.full((1, 3, SIZE, SIZE), 2, np.float32))
     expected = model.stages["connector"](**features)["image_embeds"][0]  # (1 - 0.5) / 0.25 = 2
-    np.testing.assert_allclose(model.encode_image(white), expected, atol=1e-5)
+    (embeds,) = model.look(white)
+    np.testing.assert_allclose(embeds, expected, atol=1e-5)
 
 
 def test_raw_prompts_are_taken_as_they_are(model: Model) -> None:
     lm = model.language_model
     raw = model.prompt_embeds("<s>the</s><image>red", PICTURES[0], raw=True)
-    parts = [lm.embed([1, *lm.tokenize("the"), 2]), model.encode_image(PICTURES[0]), lm.embed(lm.tokenize("red"))]
+    parts = [lm.embed([1, *model.tokenize("the"), 2]), *model.look(PICTURES[0]), lm.embed(model.tokenize("red"))]
     np.testing.assert_array_equal(raw, np.concatenate(parts))
-    assert model.generate("the red", raw=True).tokens.prompt == 1 + len(lm.tokenize("the red"))
+    assert model.generate("the red", raw=True).tokens.prompt == 1 + len(model.tokenize("the red"))
 
 
 def test_stream_gives_the_same_answer_in_pieces(model: Model) -> None:
@@ -195,7 +196,7 @@ def test_chat_reads_every_turn_once(tiny_bundle: Path, model: Model, calls: list
     history = [
         model.prompt_embeds("what", PICTURES[0]),
         lm.embed([token for token in first.tokens.ids if token != 2] + [2]),
-        lm.embed(lm.tokenize("USER: the red ASSISTANT:")),
+        lm.embed(model.tokenize("USER: the red ASSISTANT:")),
     ]
     with mllm_edge.load(tiny_bundle, threads=1, kv_type="f32") as other:
         assert second.tokens.ids == greedy(other, np.concatenate(history), 4)
@@ -229,7 +230,7 @@ def test_how_a_stopped_turn_is_remembered(
         scripted(model, monkeypatch, *ids_of(*wanted), 2)
         chat = model.chat()
         assert chat.ask("what").text == text
-        remembered = chat._history[-1]
+        remembered = chat._dialogue.script[-1]
     assert remembered == ids_of(*closed)
 
 
@@ -253,14 +254,14 @@ def test_an_interrupted_answer_is_an_error_not_nonsense(model: Model) -> None:
 def test_after_ctrl_c_the_next_answer_is_right(
     model: Model, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = model.language_model.step
+    extend = model.language_model.extend
 
-    def interrupt(token: int) -> Step:
-        step(token)  # the signal is seen when llama.cpp returns
+    def interrupt(ids: list[int], states: int = 0) -> Step:
+        extend(ids, states)  # the signal is seen when llama.cpp returns
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(model.language_model, "step", interrupt)
+        patch.setattr(model.language_model, "extend", interrupt)
         with pytest.raises(KeyboardInterrupt):
             model.generate("what is this")
     with mllm_edge.load(tiny_bundle, threads=1, kv_type="f32") as other:
@@ -332,7 +333,7 @@ def test_a_flipped_bit_is_found_unless_hashes_are_off(edit_bundle: Callable[...,
 
 
 def test_a_bundle_without_pictures_says_so(edit_bundle: Callable[..., Path]) -> None:
-    with mllm_edge.load(edit_bundle(stages=[], preprocessing=[]), threads=1) as model:
+    with mllm_edge.load(edit_bundle(stages=[], sources=[], prompt=replace(PROMPT, slots=[])), threads=1) as model:
         assert model.generate("what").tokens.image == 0
         with pytest.raises(BadInput, match="takes no pictures"):
             model.generate("what", PICTURES[0])

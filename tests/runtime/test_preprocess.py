@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm_edge.bundle.manifest import ImagePreprocessing
+from mllm_edge.bundle.sources import Pixels
 from mllm_edge.errors import BadInput
 from mllm_edge.runtime import preprocess as module
 from mllm_edge.runtime.preprocess import preprocess
 
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-SPEC = ImagePreprocessing("v", "pixel_values", 32, "pad", "bicubic", [122, 116, 104], MEAN, STD)
+SPEC = Pixels("pixel_values", 32, "pad", "bicubic", [122, 116, 104], MEAN, STD)
 SIZES = [(1, 1), (2000, 3), (3, 2000), (32, 32), (31, 33), (7, 9), (640, 480), (333, 500), (97, 32)]
 
 
@@ -50,7 +50,7 @@ def test_values_by_hand() -> None:
     np.testing.assert_allclose(pixels[0, :, 3, 7], [1.0, -0.5, 0.0], atol=1e-7)
 
 
-def test_padding_has_its_color_and_the_picture_is_centred() -> None:
+def test_padding_has_its_color_and_the_picture_is_centered() -> None:
     pixels = preprocess(Image.new("RGB", (64, 32), (255, 255, 255)), replace(SPEC, mean=[0.0] * 3, std=[1.0] * 3))
     column = pixels[0, 0, :, 16]
     np.testing.assert_allclose(column[[0, 31]], 122 / 255, atol=1e-6)

@@ -200,7 +200,7 @@ def test_captions_name_objects_from_left_to_right():
         text = caption(scene, rng(index))
         place = 0
         for item in sorted(scene.objects, key=lambda item: item.x):
-            place = text.index(" ".join(item.pair), place) + 1  # behind the one to its left
+            place = text.index(" ".join(item.pair), place) + 1  # after the one to its left
 
 
 def test_grounded_captions_name_every_object_line_by_line():

@@ -1,4 +1,4 @@
-"""Block quantization by llama.cpp's own code, a tensor at a time: no 16-bit copy of the model is needed."""
+"""Block quantization by llama.cpp's own code, one tensor at a time, without a 16-bit copy of the model."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _ROWS_AT_ONCE = 256  # that a thread quantizes before it takes the next
 def chosen_types(
     shapes: Mapping[str, tuple[int, ...]], quant: str, embedding: TYPE, write_head: Callable[[gguf.GGUFWriter], None]
 ) -> dict[str, TYPE]:
-    """Which type llama.cpp gives to each tensor in a mixture such as q4_k_m.
+    """The type that llama.cpp gives each tensor in a mixture such as q4_k_m.
 
-    The mixtures are rules over names, layers and row lengths that only `llama_model_quantize` knows. It quantizes a
-    sketch of the model, whose matrices have two rows, and the types are read off.
+    The mixtures depend on names, layers and row lengths by rules inside `llama_model_quantize`. So it quantizes a
+    sketch of the model, with two rows per matrix, whose types are read back.
 
     Args:
         shapes: name in the GGUF file -> shape.
@@ -67,7 +67,7 @@ def chosen_types(
 
 
 def quantize_rows(matrix: np.ndarray, kind: TYPE) -> np.ndarray:
-    """The blocks of a float32 matrix [R,C] in type `kind`, uint8 [R, bytes of a row], as llama.cpp computes them."""
+    """Quantize a float32 matrix [R,C] to blocks of type `kind`, uint8 [R,bytes of a row], by llama.cpp's code."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
     rows, columns = matrix.shape
     source = np.ascontiguousarray(matrix, np.float32)
@@ -78,7 +78,7 @@ def quantize_rows(matrix: np.ndarray, kind: TYPE) -> np.ndarray:
         count = min(_ROWS_AT_ONCE, rows - first)
         chunk(int(kind), source.ctypes.data, result.ctypes.data, first * columns, count, columns, None)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # ctypes lets go of the interpreter's lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # ctypes releases the GIL
         list(pool.map(quantize, range(0, rows, _ROWS_AT_ONCE)))
     return result
 

@@ -1,4 +1,4 @@
-"""The proof that a GGUF tokenizes as its checkpoint's tokenizer does, over a corpus of nasty strings."""
+"""Checks on a corpus of difficult strings that a GGUF tokenizes like its checkpoint's tokenizer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ NASTY = (
 def assert_same_tokens(gguf_path: Path, folder: Path, corpus: Iterable[str] = NASTY) -> None:
     """Compare the GGUF's tokenizer with the checkpoint's on `corpus`, with and without added tokens in it.
 
-    Where the checkpoint's tokenizer composes Unicode first, which llama.cpp does not, composed text is compared.
+    If the checkpoint's tokenizer composes Unicode first, which llama.cpp does not, composed text is compared.
 
     Raises:
         OutOfTolerance: names the first string that differs, with both results.
@@ -65,7 +65,7 @@ def assert_same_tokens(gguf_path: Path, folder: Path, corpus: Iterable[str] = NA
             if tokenizer.normalized:
                 text = unicodedata.normalize("NFC", text)
             if lead and (not text or text.startswith(tuple(added))):
-                continue  # a prompt always opens with text, which is what the lead is for
+                continue  # a prompt always starts with text, to which the lead applies
             got, want = tokenize(text if text.startswith(" ") else lead + text), expected(text)
             if got != want:
                 raise OutOfTolerance(

@@ -1,7 +1,7 @@
 """The language model as a GGUF file, by our own tensor map; blocks are quantized by llama.cpp's code.
 
 Tensors are written one by one, so that a model larger than the memory can be exported, and an export that was killed
-goes on with the next. The token embedding stays in a type whose rows the runtime can read alone (F32, F16 or Q8_0).
+continues with the next. The token embedding stays in a type whose rows the runtime can read alone (F32, F16 or Q8_0).
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ import os
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gguf
 import numpy as np
 
-from mllm_edge.bundle.manifest import EmbeddingTable, LanguageModelEntry
+from mllm_edge.bundle.manifest import EmbeddingTable, GgufDetails, LanguageModelEntry
 from mllm_edge.bundle.read import file_entry
 from mllm_edge.checkpoints.tokenizer import UNUSED, Tokenizer, read_tokenizer
-from mllm_edge.errors import BadInput, MllmEdgeError, look_up
+from mllm_edge.errors import BadInput, look_up
+from mllm_edge.export.cost import kv_bytes_per_token
 from mllm_edge.export.gguf.k_quants import chosen_types, quantize_rows
-from mllm_edge.models.language.llama import LlamaDims
-from mllm_edge.models.language.llama_gguf import interleave_rotary
+from mllm_edge.export.gguf.maps import MAPS, Map
+from mllm_edge.models.language.reference import DecoderDims
 from mllm_edge.models.plan import LanguageModelExport
 from mllm_edge.quants import QUANTS
 from mllm_edge.version import __version__
@@ -40,14 +41,14 @@ def export_language_model(
     lm: LanguageModelExport, path: Path, quant: str, progress: Progress | None = None, made_from: str = ""
 ) -> LanguageModelEntry:
     """Write `lm` to `path` and describe it for the manifest. The file gets its name when it is complete; one that was
-    begun from the same weights is gone on with.
+    started from the same weights is continued.
 
     Args:
         lm: the decoder.
         path: the GGUF file, inside the bundle's folder.
         quant: one of `quants.QUANTS`.
         progress: called after each tensor.
-        made_from: stands for the weights and settings; a file begun under the same name is continued.
+        made_from: stands for the weights and settings; a file started under the same name is continued.
 
     Raises:
         BadInput: an unknown quantization, a tokenizer with more tokens than the model, weights of wrong shape.
@@ -70,63 +71,58 @@ def write_gguf(lm: LanguageModelExport, path: Path, quant: str, progress: Progre
     Raises:
         BadInput: see `export_language_model`.
     """
-    if lm.architecture != "llama":
-        raise BadInput(f"there is no GGUF map for architecture {lm.architecture!r} yet; it has llama")
-    shapes = tensor_shapes(lm.dims)
-    types = _types(lm.dims, shapes, quant)
-    head = _head(lm, shapes, types, quant, path)
+    form = look_up("architecture", lm.architecture, MAPS)
+    shapes = form.tensor_shapes(lm.dims)
+    types = _types(form, lm.dims, shapes, quant)
+    head = _head(form, lm, shapes, types, quant, path)
     sizes = [_bytes(shape, types[name]) for name, shape in shapes.items()]
     padded = [gguf.GGUFWriter.ggml_pad(size, gguf.GGUF_DEFAULT_ALIGNMENT) for size in sizes]
     ends = [len(head) + end for end in itertools.accumulate(padded)]
     weights = list(itertools.accumulate(math.prod(shape) for shape in shapes.values()))
-    done = _begun(path, head, ends)
+    done = _started(path, head, ends)
     with path.open("r+b") as file:
         file.truncate(ends[done - 1] if done else len(head))
         file.seek(0, os.SEEK_END)
         if done and progress:
             progress(weights[done - 1], weights[-1])
         for number, (name, shape) in itertools.islice(enumerate(shapes.items()), done, None):
-            file.write(_tensor(lm, name, shape, types[name]).data)
+            file.write(_tensor(form, lm, name, shape, types[name]).data)
             file.write(bytes(padded[number] - sizes[number]))
             if progress:
                 progress(weights[number], weights[-1])
 
 
-def _types(dims: LlamaDims, shapes: dict[str, tuple[int, ...]], quant: str) -> dict[str, TYPE]:
+def _types(form: Map, dims: DecoderDims, shapes: dict[str, tuple[int, ...]], quant: str) -> dict[str, TYPE]:
     """The type that each tensor gets in the file."""
     if not QUANTS[quant].k:
         return {name: _type(shape, gguf.GGMLQuantizationType[QUANTS[quant].type]) for name, shape in shapes.items()}
-    names = _gguf_names(dims, shapes)
+    names = form.names(dims, shapes)
     chosen = chosen_types(
         {names[name]: shape for name, shape in shapes.items()},
         quant,
         _type((1, dims.width), TYPE.Q8_0),  # llama.cpp aborts on a type that does not fit the rows
-        lambda writer: _write_dims(writer, dims, gguf.LlamaFileType.ALL_F32),
+        lambda writer: _write_about(writer, form, dims, gguf.LlamaFileType.ALL_F32),
     )
     return {name: chosen[names[name]] for name in shapes}
 
 
-def _gguf_names(dims: LlamaDims, names: Iterable[str]) -> dict[str, str]:
-    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, dims.layers)
-    found = {name: known.get_name(name, (".weight",)) for name in names}
-    unknown = [name for name, gguf_name in found.items() if gguf_name is None]
-    if unknown:
-        raise MllmEdgeError(f"the gguf package has no name for {unknown[0]}; install gguf >= 0.19")
-    return {name: str(gguf_name) for name, gguf_name in found.items()}
-
-
 def _head(
-    lm: LanguageModelExport, shapes: dict[str, tuple[int, ...]], types: dict[str, TYPE], quant: str, path: Path
+    form: Map,
+    lm: LanguageModelExport,
+    shapes: dict[str, tuple[int, ...]],
+    types: dict[str, TYPE],
+    quant: str,
+    path: Path,
 ) -> bytes:
     """All that stands before the tensors."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder) / "head"
-        writer = gguf.GGUFWriter(file, "llama")
+        writer = gguf.GGUFWriter(file, form.architecture)
         try:
-            _write_dims(writer, lm.dims, gguf.LlamaFileType[QUANTS[quant].file_type])
+            _write_about(writer, form, lm.dims, gguf.LlamaFileType[QUANTS[quant].file_type])
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             _write_tokenizer(writer, read_tokenizer(lm.tokenizer), lm.dims.vocabulary, lm.tokenizer)
-            for name, gguf_name in _gguf_names(lm.dims, shapes).items():
+            for name, gguf_name in form.names(lm.dims, shapes).items():
                 shape, kind = shapes[name], types[name]
                 size = _bytes(shape, kind)
                 writer.add_tensor_info(gguf_name, shape, np.dtype(np.float32), size, raw_dtype=kind)
@@ -139,7 +135,7 @@ def _head(
     return head + bytes(gguf.GGUFWriter.ggml_pad(len(head), gguf.GGUF_DEFAULT_ALIGNMENT) - len(head))
 
 
-def _begun(path: Path, head: bytes, ends: list[int]) -> int:
+def _started(path: Path, head: bytes, ends: list[int]) -> int:
     """How many tensors stand whole in a file that begins with `head`; it is made where there is none."""
     if path.is_file():
         with path.open("rb") as file:
@@ -147,29 +143,6 @@ def _begun(path: Path, head: bytes, ends: list[int]) -> int:
                 return bisect.bisect_right(ends, path.stat().st_size)
     path.write_bytes(head)
     return 0
-
-
-def tensor_shapes(dims: LlamaDims) -> dict[str, tuple[int, ...]]:
-    """Name (as in `LlamaForCausalLM`) -> shape of every tensor of the decoder."""
-    query, key = dims.heads * dims.head_dim, dims.kv_width
-    layer = {
-        "input_layernorm": (dims.width,),
-        "self_attn.q_proj": (query, dims.width),
-        "self_attn.k_proj": (key, dims.width),
-        "self_attn.v_proj": (key, dims.width),
-        "self_attn.o_proj": (dims.width, query),
-        "post_attention_layernorm": (dims.width,),
-        "mlp.gate_proj": (dims.ffn_width, dims.width),
-        "mlp.up_proj": (dims.ffn_width, dims.width),
-        "mlp.down_proj": (dims.width, dims.ffn_width),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (dims.vocabulary, dims.width)}
-    for number in range(dims.layers):
-        shapes |= {f"model.layers.{number}.{name}.weight": shape for name, shape in layer.items()}
-    shapes["model.norm.weight"] = (dims.width,)
-    if not dims.tied:
-        shapes["lm_head.weight"] = (dims.vocabulary, dims.width)
-    return shapes
 
 
 def _type(shape: tuple[int, ...], kind: TYPE) -> TYPE:
@@ -183,7 +156,7 @@ def _bytes(shape: tuple[int, ...], kind: TYPE) -> int:
     return int(np.prod(shape)) // block * size
 
 
-def _tensor(lm: LanguageModelExport, name: str, shape: tuple[int, ...], kind: TYPE) -> np.ndarray:
+def _tensor(form: Map, lm: LanguageModelExport, name: str, shape: tuple[int, ...], kind: TYPE) -> np.ndarray:
     """One tensor as its bytes will stand in the file."""
     tensor = lm.tensors[name]
     if tuple(tensor.shape) != shape:
@@ -191,9 +164,7 @@ def _tensor(lm: LanguageModelExport, name: str, shape: tuple[int, ...], kind: TY
     array: np.ndarray = tensor.float().numpy()
     if not np.isfinite(array).all():
         raise BadInput(f"{name} has values that are NaN or infinite; download or train the checkpoint again")
-    if name.endswith(("q_proj.weight", "k_proj.weight")):
-        heads = lm.dims.heads if name.endswith("q_proj.weight") else lm.dims.kv_heads
-        array = interleave_rotary(array, heads)
+    array = form.arranged(name, array, lm.dims)
     if kind == TYPE.F16:
         if np.abs(array).max() > np.finfo(np.float16).max:
             raise BadInput(f"{name} has values beyond 16-bit floats; use --quant f32 or q8_0")
@@ -203,22 +174,11 @@ def _tensor(lm: LanguageModelExport, name: str, shape: tuple[int, ...], kind: TY
     return quantize_rows(array, kind)
 
 
-def _write_dims(writer: gguf.GGUFWriter, dims: LlamaDims, file_type: gguf.LlamaFileType) -> None:
+def _write_about(writer: gguf.GGUFWriter, form: Map, dims: DecoderDims, file_type: gguf.LlamaFileType) -> None:
     writer.add_name("mllm-edge language model")
     writer.add_string("general.mllm_edge_version", __version__)
     writer.add_file_type(file_type)
-    writer.add_context_length(dims.context)
-    writer.add_embedding_length(dims.width)
-    writer.add_block_count(dims.layers)
-    writer.add_feed_forward_length(dims.ffn_width)
-    writer.add_head_count(dims.heads)
-    writer.add_head_count_kv(dims.kv_heads)
-    writer.add_key_length(dims.head_dim)
-    writer.add_value_length(dims.head_dim)
-    writer.add_rope_dimension_count(dims.head_dim)
-    writer.add_rope_freq_base(dims.rope_theta)
-    writer.add_layer_norm_rms_eps(dims.norm_eps)
-    writer.add_vocab_size(dims.vocabulary)
+    form.write_dims(writer, dims)
 
 
 def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocabulary: int, folder: Path) -> None:
@@ -257,7 +217,8 @@ def _entry(lm: LanguageModelExport, path: Path, quant: str) -> LanguageModelEntr
     dims = lm.dims
     with _reader(path) as reader:
         table = next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
-        unread = 0 if dims.tied else int(table.n_bytes)  # a step looks up one row of it
+        tied = dims.weights == dims.product_weights
+        unread = 0 if tied else int(table.n_bytes)  # a step looks up one row of it
         embedding = EmbeddingTable(table.tensor_type.name, int(table.data_offset), [dims.vocabulary, dims.width])
         types = Counter(tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1)
         block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[QUANTS[quant].type]][0]  # rows must be a multiple
@@ -268,24 +229,20 @@ def _entry(lm: LanguageModelExport, path: Path, quant: str) -> LanguageModelEntr
             + ", ".join(f"{count} x {name}" for name, count in types.most_common()),
             stacklevel=2,
         )
-    tokenizer = read_tokenizer(lm.tokenizer)
-    special = dict(tokenizer.special)
-    if "<image>" in tokenizer.tokens:
-        special["image"] = tokenizer.tokens.index("<image>")
+    details = GgufDetails(
+        **vars(file_entry(path.parent, path.name)), layers=dims.layers, kv_width=dims.kv_width, embedding=embedding
+    )
     return LanguageModelEntry(
-        **vars(file_entry(path.parent, path.name)),
         name="language_model",
         engine="gguf",
+        kind=lm.kind,
         precision=quant,
-        architecture=lm.architecture,
-        context_length=dims.context,
-        hidden_width=dims.width,
-        layers=dims.layers,
-        kv_width=dims.kv_width,
+        tokenizer="language_model",
+        context=dims.context,
+        width=dims.width,
         vocabulary=dims.vocabulary,
-        embedding=embedding,
-        special_tokens=special,
-        state_positions=lm.state_positions,
+        kv_bytes_per_token=kv_bytes_per_token(dims),
+        gguf=details,
         flops_per_token=2 * dims.product_weights,
-        bytes_per_token=path.stat().st_size - unread,
+        bytes_per_token=details.bytes - unread,
     )

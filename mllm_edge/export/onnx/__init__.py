@@ -1,1 +1,1 @@
-"""Stages as ONNX graphs: lowered, in half or eight bits, with merged tokens."""
+"""Stages as ONNX graphs: lowering, fp16, int8 and token merging."""

@@ -1,4 +1,4 @@
-"""How much a stage's graph holds between its nodes: what it needs beside its weights."""
+"""Activation memory of a stage's graph: what it needs in addition to its weights."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import onnx
 
-FREE_AXIS = 8  # taken for the length of an axis that may vary
+FREE_AXIS = 8  # assumed length of a variable axis
 
 
 def activation_bytes(path: Path) -> int:
-    """The most bytes of intermediate results that are alive at once when the graph's nodes run in their order.
+    """Peak bytes of intermediate results alive at once when the graph's nodes run in order.
 
-    A result lives from the node that makes it to the last one that reads it. Engines fuse nodes and reuse memory in
-    place, which needs less, and round up, which needs more.
+    A result lives from the node that produces it to the last one that reads it. Engines need less by fusing nodes and
+    reusing memory in place, and more by rounding up.
     """
     model = onnx.shape_inference.infer_shapes(onnx.load(str(path), load_external_data=False))
     graph = model.graph

@@ -1,10 +1,10 @@
 """Casts an fp32 ONNX graph to fp16, with the sensitive operations left in fp32.
 
-The result is strongly typed: every precision is written in the graph, as TensorRT 11 wants it. Operations fall in three
-kinds. `COMPUTE` runs in fp16: its weights are stored in fp16 and it sums in fp32 on every backend. `FOLLOW` (moving
-data and cheap arithmetic) runs in fp16 unless everything that it reads was computed in fp32. All others (norms,
-softmax, reductions, powers, exponentials and whatever is not known here) stay in fp32. Each tensor has one precision
-and at most one cast to the other, so there are no chains of casts.
+The result is strongly typed: every precision is written in the graph, as TensorRT 11 requires. There are three kinds of
+operations. `COMPUTE` runs in fp16: its weights are stored in fp16 and every backend accumulates in fp32. `FOLLOW` (data
+movement and cheap arithmetic) runs in fp16 unless all its inputs were computed in fp32. All others (norms, softmax,
+reductions, powers, exponentials and unknown ones) stay in fp32. Each tensor has one precision and at most one cast to
+the other, so there are no chains of casts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FOLLOW = frozenset(
     | {"Sub", "Tanh", "Tile", "Transpose", "Unsqueeze", "Where"}
 )
 CONTROL_FLOW = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-# Half of fp16's largest number: the pictures that were measured are few, and users' pictures differ.
+# Half of fp16's largest number: only few pictures were measured, and users' pictures differ.
 LARGEST = float(np.finfo(np.float16).max) / 2
 
 
@@ -32,12 +32,12 @@ def to_float16(model: ir.Model, peaks: Mapping[str, float], float32: tuple[str, 
 
     Args:
         model: an fp32 graph with typed values and without subgraphs.
-        peaks: largest absolute value that was seen in a tensor, by name. Tensors that are not named count as harmless.
-        float32: nodes whose names begin so stay in fp32.
+        peaks: largest absolute value seen in a tensor, by name. Other tensors are assumed to be in range.
+        float32: name prefixes of nodes that stay in fp32.
 
     Returns:
-        The nodes that would run in fp16 but stay in fp32 because a value or a weight of theirs exceeds `LARGEST`:
-        node name -> largest absolute value.
+        The nodes kept in fp32 because one of their values or weights exceeds `LARGEST`: node name -> largest absolute
+        value.
 
     Raises:
         MllmEdgeError: the graph has control flow or a value without a type.
@@ -50,7 +50,7 @@ def to_float16(model: ir.Model, peaks: Mapping[str, float], float32: tuple[str, 
 def _choose(
     graph: ir.Graph, peaks: Mapping[str, float], float32: tuple[str, ...]
 ) -> tuple[set[ir.Node], dict[str, float]]:
-    """Which nodes run in fp16, and which are kept from it by the size of their values."""
+    """The nodes that run in fp16, and those that their values' range keeps in fp32."""
     half: set[ir.Node] = set()
     kept: dict[str, float] = {}
     constants = {name: _peak(value) for name, value in graph.initializers.items() if _is_float(value)}
@@ -76,12 +76,12 @@ def _choose(
 
 
 class _Caster:
-    """Gives every tensor its precision and lets each node read the tensors in its own."""
+    """Sets each tensor's precision and casts each node's inputs to the node's own."""
 
     def __init__(self, graph: ir.Graph, half: set[ir.Node]):
         self._graph = graph
         self._half = half
-        self._other: dict[ir.Value, ir.Value] = {}  # a tensor in the precision that it does not have itself
+        self._other: dict[ir.Value, ir.Value] = {}  # tensor -> its cast to the other precision
 
     def rewrite(self) -> None:
         nodes = list(self._graph)
@@ -151,7 +151,7 @@ def _array(value: ir.Value) -> np.ndarray:
 
 
 def _peak(value: ir.Value) -> float:
-    """Largest absolute finite value; infinities exist in fp16 too."""
+    """Largest absolute finite value; infinities are representable in fp16 too."""
     array = _array(value)
     finite = np.abs(array[np.isfinite(array)])
     return float(finite.max()) if finite.size else 0.0

@@ -7,12 +7,12 @@ everything after it inherits its error.
 
 Chosen on a DINOv2-S with photos and drawings (relative error of the features, time on one core with VNNI; fp32 128 ms):
 uint8 min/max 0.056, 51 ms; one weight scale per tensor 0.085; symmetric int8 0.090, 168 ms; 99.99th percentile 0.18,
-because the few large values of a ViT carry meaning; 7-bit weights 0.066. The last is what is used: x86 processors
-without VNNI add pairs of uint8 x int8 products in 16 bits, which full int8 weights overflow, so with 8 bits the same
-file would give other answers there.
+because the few large values of a ViT carry meaning; 7-bit weights 0.066. The last is used: x86 processors without VNNI
+add pairs of uint8 x int8 products in 16 bits, which 8-bit weights overflow, so the same file would give different
+answers there.
 
-TensorRT reads neither uint8 inputs nor int32 biases: for it inputs are symmetric int8, biases stay float, and weights
-have all 8 bits.
+TensorRT supports neither uint8 inputs nor int32 biases: for it inputs are symmetric int8, biases stay float, and
+weights have all 8 bits.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ QUANTIZED = ("Conv", "Gemm", "MatMul")
 
 
 class _Reader:
-    """A calibration data reader, as ONNX Runtime wants it."""
+    """A calibration data reader for ONNX Runtime."""
 
     def __init__(self, feeds: Iterable[dict[str, np.ndarray]]):
         self._feeds = iter(feeds)
@@ -56,7 +56,7 @@ def quantize(
         path: the file to write.
         calibration: inputs by name; the scales of the activations cover what these produce.
         external_data: put the weights into `<path>.data`.
-        for_tensorrt: in the form that TensorRT reads.
+        for_tensorrt: use the form that TensorRT supports.
 
     Returns:
         The external data files that belong to `path`: none, or one.
@@ -102,13 +102,13 @@ def activation_peaks(path: Path, calibration: Iterable[dict[str, np.ndarray]]) -
         calibrator = create_calibrator(path, None, augmented_model_path=str(Path(scratch) / "augmented.onnx"))
         calibrator.collect_data(_Reader(feeds))
         ranges = calibrator.compute_data().data
-        del calibrator  # its session maps the file
+        del calibrator  # its session memory-maps the file
     return {name: float(np.abs(tensor.range_value).max()) for name, tensor in ranges.items()}
 
 
 def _float_nodes(graph: onnx.GraphProto) -> list[str]:
-    """Names of the products of two activations or with stacked matrices (SAM's relative positions), for which there is
-    no integer kernel, and of the convolutions that read a graph input."""
+    """Names of products of two activations or with stacked matrices (SAM's relative positions), which have no integer
+    kernel, and of convolutions that read a graph input."""
     inputs = {value.name for value in graph.input}
     ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
 
@@ -121,8 +121,8 @@ def _float_nodes(graph: onnx.GraphProto) -> list[str]:
 
 
 def _fuse_biases(source: Path, path: Path, external_data: bool) -> None:
-    """MatMul + Add becomes Gemm: ONNX Runtime has an integer kernel for a Gemm whose bias is quantized with it, and
-    would run the pair in float."""
+    """Fuse MatMul + Add into Gemm: ONNX Runtime has an integer kernel for a Gemm with quantized bias, but would run the
+    pair in float."""
     quant_pre_process(
         source,
         path,
@@ -133,7 +133,7 @@ def _fuse_biases(source: Path, path: Path, external_data: bool) -> None:
 
 
 def _restore_metadata(path: Path, source: onnx.ModelProto) -> None:
-    """The quantizer writes its own producer and notes over those of the source, and imports opsets it does not use."""
+    """Undo the quantizer's changes: it overwrites the source's producer and notes, and imports unused opsets."""
     model = onnx.load(str(path), load_external_data=False)
     model.producer_name, model.producer_version = source.producer_name, source.producer_version
     del model.metadata_props[:], model.opset_import[:]

@@ -36,25 +36,25 @@ Feed = dict[str, np.ndarray]
 def export_stage(
     stage: StageExport, path: Path, precision: str, calibration: Iterable[Feed] = (), for_tensorrt: bool = False
 ) -> list[Path]:
-    """Write a stage as an ONNX file that is checked and has exactly the stage's inputs and outputs.
+    """Write a stage as a checked ONNX file with exactly the stage's inputs and outputs.
 
     Inputs and outputs stay float32 at every precision. Weights above 200 MB go into `<path>.data` beside the file.
 
     Args:
         stage: what to lower; its module is built, traced and released here.
-        path: the file to write, replaced when it exists.
+        path: the file to write; an existing one is replaced.
         precision: "fp32", "fp16" (norms, softmax and reductions in fp32) or "int8" (weights and inputs of the linear
             layers and convolutions).
-        calibration: inputs by name, as the stage will see them. int8 takes its scales from them; fp16 looks for values
-            that leave the range of fp16 and keeps their nodes in fp32, which is announced as a warning.
-        for_tensorrt: int8 as TensorRT reads it, slow in ONNX Runtime on a CPU.
+        calibration: typical inputs by name. int8 derives its scales from them; fp16 keeps nodes whose values exceed its
+            range in fp32, with a warning.
+        for_tensorrt: int8 in TensorRT's form, which is slow in ONNX Runtime on a CPU.
 
     Returns:
         The external data files that belong to `path`: none, or one.
 
     Raises:
         BadInput: unknown precision, or int8 without calibration inputs.
-        MllmEdgeError: the exporter refuses the module, or the graph is not what the stage says it is.
+        MllmEdgeError: the exporter refuses the module, or the graph does not match the stage's specs.
     """
     look_up("precision", precision, PRECISIONS)
     model = lower(stage)
@@ -73,7 +73,7 @@ def export_stage(
 
 
 def lower(stage: StageExport) -> ir.Model:
-    """Trace a stage into an fp32 graph whose nodes are named after the module that they come from.
+    """Trace a stage into an fp32 graph whose nodes are named after their modules.
 
     Raises:
         MllmEdgeError: the exporter refuses the module.
@@ -108,7 +108,7 @@ def lower(stage: StageExport) -> ir.Model:
 
 
 def check_graph(path: Path, stage: StageExport) -> None:
-    """Check that an ONNX file is valid and that names, dtypes and shapes are those of the stage.
+    """Check that an ONNX file is valid and that its names, dtypes and shapes are those of the stage.
 
     Raises:
         MllmEdgeError: names the first thing that differs.
@@ -128,12 +128,12 @@ def check_graph(path: Path, stage: StageExport) -> None:
 
 
 def _example(spec: TensorSpec) -> torch.Tensor:
-    shape = [size if isinstance(size, int) else 3 for size in spec.shape]  # 0 and 1 would be taken for fixed
+    shape = [size if isinstance(size, int) else 3 for size in spec.shape]  # torch.export would treat 0 and 1 as fixed
     return torch.zeros(shape, dtype=getattr(torch, spec.dtype))
 
 
 def _name_nodes(graph: ir.Graph) -> None:
-    """`blocks.0.mlp.fc1/MatMul` instead of `node_MatMul_81`: errors, profiles and calibration speak of modules."""
+    """`blocks.0.mlp.fc1/MatMul` instead of `node_MatMul_81`: errors, profiles and calibration then name modules."""
     taken: set[str] = set()
     for node in graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
@@ -177,7 +177,7 @@ def _describe(specs: Iterable[TensorSpec]) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter reports torchvision's absence and its own deprecations; neither concerns the user."""
+    """Hide the exporter's warnings about missing torchvision and its own deprecations."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

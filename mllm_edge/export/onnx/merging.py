@@ -1,4 +1,4 @@
-"""`--merge-tokens`: a plan whose pictures take fewer places in the prompt."""
+"""`--merge-tokens`: a plan whose pictures take fewer tokens in the prompt."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from mllm_edge.bundle.manifest import Manifest
 from mllm_edge.errors import BadInput
 from mllm_edge.kernels.token_merge import TokenMerge
 from mllm_edge.models.plan import ExportPlan, StageExport
-from mllm_edge.runtime.wiring import EMBEDS
 
 
 def with_merged_tokens(plan: ExportPlan, tokens: int) -> ExportPlan:
-    """The plan with token merging behind the stage that gives `image_embeds`.
+    """The plan with token merging after the stage whose output stands in the prompt for a picture.
 
     Raises:
         BadInput: the system has no such stage, or its pictures do not have more than `tokens` tokens.
@@ -33,7 +32,7 @@ def with_merged_tokens(plan: ExportPlan, tokens: int) -> ExportPlan:
 
 
 def merged_like(manifest: Manifest, plan: ExportPlan) -> ExportPlan:
-    """The plan that a finished bundle was made by: its shapes say to how many tokens pictures are merged."""
+    """The plan of a finished bundle: its shapes give the number of tokens that pictures were merged to."""
     stage = embedding_stage(plan)
     if stage is None:
         return plan
@@ -42,8 +41,9 @@ def merged_like(manifest: Manifest, plan: ExportPlan) -> ExportPlan:
 
 
 def embedding_stage(plan: ExportPlan) -> StageExport | None:
-    """The stage that gives what a picture takes in the prompt, if the system has one."""
-    return next((stage for stage in plan.stages if [spec.name for spec in stage.outputs] == [EMBEDS]), None)
+    """The stage that outputs a picture's embeddings for the prompt, and nothing else, if the system has one."""
+    found = plan.pictured
+    return found[0] if len(found) == 1 and len(found[0].outputs) == 1 else None
 
 
 def _tokens(stage: StageExport) -> int:

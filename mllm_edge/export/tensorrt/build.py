@@ -16,7 +16,7 @@ from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
 from mllm_edge.export.tensorrt.check import EngineCheck, with_rows
 from mllm_edge.export.tensorrt.engine import Work, ahead, build, is_board, replaced
 from mllm_edge.export.workplace import disk_full_explained
-from mllm_edge.runtime.engines.tensorrt.packages import RTX, Package, has_free_axes, package_named, usable
+from mllm_edge.runtime.engines.tensorrt.packages import RTX, Package, axes_of, package_named, usable
 from mllm_edge.runtime.engines.tensorrt.stage import Device
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def build_bundle(
         folder: a bundle of target trt.
         devices: what to build for with TensorRT-RTX, as for `ahead`; by default the GPU of this machine.
         force: build what is there, too.
-        report: told of each stage.
+        report: called for each stage.
 
     Raises:
         BadInput: no bundle of target trt, or a device that cannot be built for here.
@@ -68,14 +68,14 @@ def build_bundle(
         compare = EngineCheck(folder, manifest, device) if device else None
         done = []
         for number, stage in enumerate(manifest.stages, 1):
-            tell = _part_teller(report, stage.name, number, len(manifest.stages))
+            progress = _part_report(report, stage.name, number, len(manifest.stages))
             report(stage.name, number, len(manifest.stages), None)
-            begun = time.monotonic()
+            started = time.monotonic()
             present = {one: None if force else _present(folder, stage, one, package, manifest) for one in capabilities}
             missing = [one for one, engine in present.items() if engine is None]
             row = None
             if missing:
-                engine = make_engine(folder, stage, missing, package, manifest.build, tell)
+                engine = make_engine(folder, stage, missing, package, manifest.build, progress)
                 try:
                     row = compare(stage, engine) if compare else None
                     manifest = _with_engine(manifest, folder, stage, engine, row)
@@ -84,7 +84,7 @@ def build_bundle(
                     raise
             else:
                 engine = cast(BuiltEngine, present[capabilities[0]])
-            seconds = time.monotonic() - begun
+            seconds = time.monotonic() - started
             took, cosine = round(seconds, 3) if missing else 0.0, row.measured["cosine"] if row else None
             done.append(Built(stage.name, engine.file, engine.bytes, took, cosine))
             report(stage.name, number, len(manifest.stages), seconds)
@@ -107,7 +107,7 @@ def make_engine(
     capabilities: Sequence[str],
     package: Package,
     how: BuildSettings,
-    tell: Callable[[float], None] = lambda _: None,
+    progress: Callable[[float], None] = lambda _: None,
 ) -> BuiltEngine:
     """Build a stage's engine beside its graph, in one step.
 
@@ -118,14 +118,14 @@ def make_engine(
     work = Work(folder / stage.file, stage.inputs, stage.outputs, named)
     file = f"{Path(stage.file).stem}.{'-'.join(capabilities)}.{package.name}-{package.version}{ENGINE}"
     with disk_full_explained(folder):
-        replaced(folder / file, build(work, package, how, folder / how.timing_cache, tell))
+        replaced(folder / file, build(work, package, how, folder / how.timing_cache, progress))
     return BuiltEngine(
         **dataclasses.asdict(file_entry(folder, file)),
         package=package.name,
         version=package.version,
         capabilities=list(capabilities),
         graph=graph_of(stage),
-        profile=how.profile if has_free_axes(stage) else [],
+        axes=axes_of(stage, how.axes),
     )
 
 
@@ -140,10 +140,9 @@ def _present(
     folder: Path, stage: StageEntry, capability: str, package: Package, manifest: Manifest
 ) -> BuiltEngine | None:
     """The engine that is there already and whole."""
-    profile = manifest.build.profile if has_free_axes(stage) else []
-    wanted = (package.name, package.version, graph_of(stage), profile)
+    wanted = (package.name, package.version, graph_of(stage), axes_of(stage, manifest.build.axes))
     for engine in stage.engines:
-        if (engine.package, engine.version, engine.graph, engine.profile) == wanted:
+        if (engine.package, engine.version, engine.graph, engine.axes) == wanted:
             with contextlib.suppress(BadInput):
                 check_file(engine, folder)
                 if capability in engine.capabilities:
@@ -168,5 +167,5 @@ def _with_engine(
     return manifest
 
 
-def _part_teller(report: Report, stage: str, number: int, total: int) -> Callable[[float], None]:
+def _part_report(report: Report, stage: str, number: int, total: int) -> Callable[[float], None]:
     return lambda part: report(stage, number, total, None, part)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from mllm_edge.bundle.check import locate
 from mllm_edge.bundle.manifest import BuiltEngine, Manifest, Parity, StageEntry, TensorSpec
+from mllm_edge.bundle.sources import Boxes, Constant, Labels, Task, Text
 from mllm_edge.errors import OutOfTolerance
 from mllm_edge.export.verify.difference import compare
 from mllm_edge.machine.threads import usable_cores
 from mllm_edge.runtime.engines.interface import Array, Options, Stage
 from mllm_edge.runtime.engines.table import STAGE_ENGINES
 from mllm_edge.runtime.engines.tensorrt.stage import Device, shape
-from mllm_edge.runtime.wiring import BOXES
 
 # The graph is the same, so only the order of sums and what the kernels round may differ. `relative_max` is the largest
 # difference over the largest value.
@@ -32,8 +34,9 @@ class EngineCheck:
 
     def __init__(self, folder: Path, manifest: Manifest, device: Device):
         self._folder, self._device = folder, device
-        self._options = Options("cpu", True, usable_cores(), "f16", manifest.language_model.context_length)
+        self._options = Options("cpu", True, usable_cores(), "f16", manifest.language_model.context)
         self._random = np.random.default_rng(0)
+        self._sources = {source.name: source for source in manifest.sources if not isinstance(source, Labels)}
         self._values: dict[str, Array] = {}
 
     def __call__(self, stage: StageEntry, built: BuiltEngine) -> Parity:
@@ -62,14 +65,22 @@ class EngineCheck:
         return Parity(f"{stage.name} on {self._device.capability}", True, measured, limits)
 
     def _value(self, spec: TensorSpec) -> Array:
-        """What an earlier stage gave, or what a picture or a decoder's state may look like."""
+        """What an earlier stage gave, or what a source may look like: any question, boxes, pictures and states."""
         if spec.name not in self._values:
-            size = shape(spec, LENGTH)
-            if spec.name == BOXES:
+            size = shape(spec, defaultdict(lambda: LENGTH))
+            source = self._sources.get(spec.name)
+            if isinstance(source, Boxes):
                 corners = np.sort(self._random.uniform(0, 1, (*size[:-1], 2, 2)), axis=-2)
-                self._values[spec.name] = corners.reshape(size).astype(spec.dtype)
+                value = corners.reshape(size)
+            elif isinstance(source, Task):
+                value = np.full(size, next(iter(source.values.values())))
+            elif isinstance(source, Text):
+                value = np.ones(size)
+            elif isinstance(source, Constant):
+                value = np.load(locate(self._folder, source.file.file), allow_pickle=False)
             else:
-                self._values[spec.name] = self._random.standard_normal(size).astype(spec.dtype)
+                value = self._random.standard_normal(size)
+            self._values[spec.name] = value.astype(spec.dtype)
         return self._values[spec.name]
 
 

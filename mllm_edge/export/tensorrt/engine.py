@@ -1,15 +1,15 @@
-"""TensorRT engines out of a stage's ONNX file, strongly typed: precision is the graph's, not a flag of the builder.
+"""TensorRT engines from a stage's ONNX file, strongly typed: precision is set by the graph, not by builder flags.
 
-TensorRT-RTX builds ahead of time, on any x86 machine and without a GPU, for the compute capabilities that are named;
-TensorRT builds for the GPU at hand. `runtime/engines/tensorrt/packages.py` has what differs between them. No PyTorch is
-needed here: boards build, too.
+TensorRT-RTX builds ahead of time, on any x86 machine and without a GPU, for named compute capabilities; TensorRT builds
+for the local GPU. `runtime/engines/tensorrt/packages.py` has their differences. No PyTorch is needed here, since boards
+build too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ class Work:
     """One engine to build.
 
     Attributes:
-        onnx: the graph; weights beside it are found.
-        inputs: what the graph must take. Axes that may vary get a profile.
-        outputs: what it must give.
-        capabilities: of the GPUs that it is for, such as "sm_89"; none for the GPU at hand.
+        onnx: the graph; external data is found beside it.
+        inputs: the graph's expected inputs. Variable axes get a profile.
+        outputs: the expected outputs.
+        capabilities: of the target GPUs, such as "sm_89"; empty for the local GPU.
     """
 
     onnx: Path
@@ -42,7 +42,7 @@ class Work:
 
 
 def ahead(devices: Sequence[str]) -> list[str]:
-    """The compute capabilities among `--device`, for which engines are built here.
+    """The compute capabilities in `--device`, for which engines are built here.
 
     Raises:
         BadInput: an unknown name, a CPU, or a capability that TensorRT-RTX does not build for.
@@ -73,7 +73,7 @@ def _known() -> set[str]:
 
 
 def usual_devices(here: str) -> list[str]:
-    """What engines are built for where nobody says it, which is announced: the GPU of this machine, or usual ones.
+    """Default capabilities to build for (announced to the user): this machine's GPU, or common ones.
 
     Args:
         here: this machine's compute capability, "" without a GPU.
@@ -101,18 +101,18 @@ def build(
     timing_cache: Path | None = None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> bytes:
-    """A serialized engine.
+    """Build and serialize an engine.
 
     Args:
         work: what to build.
-        package: what builds it.
+        package: the package that builds it.
         how: profile and scratch memory.
-        timing_cache: a file that holds measured kernel times and gets those of this build, where the package has such.
-        progress: told the share that is done.
+        timing_cache: a file of measured kernel times, extended by this build's, if the package supports it.
+        progress: called with the share that is done.
 
     Raises:
-        MllmEdgeError: the parser refuses a node (it is named), the network is not what the specs say, or the build
-            fails (with TensorRT's own reason).
+        MllmEdgeError: the parser refuses a node (named), the network does not match the specs, or the build fails (with
+            TensorRT's own reason).
         MissingPackage: the package is not installed.
     """
     trt = package.load()
@@ -135,12 +135,12 @@ def build(
                 raise MllmEdgeError(f"{package.name} {package.version} does not build for {name}; leave it out")
     if how.workspace_mb:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, how.workspace_mb * 10**6)
-    _add_profile(builder, config, work.inputs, how.profile)
+    _add_profile(builder, config, work.inputs, how.axes)
     failures: list[BaseException] = []
     config.progress_monitor = _monitor(trt, progress, failures)
     timed = bool(timing_cache and package.timing_cache and _use_times(config, timing_cache))
     engine = builder.build_serialized_network(network, config)
-    if failures:  # Ctrl-C, most of all: TensorRT's binding lets nothing through
+    if failures:  # mostly Ctrl-C: TensorRT's binding does not propagate exceptions
         raise failures[0]
     if engine is None:
         reason = reasons[-1] if reasons else "no reason given"
@@ -151,7 +151,7 @@ def build(
 
 
 def _use_times(config: Any, file: Path) -> bool:
-    """Have the builder use the times of a file; those of another TensorRT or GPU are refused, and measured anew."""
+    """Use a file's kernel times in the builder; those of another TensorRT version or GPU are refused and remeasured."""
     for known in (file.read_bytes() if file.is_file() else b"", b""):
         cache = config.create_timing_cache(known)
         if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
@@ -160,7 +160,7 @@ def _use_times(config: Any, file: Path) -> bool:
 
 
 def replaced(path: Path, content: bytes) -> None:
-    """Write a file in one step: what was there stays until all of it is written."""
+    """Write a file atomically: the old content stays until the new one is complete."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
         temporary.write_bytes(content)
@@ -172,7 +172,7 @@ def replaced(path: Path, content: bytes) -> None:
 
 def _monitor(trt: Any, progress: Callable[[float], None], failures: list[BaseException]) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Tells of the outermost phase; TensorRT nests others in it. What is raised meanwhile ends the build."""
+        """Reports the outermost phase; TensorRT nests others in it. An exception in the callback ends the build."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -188,7 +188,7 @@ def _monitor(trt: Any, progress: Callable[[float], None], failures: list[BaseExc
             try:
                 if name == self.outer and self.steps.get(name) and not failures:
                     progress(min(1.0, (step + 1) / self.steps[name]))
-            except BaseException as error:  # noqa: BLE001  raised again behind the build
+            except BaseException as error:  # noqa: BLE001  raised again after the build
                 failures.append(error)
             return not failures
 
@@ -199,7 +199,7 @@ def _monitor(trt: Any, progress: Callable[[float], None], failures: list[BaseExc
 
 
 def _refused(parser: Any) -> str:
-    """The first node that the parser refuses, and why."""
+    """The first node that the parser refuses, and the reason."""
     error = parser.get_error(0)
     where = error.node_name() or f"node {error.node()}"
     return f"{where} ({error.node_operator() or 'operator'}: {' '.join(error.desc().split())})"
@@ -212,14 +212,13 @@ def _check(verb: str, stage: str, trt: Any, tensors: Sequence[Any], specs: Seque
         raise MllmEdgeError(f"{stage}: TensorRT's network {verb} {found}, the manifest says {wanted}; report this")
 
 
-def _add_profile(builder: Any, config: Any, inputs: Sequence[TensorSpec], lengths: Sequence[int]) -> None:
+def _add_profile(builder: Any, config: Any, inputs: Sequence[TensorSpec], axes: Mapping[str, Sequence[int]]) -> None:
     varying = [spec for spec in inputs if any(isinstance(size, str) for size in spec.shape)]
     if not varying:
         return
     profile = builder.create_optimization_profile()
     for spec in varying:
-        profile.set_shape(spec.name, *(shape(spec, length) for length in lengths))
+        shapes = [shape(spec, {axis: lengths[place] for axis, lengths in axes.items()}) for place in range(3)]
+        profile.set_shape(spec.name, *shapes)  # least, usual, most
     if config.add_optimization_profile(profile) < 0:
-        raise MllmEdgeError(
-            f"TensorRT refuses the profile {list(lengths)} of {varying[0].name}; export the bundle again"
-        )
+        raise MllmEdgeError(f"TensorRT refuses the profile {dict(axes)} of {varying[0].name}; export the bundle again")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
-from mllm_edge.bundle.manifest import ImagePreprocessing
+from mllm_edge.bundle.sources import Pixels
 from mllm_edge.errors import BadInput
 from mllm_edge.models.plan import ExportPlan, StageExport
 from mllm_edge.runtime.preprocess import preprocess
+from mllm_edge.runtime.turn import Need
+from mllm_edge.runtime.wiring import makers
 from mllm_edge.scenes import render, sample_scene
 
 Feed = dict[str, np.ndarray]
@@ -25,15 +29,42 @@ def pictures(count: int, first: int = 0) -> list[np.ndarray]:
 
 
 class Samples:
-    """What each stage of a plan reads and gives in PyTorch when the system sees the given pictures.
+    """What each stage of a plan reads and returns in PyTorch when the system sees the given pictures.
 
     Nothing is computed before it is asked for, and a stage's module is released as soon as it has run.
     """
 
-    def __init__(self, plan: ExportPlan, pictures: Sequence[np.ndarray]):
+    def __init__(self, plan: ExportPlan, pictures: Sequence[np.ndarray], given: Mapping[str, np.ndarray] | None = None):
+        """`given` are tensors in place of the plan's examples."""
         self._plan = plan
-        self._values = [{**plan.examples, **_pixels(plan.preprocessing, picture)} for picture in pictures]
+        known = {**plan.examples, **plan.constants, **(given or {})}
+        self._values = [{**known, **_pixels(plan, picture)} for picture in pictures]
         self._done: set[str] = set()
+
+    def need(self, number: int, values: Mapping[str, np.ndarray]) -> Need:
+        """A tensor as PyTorch makes it for picture `number`, where `values` stand for what they name."""
+        known, modules = self._values[number], dict[str, nn.Module]()
+        made_by = makers(self._plan.stages)
+
+        def need(name: str) -> np.ndarray:
+            if name in values:
+                return values[name]
+            stage = cast("StageExport | None", made_by.get(name))
+            if stage is None or (name in known and not needs_values(stage)):
+                return known[name]
+            if stage.name not in modules:
+                modules[stage.name] = stage.module().eval()
+            with torch.no_grad():
+                result = modules[stage.name](*(torch.from_numpy(np.array(need(spec.name))) for spec in stage.inputs))
+            outputs = (result,) if isinstance(result, torch.Tensor) else result
+            return {spec.name: tensor.numpy() for spec, tensor in zip(stage.outputs, outputs, strict=True)}[name]
+
+        def needs_values(stage: StageExport) -> bool:
+            """Whether anything that leads to a stage has another value here."""
+            names = [spec.name for spec in stage.inputs]
+            return any(name in values or (name in made_by and needs_values(made_by[name])) for name in names)  # type: ignore[arg-type]
+
+        return need
 
     def inputs(self, stage: StageExport) -> list[Feed]:
         """The stage's inputs by name, one entry per picture. Raises BadInput when no stage before it makes one."""
@@ -67,9 +98,9 @@ class Samples:
         self._done.add(stage.name)
 
 
-def _pixels(steps: Sequence[ImagePreprocessing], picture: np.ndarray) -> Feed:
+def _pixels(plan: ExportPlan, picture: np.ndarray) -> Feed:
     image = Image.fromarray(picture)
-    return {step.input: preprocess(image, step) for step in steps}
+    return {source.name: preprocess(image, source) for source in plan.sources if isinstance(source, Pixels)}
 
 
 def _names(stage: StageExport) -> str:

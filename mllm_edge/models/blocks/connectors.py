@@ -1,4 +1,4 @@
-"""What carries a vision encoder's features into the decoder's space."""
+"""Projectors from a vision encoder's features into the decoder's embedding space."""
 
 from __future__ import annotations
 
@@ -19,25 +19,24 @@ class MergeCells(nn.Module):
     def forward(self, embeds: Tensor) -> Tensor:
         batch, number, width = embeds.shape
         cells = math.isqrt(number) // self.side
-        squares = embeds.reshape(batch, cells, self.side, cells, self.side, width)
+        squares = embeds.reshape(batch, cells, self.side, cells, self.side, width)  # [B,cells,side,cells,side,D]
         return squares.mean(dim=(2, 4)).reshape(batch, cells * cells, width)
 
 
 def connector(kind: str, width: int, out_width: int, features: int, merge: int = 1) -> nn.Sequential:
     """The projector between vision encoder and decoder: [B,N,Dv] -> [B,M,D], with M = N / merge**2.
 
-    What it says of the cells is merged last, so that a cell of background does not blur another before it was looked
-    at.
+    Merging comes last, on the projected embeddings, so that a background cell does not blur its neighbours' features.
 
     Args:
         kind: "linear" (v1) or "mlp{N}x_gelu" (v1.5: N=2), as in llava/model/multimodal_projector/builder.py.
         width: Dv, of the features.
         out_width: D, of the decoder.
         features: N.
-        merge: side of the square of neighbouring features whose embeddings become one, their mean.
+        merge: side of the square of neighbouring features whose embeddings are averaged into one.
 
     Raises:
-        BadInput: an unknown kind, or features that do not fall into squares.
+        BadInput: an unknown kind, or a feature grid that is not divisible by `merge`.
     """
     depth = "1" if kind == "linear" else kind.removeprefix("mlp").removesuffix("x_gelu")
     if not depth.isdecimal() or int(depth) < 1:

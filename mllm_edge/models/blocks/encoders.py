@@ -1,4 +1,4 @@
-"""The families of vision encoders: a config names one by the dims it holds, a file by the family's name."""
+"""Families of vision encoders: selected by the type of dims in a config, by the family's name in a file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _FAMILIES: dict[str, tuple[type[Any], Callable[[Any], nn.Module]]] = {
     "clip": (VitDims, VisionEncoder),
     "mobilenet_v2": (MobileNetDims, MobileNetEncoder),
 }
-# In fp16 the features of three photographs are off by 2.6 to 3.1 % of the largest value, nearly all of it by rounding
-# in the first block: with that in fp32 by 0.5 %, on one of them (tests/export/test_fp16_photographs.py allows 1 %).
+# In fp16 the features of three photographs are off by 2.6 to 3.1 % of the largest value, nearly all of it from rounding
+# in the first block: with that in fp32, 0.5 % on one of them (tests/export/test_fp16_photographs.py allows 1 %).
 _FLOAT32: dict[type[Any], tuple[str, ...]] = {MobileNetDims: ("network.conv_stem.", "network.layer.0.")}
 
 
@@ -28,16 +28,16 @@ def vision_encoder(dims: EncoderDims) -> nn.Module:
 
 
 def float32_modules(dims: EncoderDims) -> tuple[str, ...]:
-    """Beginnings of the names of modules that do not bear fp16."""
+    """Name prefixes of modules that must stay in fp32."""
     return _FLOAT32.get(type(dims), ())
 
 
 def encoder_dims(values: Mapping[str, Any]) -> EncoderDims:
-    """Dims from a file's settings; `family` says which ("clip" where there is none).
+    """Dims from a file's settings; `family` selects the type (default "clip").
 
     Raises:
         BadInput: an unknown family.
-        TypeError: settings that the family has not.
+        TypeError: settings that the family does not have.
     """
     settings = dict(values)
     family = settings.pop("family", "clip")

@@ -1,6 +1,6 @@
-"""MobileNetV2 as a vision encoder (Sandler et al. 2018): its last feature map, a token for each of its cells.
+"""MobileNetV2 as a vision encoder (Sandler et al. 2018): each cell of its last feature map is a token.
 
-The network is transformers' `MobileNetV2Model`; ours is what it means to LLaVA.
+The network is transformers' `MobileNetV2Model`; this module adapts it to LLaVA.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class MobileNetDims:
 
 
 class MobileNetEncoder(nn.Module):
-    """Features by rows: [B,3,S,S] -> [B,N,1280]."""
+    """Features in row-major order: [B,3,S,S] -> [B,N,1280]."""
 
     def __init__(self, dims: MobileNetDims):
         super().__init__()
@@ -44,16 +44,16 @@ class MobileNetEncoder(nn.Module):
         self.network = MobileNetV2Model(config, add_pooling_layer=False)
 
     def train(self, mode: bool = True) -> MobileNetEncoder:
-        """Always in evaluation mode: normalization uses the statistics that the weights came with."""
+        """Stay in evaluation mode: batch norm uses the statistics of the pretrained weights."""
         return super().train(False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        features: Tensor = self.network(pixel_values).last_hidden_state
+        features: Tensor = self.network(pixel_values).last_hidden_state  # [B,1280,S/32,S/32]
         return features.flatten(2).transpose(1, 2)
 
 
 def from_torchvision_order(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of torchvision's (and older) MobileNetV2 under the names of `MobileNetEncoder`.
+    """Rename weights of torchvision's (and older) MobileNetV2 to those of `MobileNetEncoder`.
 
     Both list the same layers in the same order under other names.
 

@@ -1,7 +1,7 @@
 """GLaMM's region encoder (groundingLMM model/layers.py `MLVLROIQueryModule`): boxes on four levels of CLIP features.
 
-The names are the original's, and so are its oddities: one module for all levels of a round, and boxes that are scaled
-by a constant which the features' resolution does not know of.
+Parameter names are the original's, and so are its oddities: one module for all levels of a round, and boxes scaled by
+a constant that is independent of the features' resolution.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ SAMPLES = 2  # per axis of a bin
 class RegionDims:
     """Shape of a region encoder.
 
-    `width` is that of the fused maps, `middle` that of a region before it goes to the decoder's width, `bins` the side
-    of a region's raster. Boxes in 0..1 times `box_scale` are divided by each level's entry of `strides`.
+    `width` is the fused maps' channels, `middle` a region's channels before projection to the decoder's width, `bins`
+    the side of a region's raster. Boxes in 0..1 times `box_scale` are divided by each level's entry of `strides`.
     """
 
     width: int = 1024
@@ -37,12 +37,12 @@ class RegionDims:
 def roi_align(features: Tensor, boxes: Tensor, bins: int) -> Tensor:
     """RoIAlign, aligned, two samples per axis and bin (He et al. 2017; mmcv's and torchvision's `aligned=True`).
 
-    Each sample is a bilinear look-up and each bin the mean of its samples. Both are linear and separable, so rows and
-    columns are two small matrices, and the whole is two products: any engine has them, none has to know RoIAlign.
+    Each sample is a bilinear look-up and each bin the mean of its samples. Both are linear and separable, so RoIAlign
+    is a product with one small matrix for rows and one for columns, which every engine supports.
 
     Args:
-        features: [1,C,H,W], or [n,C,H,W] with a map for each box.
-        boxes: [n,4], x1,y1,x2,y2 in cells of the map (the scale is applied already).
+        features: [1,C,H,W], or [n,C,H,W] with one map per box.
+        boxes: [n,4], x1,y1,x2,y2 in cells of the map (already scaled).
         bins: side of the result.
 
     Returns:
@@ -50,18 +50,18 @@ def roi_align(features: Tensor, boxes: Tensor, bins: int) -> Tensor:
     """
     rows = _bin_weights(boxes[:, 1], boxes[:, 3], features.shape[2], bins)  # [n,bins,H]
     columns = _bin_weights(boxes[:, 0], boxes[:, 2], features.shape[3], bins)  # [n,bins,W]
-    return (rows.unsqueeze(1) @ features) @ columns.unsqueeze(1).transpose(2, 3)
+    return (rows.unsqueeze(1) @ features) @ columns.unsqueeze(1).transpose(2, 3)  # [n,C,bins,bins]
 
 
 def _bin_weights(low: Tensor, high: Tensor, size: int, bins: int) -> Tensor:
-    """How much each cell of an axis counts in each bin: [n] and [n] -> [n,bins,size]."""
+    """Weight of each cell along an axis in each bin: [n] and [n] -> [n,bins,size]."""
     low, high = low - 0.5, high - 0.5  # aligned: cell centers lie at whole numbers
     steps = (torch.arange(bins * SAMPLES, device=low.device, dtype=low.dtype) + 0.5) / (bins * SAMPLES)
     places = low.unsqueeze(1) + (high - low).unsqueeze(1) * steps  # [n,bins*SAMPLES]
     inside = ((places >= -1) & (places <= size)).to(low.dtype)
     cells = torch.arange(size, device=low.device, dtype=low.dtype)
-    distance = (places.clamp(0, size - 1).unsqueeze(2) - cells).abs()
-    weights = (1 - distance).clamp(min=0) * inside.unsqueeze(2)
+    distance = (places.clamp(0, size - 1).unsqueeze(2) - cells).abs()  # [n,bins*SAMPLES,size]
+    weights = (1 - distance).clamp(min=0) * inside.unsqueeze(2)  # [n,bins*SAMPLES,size]
     return weights.reshape(-1, bins, SAMPLES, size).mean(dim=2)
 
 
@@ -78,7 +78,10 @@ class _Conv(nn.Module):
 
 
 class LevelFusion(nn.Module):
-    """Maps of four sizes exchange a quarter of their channels with the level above and the one below, in rounds."""
+    """Four levels exchange a quarter of their channels with the level above and the level below, in rounds.
+
+    Each level [P,Dv,g,g] -> [P,C,g,g], g from 8G (level 0) to G (level 3).
+    """
 
     def __init__(self, feature_width: int, dims: RegionDims):
         super().__init__()
@@ -101,7 +104,7 @@ class LevelFusion(nn.Module):
 
 
 class RegionPooling(nn.Module):
-    """RoIAlign on each level, a convolution each, their sum as one vector, and where the box is."""
+    """RoIAlign and a convolution per level, summed and projected to one vector, plus the box's position: -> [n,D]."""
 
     def __init__(self, out_width: int, dims: RegionDims):
         super().__init__()
@@ -119,20 +122,21 @@ class RegionPooling(nn.Module):
         self.updims = nn.Linear(dims.middle, out_width)
 
     def forward(self, levels: list[Tensor], boxes: Tensor) -> Tensor:
-        scaled = boxes * self.dims.box_scale
-        parts = [
+        scaled = boxes * self.dims.box_scale  # [n,4]
+        parts = [  # LEVELS x [n,C,bins,bins]
             conv(roi_align(level, scaled / stride, self.dims.bins))
             for conv, level, stride in zip(self.pconvs, levels, self.dims.strides)
         ]
-        region = self.flatten_linear(functional.relu(sum(parts[1:], parts[0])).flatten(1))
-        return self.updims(region + self.pos_embedd(boxes))
+        region = self.flatten_linear(functional.relu(sum(parts[1:], parts[0])).flatten(1))  # [n,middle]
+        return self.updims(region + self.pos_embedd(boxes))  # [n,D]
 
 
 class RegionEncoder(nn.Module):
     """Boxes on a picture's features -> embeddings in the decoder's space.
 
-    `forward` takes features [1,4,N,Dv] (shallowest level first, patches by rows) and boxes [n,4] (x1,y1,x2,y2 in 0..1)
-    and gives [n,D]. With `owners`, int64 [n], the features may be of several pictures, and each box says which is its.
+    `forward` takes features [1,4,N,Dv] (shallowest level first, patches in row-major order) and boxes [n,4]
+    (x1,y1,x2,y2 in 0..1) and returns [n,D]. With features [P,4,N,Dv] of several pictures, `owners`, int64 [n], gives
+    each box's picture.
     """
 
     def __init__(self, feature_width: int, out_width: int, dims: RegionDims):
@@ -143,8 +147,9 @@ class RegionEncoder(nn.Module):
     def forward(self, features: Tensor, boxes: Tensor, owners: Tensor | None = None) -> Tensor:
         grid = round(features.shape[2] ** 0.5)
         maps = features.transpose(2, 3).reshape(*features.shape[:2], -1, grid, grid)  # [1,4,Dv,G,G]
+        # 4 x [1,Dv,g,g], g = 8G, 4G, 2G, G
         levels = [_resized(maps[:, number], grid << (LEVELS - 1 - number)) for number in range(LEVELS)]
-        fused = self.mlvl_fuse(levels)
+        fused = self.mlvl_fuse(levels)  # 4 x [1,C,g,g]
         return self.roi_align(fused if owners is None else [level[owners] for level in fused], boxes)
 
 
@@ -155,7 +160,7 @@ def _resized(x: Tensor, size: int) -> Tensor:
 
 
 def _coordinates(x: Tensor) -> Tensor:
-    """Channels with x and y from -1 to 1: [1,2,H,W]."""
+    """Two channels with x and y from -1 to 1: [B,D,H,H] -> [B,2,H,H]."""
     line = torch.linspace(-1, 1, x.shape[-1], device=x.device, dtype=x.dtype)
     y, x_ = torch.meshgrid(line, line, indexing="ij")
     return torch.stack([x_, y]).unsqueeze(0).expand(x.shape[0], -1, -1, -1)

@@ -1,8 +1,8 @@
 """SAM's image encoder (Kirillov et al. 2023, arXiv 2304.02643; segment_anything/modeling/image_encoder.py).
 
-Ours and not transformers' class, because the graph must be static and small in memory: the scores of global attention
-(16 heads of 4096 x 4096 in ViT-H) are computed a few heads at a time. Parameter names are the original's, which are
-those of published checkpoints; a test shows outputs equal to transformers' `SamModel` on equal weights.
+Reimplemented rather than taken from transformers, because the graph must be static and need little memory: global
+attention scores (16 heads of 4096 x 4096 in ViT-H) are computed a few heads at a time. Parameter names are those of
+the published checkpoints; a test shows outputs equal to transformers' `SamModel` on equal weights.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class PatchEmbed(nn.Module):
 
 
 class RelativeAttention(nn.Module):
-    """Self-attention over a square of cells, with a learned bias for the distance along each axis."""
+    """Self-attention over a square of cells, with a learned relative-position bias along each axis."""
 
     def __init__(self, width: int, heads: int, side: int):
         super().__init__()
@@ -84,22 +84,24 @@ class RelativeAttention(nn.Module):
         batch, side, _, width = x.shape
         cells, depth = side * side, width // self.heads
         q, k, v = self.qkv(x).reshape(batch, cells, 3, self.heads, depth).permute(2, 0, 3, 1, 4).unbind(0)
+        # q, k, v: [B,H,N,d], N = side * side
         part = max(1, SCORES // (batch * cells * cells))
         mixed = [self._attend(q[:, i : i + part], k[:, i : i + part], v[:, i : i + part]) for i in self._starts(part)]
-        out = torch.cat(mixed, dim=1).transpose(1, 2).reshape(batch, side, side, width)
+        out = torch.cat(mixed, dim=1).transpose(1, 2).reshape(batch, side, side, width)  # [B,side,side,D]
         return self.proj(out)
 
     def _starts(self, part: int) -> range:
         return range(0, self.heads, part)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Some of the heads: each [B,h,N,d] -> [B,h,N,d]."""
+        """Attention of h of the heads: q, k, v [B,h,N,d] -> [B,h,N,d]."""
         batch, heads, cells, depth = q.shape
         side, distance = self.side, cast("Tensor", self.distance)
         grid = q.reshape(batch, heads, side, side, depth)
-        rows = grid @ self.rel_pos_h[distance].transpose(1, 2)  # [B,h,side,side,side]: by row, column, row
-        columns = grid.transpose(2, 3) @ self.rel_pos_w[distance].transpose(1, 2)
+        rows = grid @ self.rel_pos_h[distance].transpose(1, 2)  # [B,h,row,column,key row]
+        columns = grid.transpose(2, 3) @ self.rel_pos_w[distance].transpose(1, 2)  # [B,h,column,row,key column]
         scores = ((q * depth**-0.5) @ k.transpose(-2, -1)).reshape(batch, heads, side, side, side, side)
+        # [B,h,row,column,key row,key column]
         scores = scores + rows.unsqueeze(-1) + columns.transpose(2, 3).unsqueeze(-2)
         return torch.softmax(scores.reshape(batch, heads, cells, cells), dim=-1) @ v
 
@@ -117,7 +119,7 @@ class SamMlp(nn.Module):
 
 
 class SamBlock(nn.Module):
-    """Pre-norm block with attention in windows, or over the whole picture where `window` is 0."""
+    """Pre-norm block, [B,G,G,D] -> the same, with windowed attention, or global attention if `window` is 0."""
 
     def __init__(self, dims: SamDims, window: int):
         super().__init__()
@@ -133,13 +135,15 @@ class SamBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def _in_windows(self, x: Tensor) -> Tensor:
-        """Attention in squares of `window` cells; the grid is padded with zeros to a whole number of them."""
+        """Attention in squares of `window` cells; the grid is zero-padded to a multiple of it."""
         batch, grid, _, width = x.shape
         count = -(-grid // self.window)
         extra = count * self.window - grid
-        x = functional.pad(x, (0, 0, 0, extra, 0, extra))
+        x = functional.pad(x, (0, 0, 0, extra, 0, extra))  # [B,count*w,count*w,D]
+        # [B,count,count,w,w,D]
         squares = x.reshape(batch, count, self.window, count, self.window, width).transpose(2, 3)
         squares = self.attn(squares.reshape(batch * count * count, self.window, self.window, width))
+        # [B,count,w,count,w,D]
         x = squares.reshape(batch, count, count, self.window, self.window, width).transpose(2, 3)
         return x.reshape(batch, grid + extra, grid + extra, width)[:, :grid, :grid]
 
@@ -162,8 +166,8 @@ class SamImageEncoder(nn.Module):
         )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        x = self.patch_embed(pixel_values) + self.pos_embed
+        x = self.patch_embed(pixel_values) + self.pos_embed  # [B,G,G,D]
         for block in self.blocks:
             x = block(x)
-        embedding: Tensor = self.neck(x.permute(0, 3, 1, 2))
+        embedding: Tensor = self.neck(x.permute(0, 3, 1, 2))  # [B,C,G,G]
         return embedding

@@ -1,7 +1,7 @@
 """SAM's prompt encoder and mask decoder (segment_anything/modeling/{prompt_encoder,transformer,mask_decoder}.py).
 
-GLaMM's change is a prompt given as an embedding, which stands where a point's would. The three masks of SAM's
-multi-mask output and its IoU head are left out: GLaMM neither uses nor trains them. The names are the original's.
+GLaMM's change is a prompt given as an embedding, in place of a point's. The three masks of SAM's multi-mask output and
+its IoU head are left out: GLaMM neither uses nor trains them. Parameter names are the original's.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch.nn import functional
 
 from mllm_edge.models.blocks.sam import LayerNorm2d
 
-MASK_TOKENS = 4  # of which the first one's mask is read
+MASK_TOKENS = 4  # only the first one's mask is used
 
 
 @dataclass(frozen=True)
 class MaskDecoderDims:
-    """Shape of a mask decoder; `grid` cells a side and `width` channels are the image embedding's."""
+    """Shape of a mask decoder; `grid` (cells per side) and `width` (channels) are the image embedding's."""
 
     grid: int = 64
     width: int = 256
@@ -31,7 +31,7 @@ class MaskDecoderDims:
 
 
 class FourierPositions(nn.Module):
-    """Random Fourier features of places in 0..1: [...,2] (x, y) -> [...,width]."""
+    """Random Fourier features of points in 0..1: [...,2] (x, y) -> [...,width]."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -39,12 +39,12 @@ class FourierPositions(nn.Module):
 
     def forward(self, places: Tensor) -> Tensor:
         matrix: Tensor = self.positional_encoding_gaussian_matrix  # type: ignore[assignment]
-        turns = 2 * math.pi * ((2 * places - 1) @ matrix)
+        turns = 2 * math.pi * ((2 * places - 1) @ matrix)  # [...,width/2]
         return torch.cat([turns.sin(), turns.cos()], dim=-1)
 
 
 class PromptEncoder(nn.Module):
-    """Embeddings of points and boxes, the grid's positions, and what stands for "no mask was given"."""
+    """Embeddings of points and boxes, position features of the grid, and the "no mask prompt" embedding."""
 
     def __init__(self, dims: MaskDecoderDims):
         super().__init__()
@@ -56,24 +56,24 @@ class PromptEncoder(nn.Module):
 
     def points(self, places: Tensor) -> Tensor:
         """Points inside objects: [n,2] in 0..1 -> [n,2,C], each followed by SAM's padding point."""
-        inside = self.pe_layer(places) + self.point_embeddings[1].weight
+        inside = self.pe_layer(places) + self.point_embeddings[1].weight  # [n,C]
         return torch.stack([inside, self.not_a_point_embed.weight.expand_as(inside)], dim=1)
 
     def boxes(self, corners: Tensor) -> Tensor:
         """Boxes: [n,4] x1,y1,x2,y2 in 0..1 -> [n,2,C]."""
-        first, second = self.pe_layer(corners[:, :2]), self.pe_layer(corners[:, 2:])
+        first, second = self.pe_layer(corners[:, :2]), self.pe_layer(corners[:, 2:])  # [n,C] each
         return torch.stack([first + self.point_embeddings[2].weight, second + self.point_embeddings[3].weight], dim=1)
 
     def dense_positions(self) -> Tensor:
-        """Fourier features of the cells' centers: [1,G*G,C], by rows."""
+        """Fourier features of the cells' centers: [1,G*G,C], row-major."""
         device = self.no_mask_embed.weight.device
         centers = (torch.arange(self.dims.grid, device=device, dtype=torch.float32) + 0.5) / self.dims.grid
-        places = torch.stack(torch.meshgrid(centers, centers, indexing="xy"), dim=-1)
+        places = torch.stack(torch.meshgrid(centers, centers, indexing="xy"), dim=-1)  # [G,G,2]
         return self.pe_layer(places).reshape(1, -1, self.dims.width)
 
 
 class CrossAttention(nn.Module):
-    """Attention in a narrower space: q [n,T,C], k and v [m,S,C] with m = n or 1 -> [n,T,C]."""
+    """Attention in `width // shrink` channels: q [n,T,C], k and v [m,S,C] with m = n or 1 -> [n,T,C]."""
 
     def __init__(self, width: int, heads: int, shrink: int = 1):
         super().__init__()
@@ -86,12 +86,12 @@ class CrossAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = self._split(self.q_proj(q)), self._split(self.k_proj(k)), self._split(self.v_proj(v))
-        scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
-        mixed = (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2)
+        scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5  # [n,H,T,S]
+        mixed = (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2)  # [n,T,C/shrink]
         return self.out_proj(mixed)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[:2], self.heads, -1).transpose(1, 2)
+        return x.reshape(*x.shape[:2], self.heads, -1).transpose(1, 2)  # [n,H,T,d]
 
 
 class ReluMlp(nn.Module):
@@ -107,7 +107,7 @@ class ReluMlp(nn.Module):
 
 
 class TwoWayBlock(nn.Module):
-    """Tokens attend to themselves and to the picture, then the picture attends to the tokens."""
+    """Tokens [n,T,C] attend to themselves and to the cells [m,N,C], then the cells attend to the tokens."""
 
     def __init__(self, dims: MaskDecoderDims, first: bool):
         super().__init__()
@@ -152,7 +152,7 @@ class TwoWayTransformer(nn.Module):
 
 
 class HyperNetwork(nn.Module):
-    """Three linears with ReLU between: from a mask token to the weights that its mask is read with."""
+    """Three linears with ReLU between: a mask token [n,C] -> the weights [n,C/8] of its mask over the features."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -189,17 +189,19 @@ class MaskDecoder(nn.Module):
         Args:
             image_embedding: [1,C,G,G], or [n,C,G,G].
             prompts: sparse prompts [n,P,C].
-            prompt_encoder: gives the grid's positions and the embedding of "no mask".
+            prompt_encoder: provides the grid's position features and the "no mask" embedding.
 
         Returns:
             Logits [n,4G,4G].
         """
         grid = image_embedding.shape[-1]
-        own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        tokens = torch.cat([own.unsqueeze(0).expand(prompts.shape[0], -1, -1), prompts], dim=1)
+        own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # [1+MASK_TOKENS,C]
+        tokens = torch.cat([own.unsqueeze(0).expand(prompts.shape[0], -1, -1), prompts], dim=1)  # [n,1+MASK_TOKENS+P,C]
+        # [1,G*G,C] or [n,G*G,C]
         cells = image_embedding.flatten(2).transpose(1, 2) + prompt_encoder.no_mask_embed.weight
-        tokens, cells = self.transformer(tokens, cells, prompt_encoder.dense_positions())
+        tokens, cells = self.transformer(tokens, cells, prompt_encoder.dense_positions())  # cells: [n,G*G,C]
         features = self.output_upscaling(cells.transpose(1, 2).unflatten(2, (grid, grid)))  # [n,C/8,4G,4G]
-        weights = self.output_hypernetworks_mlps[0](tokens[:, 1])  # behind the IoU token: the first mask's
+        weights = self.output_hypernetworks_mlps[0](tokens[:, 1])  # [n,C/8]; token 0 is the IoU token
+        # [n,1,4G,4G]
         masks: Tensor = (weights.unsqueeze(1) @ features.flatten(2)).unflatten(2, (4 * grid, 4 * grid))
         return masks.squeeze(1)

@@ -1,7 +1,8 @@
-"""The CLIP vision transformer, cut at the layer that is tapped.
+"""The CLIP vision transformer, cut at the tapped layer.
 
-Ours and not transformers' class, because the export must be static, free of framework switches and stop at the tapped
-block. Parameter names are those of `transformers.CLIPVisionModel` below `vision_model.`; a test shows equal outputs.
+Reimplemented rather than taken from transformers, because the exported graph must be static, free of framework
+switches and end at the tapped block. Parameter names are those of `transformers.CLIPVisionModel` below
+`vision_model.`; a test shows equal outputs.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Embeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # [B,N,D]
-        class_token = self.class_embedding.expand(patches.shape[0], 1, -1)
+        class_token = self.class_embedding.expand(patches.shape[0], 1, -1)  # [B,1,D]
         return torch.cat([class_token, patches], dim=1) + self.position_embedding.weight
 
 
@@ -76,9 +77,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
         split = (batch, tokens, self.heads, width // self.heads)
-        q = self.q_proj(x).view(split).transpose(1, 2) * (width // self.heads) ** -0.5
-        k = self.k_proj(x).view(split).permute(0, 2, 3, 1)
-        v = self.v_proj(x).view(split).transpose(1, 2)
+        q = self.q_proj(x).view(split).transpose(1, 2) * (width // self.heads) ** -0.5  # [B,H,T,d]
+        k = self.k_proj(x).view(split).permute(0, 2, 3, 1)  # [B,H,d,T]
+        v = self.v_proj(x).view(split).transpose(1, 2)  # [B,H,T,d]
         mixed = torch.softmax(q @ k, dim=-1) @ v  # [B,H,T,d]
         return self.out_proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
@@ -112,7 +113,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The blocks that run."""
+    """The blocks up to the tap: [B,1+N,D] -> the same."""
 
     def __init__(self, dims: VitDims):
         super().__init__()

@@ -61,7 +61,7 @@ def save_glamm(
     folder: Path, name: str, dims: GlammDims, state: Mapping[str, torch.Tensor], tokenizer: Path, dtype: torch.dtype
 ) -> None:
     """Write our own layout: `config.json`, `model.safetensors` with canonical names, LLaVA's tokenizer with GLaMM's
-    tokens behind its own."""
+    tokens after its own."""
     shape = dataclasses.asdict(dims)
     shape["llava"]["vision"] = encoder_settings(dims.llava.vision)
     save(folder, "glamm", shape, {key: state[key] for key in tensor_shapes(dims)}, dtype, name=name)

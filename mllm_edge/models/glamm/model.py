@@ -16,7 +16,7 @@ from mllm_edge.models.llava.model import CLIP_L_336, Llava, LlavaDims
 from mllm_edge.models.llava.model import CONFIGS as LLAVA_CONFIGS
 from mllm_edge.models.plan import Checkpoint
 
-# In the order in which groundingLMM's train.py adds them behind the trained vocabulary.
+# In the order in which groundingLMM's train.py adds them after the trained vocabulary.
 ADDED = ("<im_start>", "<im_end>", "<bbox>", "<point>", "[SEG]", "<p>", "</p>")
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 from torch import nn
 
-from mllm_edge.bundle.manifest import Generation, ImagePreprocessing, TensorSpec
+from mllm_edge.bundle.answers import MasksAnswer
+from mllm_edge.bundle.manifest import Generation, TensorSpec, Tokenizer
+from mllm_edge.bundle.sources import Boxes, Pixels, States
 from mllm_edge.checkpoints.tokenizer import lead, read_tokenizer
 from mllm_edge.errors import BadInput
 from mllm_edge.models.blocks.region import RegionEncoder
@@ -20,23 +21,23 @@ from mllm_edge.models.glamm.model import CONFIGS as CONFIGS
 from mllm_edge.models.glamm.model import SHIPPED as SHIPPED
 from mllm_edge.models.glamm.model import build as build
 from mllm_edge.models.glamm.model import tensor_shapes as tensor_shapes
-from mllm_edge.models.glamm.prompts import GROUNDED_QUESTION, PROMPT
+from mllm_edge.models.glamm.prompts import GROUNDED_QUESTION, PHRASE, PHRASE_END, PROMPT, SEG
+from mllm_edge.models.llava.plan import language_model
 from mllm_edge.models.llava.plan import preprocessing as clip_preprocessing
 from mllm_edge.models.parts import Part, filled
-from mllm_edge.models.plan import Checkpoint, ExportPlan, LanguageModelExport, StageExport
+from mllm_edge.models.plan import Checkpoint, ExportPlan, StageExport
 
 SAM_MEAN = (123.675, 116.28, 103.53)  # on 0..255
 SAM_STD = (58.395, 57.12, 57.375)
 EXAMPLE_BOXES = np.array([[0.1, 0.2, 0.5, 0.7], [0.0, 0.0, 1.0, 1.0], [0.6, 0.55, 0.9, 0.8]], np.float32)
 
 
-def preprocessing(dims: GlammDims) -> list[ImagePreprocessing]:
+def preprocessing(dims: GlammDims) -> list[Pixels]:
     """CLIP's centre crop, and SAM's: longest side to its size, padded with zeros (the mean) on the right and below."""
     return [
         clip_preprocessing(dims.llava),
-        ImagePreprocessing(
-            stage="mask_encoder",
-            input="mask_pixel_values",
+        Pixels(
+            "mask_pixel_values",
             size=dims.mask_encoder.image_size,
             fit="longest",
             resample="bilinear",
@@ -73,6 +74,7 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
 
     return ExportPlan(
         tasks=["chat", "grounded conversation", "referring segmentation", "region captioning"],
+        sources=[*preprocessing(dims), Boxes("boxes"), States("seg_states", [SEG], at="before")],
         stages=[
             StageExport(
                 "vision_encoder",
@@ -107,21 +109,12 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
                 precisions=("fp32",),  # small, and masks suffer in half precision (nanosam keeps its own so)
             ),
         ],
-        language_model=LanguageModelExport(
-            "llama",
-            llava.language,
-            Part(checkpoint.tensors, list(tensor_shapes(dims)), "language_model."),
-            checkpoint.tokenizer,
-            state_positions={"[SEG]": "before"},
-        ),
-        preprocessing=preprocessing(dims),
-        prompt=replace(
-            PROMPT,
-            lead=lead(checkpoint.tokenizer),
-            box="<bbox>",
-            phrase=["<p>", "</p>"],
-            added=list(ADDED),
-        ),
+        tokenizers=[
+            Tokenizer("language_model", "gguf", "language_model.gguf", lead(checkpoint.tokenizer), added=list(ADDED))
+        ],
+        language_model=language_model(checkpoint, llava.language, list(tensor_shapes(dims))),
+        prompt=PROMPT,
+        answers=[MasksAnswer("seg_states", "mask_logits", side, [PHRASE, PHRASE_END])],
         generation=Generation(),
         licences={"weights": checkpoint.source.get("licence", "see the checkpoint's own licence")},
         examples={"boxes": EXAMPLE_BOXES, "seg_states": example_states(width)},

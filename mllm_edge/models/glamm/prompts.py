@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from mllm_edge.bundle.manifest import Prompt
-from mllm_edge.models.llava.prompts import PROMPTS
+from dataclasses import replace
+
+from mllm_edge.bundle.manifest import Slot
+from mllm_edge.models.llava.prompts import PICTURE, PROMPTS
 
 SEG, PHRASE, PHRASE_END, BOX = "[SEG]", "<p>", "</p>", "<bbox>"
 
@@ -32,16 +34,16 @@ REGION_QUESTIONS: tuple[str, ...] = (
 TEACHER_FORCED = SEGMENT_TURNS[0][1]  # an answer to give where the mask alone is judged
 
 # LLaVA's v1 template with the picture's place marked and introduced (groundingLMM app.py)
-PROMPT = Prompt(
-    "glamm",
-    PROMPTS["llava_v1"].system,
-    PROMPTS["llava_v1"].first,
-    PROMPTS["llava_v1"].next,
-    " {text}</s>",
-    "<image>",
-    "The <image> provides an overview of the picture.\n",
-    lead="",
-    stop=["</s>"],
-    image_open="<im_start>",
-    image_close="<im_end>",
+PROMPT = replace(
+    PROMPTS["llava_v1"],
+    name="glamm",
+    slots=[
+        replace(
+            PICTURE,
+            open="<im_start>",
+            close="<im_end>",
+            joint="The <image> provides an overview of the picture.\n",
+        ),
+        Slot(BOX, "boxes", ["region_embeds"]),
+    ],
 )

@@ -1,1 +1,1 @@
-"""The language models that systems are built on: dims with their counts, the module, its reference."""
+"""Language models of the systems: dims with weight counts, the module and its reference."""

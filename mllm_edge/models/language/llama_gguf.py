@@ -1,4 +1,4 @@
-"""A LLaMA in a GGUF file as a source of weights: names and layout of `LlamaForCausalLM`, a tensor read at a time."""
+"""Reads a LLaMA from a GGUF file, one tensor at a time, with names and layout of `LlamaForCausalLM`."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ _CONTROL, _USER_DEFINED = 3, 4
 
 
 def open_gguf(path: Path) -> tuple[LlamaDims, Tensors]:
-    """The dims and weights of a LLaMA in a GGUF file; quantized weights come out as float32.
+    """The dims and weights of a LLaMA in a GGUF file; quantized weights are dequantized to float32.
 
     Raises:
-        BadInput: not a GGUF file, of another architecture, or with tensors that a LLaMA has not.
+        BadInput: not a GGUF file, another architecture, or tensors that a LLaMA does not have.
     """
     from gguf import dequantize
 
@@ -63,7 +63,7 @@ def write_tokenizer(path: Path, folder: Path) -> None:
     """Write the byte-level BPE of a GGUF file as `tokenizer.json` and `tokenizer_config.json` into `folder`.
 
     Raises:
-        BadInput: the file holds a tokenizer of another kind (it is named).
+        BadInput: another kind of tokenizer (named).
     """
     reader = _read(path)
     kind, pre = _value(reader, "tokenizer.ggml.model"), _value(reader, "tokenizer.ggml.pre")
@@ -152,12 +152,14 @@ def _name(path: Path, name: str) -> str:
 
 
 def interleave_rotary(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder the rows of a q or k projection [H*d, D] from Hugging Face's half-rotation to llama.cpp's pairs."""
+    """Reorder the rows of a q or k projection [H*d,D] from Hugging Face's half-rotation to llama.cpp's pairs."""
     rows, width = weight.shape
+    # [H,2,d/2,D] -> [H,d/2,2,D]
     return weight.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
 def half_rotary(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undo `interleave_rotary`: pairs (i, i + half) stand side by side in a GGUF file."""
+    """Undo `interleave_rotary`, [H*d,D]: pairs (i, i + half) are adjacent in a GGUF file."""
     rows, width = weight.shape
+    # [H,d/2,2,D] -> [H,2,d/2,D]
     return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)

@@ -35,7 +35,7 @@ from mllm_edge.models.plan import Checkpoint
 if TYPE_CHECKING:
     import torch
 
-# The first rule that matches gives the canonical name; what matches none is not ours (post_layernorm, inv_freq, ...).
+# The first matching rule gives the canonical name; tensors without a match are dropped (post_layernorm, inv_freq, ...).
 _VISION = r"(?:vision_model\.)?(embeddings\.|pre_layrnorm\.|encoder\.layers\.)"
 _ORIGINAL = (
     (r"model\.vision_tower\.vision_tower\." + _VISION, r"vision_encoder.\1"),
@@ -59,12 +59,12 @@ def load(folder: Path) -> Checkpoint:
     """Detect a folder's layout and open it.
 
     Raises:
-        BadInput: not LLaVA (its model type is named), an option of LLaVA that is not supported, missing or misfit
-            tensors, no tokenizer.
+        BadInput: not LLaVA (names its model type), an unsupported option of LLaVA, missing or misshapen tensors, no
+            tokenizer.
     """
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
-    folders = [folder]  # all that the weights come from
+    folders = [folder]  # sources of the weights
     if OURS in config:
         dims, tensors = _ours(folder, config)
         if "packages" in config:
@@ -92,7 +92,7 @@ def save_llava(
 def save_on_packages(
     folder: Path, name: str, dims: LlavaDims, connector: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> None:
-    """Write our own layout without the parts that packages bring (see `packaged`); a LoRA goes to `adapter/`."""
+    """Write our own layout without the packaged parts (see `packaged`); a LoRA goes to `adapter/`."""
     save(folder, "llava", _settings(dims), connector, dtype, name=name, packages=packaged.PACKAGES)
 
 
@@ -101,7 +101,7 @@ def _settings(dims: LlavaDims) -> dict[str, Any]:
 
 
 def _packaged(folder: Path, config: dict[str, Any], dims: LlavaDims, trained: Tensors) -> Checkpoint:
-    """Our own layout on top of packages' parts."""
+    """Open our own layout on top of packaged parts."""
     if config["packages"] != packaged.PACKAGES:
         raise BadInput(f"{folder} was made for {config['packages']}, known are {packaged.PACKAGES}; train it anew")
     tensors = packaged.complete(trained, folder)
@@ -143,7 +143,7 @@ def _port(folder: Path) -> tuple[LlavaDims, Tensors]:
         raise BadInput(f"{folder} has a projector with {config.projector_hidden_act}, which is not supported; GELU is")
     if config.vision_feature_select_strategy != "default":
         raise BadInput(f"{folder} keeps CLIP's class token, which is not supported; use a checkpoint that drops it")
-    settings = config.to_dict()  # complete, where the file may leave defaults out
+    settings = config.to_dict()  # with the defaults that the file may omit
     kinds = settings["vision_config"]["model_type"], settings["text_config"]["model_type"]
     if kinds != ("clip_vision_model", "llama"):
         raise BadInput(f"{folder} is a LLaVA of {kinds[0]} and {kinds[1]}; CLIP and LLaMA are supported")
@@ -171,7 +171,7 @@ def _port_preprocessing(folder: Path) -> tuple[str, tuple[float, ...], tuple[flo
 def open_original(
     folder: Path, config: dict[str, Any], more: tuple[tuple[str, str], ...] = ()
 ) -> tuple[LlavaDims, Tensors, list[Path]]:
-    """The original layout with dims and the folders it lies in; `more` are rules for tensors that LLaVA has not."""
+    """The original layout: dims, tensors and source folders; `more` are rules for tensors that LLaVA lacks."""
     if config.get("mm_vision_select_feature", "patch") != "patch":
         raise BadInput(f"{folder} keeps CLIP's class token (cls_patch), which is not supported; use a patch checkpoint")
     if config.get("mm_use_im_start_end"):
@@ -204,7 +204,7 @@ def open_original(
 
 
 def _original_weights(folder: Path) -> tuple[Tensors, list[Path]]:
-    """The merged weights, and where they lie; a LoRA is merged into its base here (llava/model/builder.py)."""
+    """The weights, a LoRA merged into its base (llava/model/builder.py), and their folders."""
     if not (folder / "adapter_config.json").is_file():
         return open_folder(folder), [folder]
     name = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
@@ -224,7 +224,7 @@ def _without_peft(name: str) -> str:
 
 
 def _beside(folder: Path, name: str) -> Path:
-    """A folder named relative to the checkpoint, anywhere else, or a hub id."""
+    """A folder named relative to the checkpoint, any other path, or a hub id."""
     beside = folder / name
     return beside if beside.is_dir() else resolve_folder(name)
 
@@ -239,7 +239,7 @@ def _template(folder: Path, config: dict[str, Any], kind: str) -> str:
 
 
 def _vit(config: Mapping[str, Any], tap: int) -> VitDims:
-    """CLIP's configuration; fields that a sparse one leaves out have CLIP-B/32's defaults, as in transformers."""
+    """CLIP's configuration; missing fields have CLIP-B/32's defaults, as in transformers."""
     return VitDims(
         image_size=int(config.get("image_size", 224)),
         patch_size=int(config.get("patch_size", 32)),
@@ -254,7 +254,7 @@ def _vit(config: Mapping[str, Any], tap: int) -> VitDims:
 
 
 def _llama(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> LlamaDims:
-    """LLaMA's configuration in transformers 4 or 5 spelling; the vocabulary is what the table really has."""
+    """LLaMA's configuration in transformers 4 or 5 spelling; the vocabulary is the embedding table's actual size."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) not in ("default", None):
         raise BadInput(f"{folder} has scaled rotary positions ({rope}), which are not supported; use a plain LLaMA")

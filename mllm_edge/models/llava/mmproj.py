@@ -1,12 +1,12 @@
-"""llama.cpp's own multimodal projector file, so that the same LLaVA runs in llama.cpp's tools (`--mmproj`).
+"""llama.cpp's multimodal projector file, so that the same LLaVA runs in llama.cpp's tools (`--mmproj`).
 
 The graph that reads it is `tools/mtmd` of llama.cpp with architecture `clip` and projector `mlp`. It runs the blocks up
 to the tapped one, drops the class token and applies Linear, tanh-GELU, Linear. A one-layer connector is written as two
 layers by GELU(x) - GELU(-x) = x, which holds exactly for the tanh form too.
 
 llama.cpp's issue 25814 (seen in llama-cpp-python 0.3.36): its graph puts the class token last but numbers positions and
-picks patches as if it stood first, for every CLIP file. Files of ours are right where that is mended; `run` does not
-use them.
+picks patches as if it came first, for every CLIP file. Our files are right for builds where that is fixed; `run` does
+not use them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def write_mmproj(tensors: Mapping[str, torch.Tensor], dims: LlavaDims, path: Pat
     Args:
         tensors: canonical names (`vision_encoder.*`, `connector.*`).
         dims: the system's shape.
-        path: the file; it appears when it is complete.
+        path: the file; it appears only when complete.
         half: matrices as F16 instead of F32 (vectors are always F32).
 
     Raises:

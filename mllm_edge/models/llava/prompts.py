@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from mllm_edge.bundle.manifest import Prompt
+from mllm_edge.bundle.manifest import Prompt, Slot
+
+EMBEDS = "image_embeds"  # a picture in the decoder's space
+PICTURE = Slot("<image>", "pixels", [EMBEDS], joint="<image>\n")
 
 _ASSISTANT = "gives helpful, detailed, and polite answers to the {0}'s questions."
 _SYSTEM = "A chat between a curious {0} and an artificial intelligence assistant. The assistant " + _ASSISTANT
@@ -15,7 +18,7 @@ _LLAMA_2 = (
 
 
 def _prompt(name: str, system: str, first: str, following: str, answer: str, stop: list[str]) -> Prompt:
-    return Prompt(name, system, first, following, answer, "<image>", "<image>\n", lead="", stop=stop)
+    return Prompt(name, system, first, following, answer, stop, [PICTURE])
 
 
 # llava/conversation.py. `first` opens the dialogue, `following` later turns, `answer` closes the assistant's turn.

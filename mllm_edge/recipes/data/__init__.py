@@ -1,1 +1,1 @@
-"""What recipes train on: readers of files, dialogues as ids, scenes, pictures out of packages."""
+"""Training data of recipes: file readers, dialogues as ids, scenes, pictures from packages."""

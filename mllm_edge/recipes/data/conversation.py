@@ -1,4 +1,4 @@
-"""Dialogues as token ids and labels, with LLaVA's masking: the loss sees the assistant's words and nothing else."""
+"""Dialogues as token ids and labels, with LLaVA's masking: the loss covers only the assistant's words."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """How text becomes ids: `encode` takes a piece of plain text as a fresh string (no BOS); `specials` maps control
-    strings such as `</s>` to ids, `added` further ones that swallow white space beside them (see `Prompt.added`)."""
+    """Text to ids: `encode` tokenizes a piece of plain text on its own (no BOS); `specials` maps control strings such
+    as `</s>` to ids, `added` further ones that strip adjacent white space (see `Prompt.added`)."""
 
     encode: Callable[[str], list[int]]
     specials: dict[str, int]
@@ -29,11 +29,11 @@ class Vocabulary:
 
     @property
     def start(self) -> list[int]:
-        """What every sequence begins with."""
+        """Ids at the start of every sequence."""
         return [] if self.bos is None else [self.bos]
 
     def ids(self, text: str) -> list[int]:
-        """Ids of `text`, in which control strings stand for their ids."""
+        """Ids of `text`; control strings become their ids."""
         known = {**self.specials, **self.added}
         if not known:
             return self.encode(text)
@@ -47,10 +47,10 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Sample:
-    """A training sample: ids with IMAGE_INDEX at a picture's places, labels with -100 where there is no loss.
+    """A training sample: ids with IMAGE_INDEX at a picture's positions, labels with -100 where there is no loss.
 
-    `branches` is empty, or says of each id whether it belongs to the trunk (0) or to which branch (1, 2, ...).
-    `bags` is empty, or holds for each IMAGE_INDEX the ids whose embeddings' sum stands there (a bag of words).
+    `branches` is empty, or gives each id's branch (1, 2, ...; 0 for the trunk).
+    `bags` is empty, or holds for each IMAGE_INDEX a bag of words: the ids whose embeddings are summed there.
     """
 
     ids: list[int]
@@ -64,23 +64,23 @@ def encode_dialogue(
 ) -> Sample:
     """Render turns of (user, assistant) with `prompt`, tokenize and mask them (llava/train/train.py `preprocess_v1`).
 
-    The text is split at the image placeholder and each piece tokenized afresh. Within the piece that holds an answer
-    the question's ids must be a prefix of the whole piece's ids; where a tokenizer merges across that border the
-    sample's labels are all masked, as the original does.
+    The text is split at the image placeholder and each piece tokenized on its own. Within the piece that holds an
+    answer the question's ids must be a prefix of the whole piece's ids; if the tokenizer merges across that border, all
+    labels of the sample are masked, as the original does.
 
     Args:
         prompt: the template.
-        turns: at least one (user, assistant) pair; the user's text holds the placeholder where a picture stands.
+        turns: at least one (user, assistant) pair; the user's text holds the placeholder at a picture's position.
         vocabulary: the tokenizer.
-        patches: places that one picture takes.
-        limit: longer samples are cut.
+        patches: positions that one picture takes.
+        limit: longer samples are truncated.
     """
     ids = vocabulary.start
     labels = [IGNORE] * len(ids)
     for number, (user, assistant) in enumerate(turns):
         form = prompt.first if number == 0 else prompt.next
         opening = form.format(system=prompt.system, text=user)
-        *before, last = opening.split(prompt.image)
+        *before, last = opening.split(prompt.slots_of("pixels")[0].placeholder)
         for piece in before:
             known = vocabulary.ids(piece) + [IMAGE_INDEX] * patches
             ids, labels = ids + known, labels + [IGNORE] * len(known)
@@ -94,21 +94,21 @@ def encode_dialogue(
 
 
 def encode_brief(opening: list[int], start: str, rest: str, vocabulary: Vocabulary) -> Sample:
-    """`opening`, then `start` and `rest` as plain words without a template; the loss sees `rest` and the end."""
+    """`opening`, then `start` and `rest` as plain words without a template; the loss covers `rest` and the end."""
     known = vocabulary.ids(start)
     whole = vocabulary.ids(f"{start} {rest}" + next(iter(vocabulary.specials)))
     return Sample(opening + whole, [IGNORE] * (len(opening) + len(known)) + whole[len(known) :])
 
 
 def share_prefix(samples: Sequence[Sample], apart: int | None = None) -> Sample:
-    """One sequence that teaches what all of `samples` teach: their common prefix once, then the rest of each.
+    """Pack `samples` into one sequence: their common prefix (the trunk) once, then the rest of each as a branch.
 
-    A picture and its opening are computed once for many questions. Every branch sees the trunk and itself and starts at
-    the position behind the trunk, so each loss is the one of its sample alone (as in Hydragen, Juravsky et al. 2024).
+    A picture and its opening are computed once for many questions. Every branch attends to the trunk and itself and its
+    positions continue the trunk's, so each loss equals that of the sample alone (as in Hydragen, Juravsky et al. 2024).
 
     Args:
         samples: at least one, each with a question after the prefix, none with branches.
-        apart: an id that stands for something else in each sample, so that it is never shared.
+        apart: an id whose meaning differs between samples, so that it is never shared.
     """
     first = samples[0].ids
     # One token of every question stays in its branch: the first loss is then predicted from within the branch.
@@ -123,7 +123,7 @@ def share_prefix(samples: Sequence[Sample], apart: int | None = None) -> Sample:
 
 def pad(samples: Sequence[Sample], pad_id: int) -> dict[str, Tensor]:
     """Right-pad to the longest: `ids`, `labels`, `mask`, each int64 [B,T]; with branches also `branches` and
-    `positions`; with bags also `bags`, int64 [n,most ids], -1 where a bag has no more."""
+    `positions`; with bags also `bags`, int64 [n,most ids], padded with -1."""
     length = max(len(sample.ids) for sample in samples)
 
     def stack(rows: list[list[int]], fill: int) -> Tensor:
@@ -145,7 +145,7 @@ def pad(samples: Sequence[Sample], pad_id: int) -> dict[str, Tensor]:
 
 
 def _positions(sample: Sample) -> list[int]:
-    """Places of the ids as if each branch stood alone behind the trunk."""
+    """Positions of the ids as if each branch directly followed the trunk."""
     trunk = sample.branches.count(0)
     seen: dict[int, int] = {}
     positions = []
@@ -156,18 +156,19 @@ def _positions(sample: Sample) -> list[int]:
 
 
 def visibility(mask: Tensor, branches: Tensor | None) -> Tensor:
-    """What each token sees, in the form that transformers' decoders take.
+    """The attention mask, in the form that transformers' decoders accept.
 
     Returns:
-        `mask` itself where there are no branches, else float32 [B,1,T,T] to add to the scores: 0 where a token may look
-        (itself and earlier ones of the trunk or of its own branch), the lowest float elsewhere.
+        `mask` itself without branches, else float32 [B,1,T,T] to add to the scores: 0 where a token may attend (to
+        itself and earlier tokens of the trunk or of its own branch), the lowest float elsewhere.
     """
     if branches is None:
         return mask
     length = mask.shape[1]
-    earlier = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    earlier = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()  # [T,T]
+    # [B,T,T]
     related = (branches.unsqueeze(1) == 0) | (branches.unsqueeze(1) == branches.unsqueeze(2))
-    seen = earlier & related & mask.bool().unsqueeze(1)
+    seen = earlier & related & mask.bool().unsqueeze(1)  # [B,T,T]
     nothing = torch.finfo(torch.float32).min
     return torch.zeros(seen.shape, device=mask.device).masked_fill(~seen, nothing).unsqueeze(1)
 
@@ -175,7 +176,7 @@ def visibility(mask: Tensor, branches: Tensor | None) -> Tensor:
 def answer_loss(
     decoder: Any, embeds: Tensor, mask: Tensor, positions: Tensor | None, labels: Tensor
 ) -> dict[str, Tensor]:
-    """Next-token cross-entropy over the labels that are not -100, and how many of them are the most likely token.
+    """Next-token cross-entropy over the labels that are not -100, and the share predicted as most likely token.
 
     Args:
         decoder: transformers' `LlamaForCausalLM`, or peft's around it.
@@ -191,7 +192,7 @@ def answer_loss(
 
 
 def final_states(decoder: Any, embeds: Tensor, mask: Tensor, positions: Tensor | None) -> Tensor:
-    """States behind the final norm, [B,T,D]; the arguments are those of `answer_loss`."""
+    """Hidden states after the final norm, [B,T,D]; arguments as in `answer_loss`."""
     states: Tensor = (
         _plain(decoder).model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).last_hidden_state
     )
@@ -199,10 +200,10 @@ def final_states(decoder: Any, embeds: Tensor, mask: Tensor, positions: Tensor |
 
 
 def token_loss(decoder: Any, states: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """`answer_loss` behind `final_states`. The head is computed at the labels' places alone: few tokens have a label,
-    and a vocabulary is wide."""
-    places, truths = labelled(states, labels)
-    logits = _plain(decoder).lm_head(places).float()
+    """`answer_loss` from the `final_states`. The head is computed only where there are labels, since few tokens have
+    one and the vocabulary is wide."""
+    places, truths = labelled(states, labels)  # [n,D], [n]
+    logits = _plain(decoder).lm_head(places).float()  # [n,V]
     right = (logits.detach().argmax(-1) == truths).float().mean()
     return {"loss": torch.nn.functional.cross_entropy(logits, truths), "token_accuracy": right}
 
@@ -212,9 +213,9 @@ def _plain(decoder: Any) -> Any:
 
 
 def labelled(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of values [B,T,X] the n that must foretell a labelled token, [n,X], and these tokens, int64 [n].
+    """Of values [B,T,X] the n that must predict a labelled token, [n,X], and these tokens, int64 [n].
 
-    The value at place t is for the token at t+1.
+    The value at position t predicts the token at t+1.
     """
-    seen = labels[:, 1:] != IGNORE
+    seen = labels[:, 1:] != IGNORE  # [B,T-1]
     return values[:, :-1][seen], labels[:, 1:][seen]

@@ -1,4 +1,4 @@
-"""Checked access to what was read from JSON. Every refusal is one line: where, what is wrong, what to do."""
+"""Checked access to parsed JSON. Every error is one line: where, what is wrong, what to do."""
 
 import reprlib
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ _TYPE_NAMES = {str: "a text", list: "a list", dict: "an object", int: "a whole n
 
 
 def field(kind: type[Value], entry: dict[str, Any], key: str, where: str) -> Value:
-    """An entry's value of that type. Raises BadInput when it is missing or another type."""
+    """An entry's value of type `kind`. Raises BadInput when it is missing or of another type."""
     if key not in entry:
         raise refusal(where, f'there is no "{key}"', "add it")
     return typed(kind, entry[key], where, f'"{key}"')
@@ -20,14 +20,14 @@ def field(kind: type[Value], entry: dict[str, Any], key: str, where: str) -> Val
 
 def typed(kind: type[Value], value: object, where: str, name: str) -> Value:
     """The value itself. Raises BadInput when it is of another type."""
-    # bool is a subclass of int, but true is no number of pixels.
+    # bool is a subclass of int, but true is not a number of pixels.
     if not isinstance(value, kind) or isinstance(value, bool):
         raise refusal(where, f"{name} is {reprlib.repr(value)}", f"make it {_TYPE_NAMES[kind]}")
     return value
 
 
 def number(value: object, where: str, name: str) -> float:
-    """A finite number of pixels. Raises BadInput when it is none."""
+    """A finite number of pixels. Raises BadInput for anything else."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST:
         return float(value)
     raise refusal(where, f"{name} has {reprlib.repr(value)}", "use finite numbers of pixels")

@@ -1,4 +1,4 @@
-"""Turns of a dialogue about a scene as GLaMM is trained on them: with the masks and boxes that they speak of."""
+"""Turns of a dialogue about a scene for GLaMM's training, with the masks and boxes that they refer to."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from mllm_edge.scenes import Scene, SceneObject, boxes, grounded_caption, masks,
 from mllm_edge.scenes.phrases import capitalized, full_description, with_article
 
 KINDS = ("chat", "region", "segment", "caption")
-JITTER = 0.08  # how far a box's sides are off in training, in its own size
+JITTER = 0.08  # random shift of a box's sides in training, relative to its size
 
 
 @dataclass(frozen=True)
 class GroundedTurn:
-    """A question with its answer; `masks`, bool [H,W] each, are those of the answer's [SEG] in order, `boxes`
-    (x1,y1,x2,y2 in 0..1 of the picture) those of the question's <bbox>."""
+    """A question with its answer; `masks`, bool [H,W] each, belong to the answer's mask tokens in order, `boxes`
+    (x1,y1,x2,y2 in 0..1 of the picture) to the question's placeholders."""
 
     question: str
     answer: str
@@ -35,7 +35,7 @@ class GroundedTurn:
 
 
 def tagged(text: str, spans: Sequence[tuple[int, int, int]]) -> str:
-    """`text` with `<p> phrase </p> [SEG]` at each (start, end, number) of `spans`, which are in the text's order."""
+    """`text` with its phrases tagged, a mask token after each: (start, end, number) of `spans`, in text order."""
     parts, end = [], 0
     for start, stop, _ in spans:
         parts += [text[end:start], f"{PHRASE} {text[start:stop]} {PHRASE_END} {SEG}"]
@@ -44,13 +44,13 @@ def tagged(text: str, spans: Sequence[tuple[int, int, int]]) -> str:
 
 
 def region_caption(item: SceneObject) -> str:
-    """What a region that holds one object is called: "A large red circle."."""
+    """The caption of a region that holds one object: "A large red circle."."""
     return capitalized(with_article(str(full_description(item)))) + "."
 
 
 def segment_turns(scene: Scene, rng: np.random.Generator, number: int, captions: int, size: int) -> list[GroundedTurn]:
-    """Up to `number` questions about a scene, the first `captions` of them for grounded captions, the others with
-    referring expressions; masks are `size` pixels a side."""
+    """Up to `number` questions about a scene, the first `captions` for grounded captions, the others with referring
+    expressions; masks are `size` pixels a side."""
     visible = masks(scene, size)
     turns = [grounded_turn(scene, rng, int(form), size) for form in rng.permutation(len(CAPTION_QUESTIONS))[:captions]]
     for expression, index in referring_expressions(scene, rng)[: number - len(turns)]:
@@ -60,7 +60,7 @@ def segment_turns(scene: Scene, rng: np.random.Generator, number: int, captions:
 
 
 def grounded_turn(scene: Scene, rng: np.random.Generator, form: int, size: int) -> GroundedTurn:
-    """The grounded caption of number `form`, with the masks of its phrases."""
+    """The grounded caption in form number `form`, with the masks of its phrases."""
     caption = grounded_caption(scene, rng, form)
     visible = masks(scene, size)
     answer = tagged(caption.text, caption.spans)
@@ -68,7 +68,7 @@ def grounded_turn(scene: Scene, rng: np.random.Generator, form: int, size: int) 
 
 
 def caption_turns(scene: Scene, rng: np.random.Generator, number: int) -> list[GroundedTurn]:
-    """Up to `number` grounded captions as text alone, which needs no mask encoder: the fullest one, then others."""
+    """Up to `number` grounded captions as text alone (no mask encoder needed): the most detailed, then others."""
     full = len(CAPTION_QUESTIONS) - 1
     forms = [full, *map(int, rng.permutation(full))][:number]
     captions = [grounded_caption(scene, rng, form) for form in forms]
@@ -79,7 +79,7 @@ def caption_turns(scene: Scene, rng: np.random.Generator, number: int) -> list[G
 
 
 def region_turns(scene: Scene, rng: np.random.Generator, size: int) -> list[GroundedTurn]:
-    """A question about the region of each object of a scene, its box a little off."""
+    """A question about the region of each object of a scene, with a jittered box."""
     turns = []
     for item, box in zip(scene.objects, boxes(scene, size) / size):
         off = rng.normal(0, JITTER / 2, 4) * np.tile(box[2:] - box[:2], 2)

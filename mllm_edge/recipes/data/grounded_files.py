@@ -1,4 +1,4 @@
-"""GLaMM's turns out of a user's own files: RefCOCO's references and GranD-f's grounded captions."""
+"""GLaMM's turns from a user's own files: RefCOCO's references and GranD-f's grounded captions."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from mllm_edge.scenes import pick
 from mllm_edge.scenes.phrases import capitalized
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
-MOST = 3  # expressions of one picture in a conversation, as the original has them
+MOST = 3  # expressions per picture in a conversation, as in the original
 
 
 @dataclass(frozen=True)
 class GroundedFiles:
-    """What a recipe's `data` names: `refs` with `instances` and `split` (RefCOCO), `grandf` (GranD-f), or both, and
+    """The files in a recipe's `data`: `refs` with `instances` and `split` (RefCOCO), `grandf` (GranD-f), or both, and
     `images`, the folder of the pictures."""
 
     references: list[list[Reference]]  # by picture
@@ -37,7 +37,7 @@ class GroundedFiles:
 
     @classmethod
     def from_recipe(cls, data: dict[str, Any]) -> GroundedFiles | None:
-        """The files that `data` names, or None where it names none. Raises BadInput when one is malformed."""
+        """The files that `data` names, or None if it names none. Raises BadInput when one is malformed."""
         if "refs" not in data and "grandf" not in data:
             return None
         if "refs" in data and "instances" not in data:
@@ -51,7 +51,7 @@ class GroundedFiles:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of questions that the files have answers to."""
+        """Kinds of questions that the files can answer."""
         return ("region", "segment") if self.references else ("segment",)
 
     def draw(self, kind: str, rng: np.random.Generator, dims: GlammDims) -> tuple[Image.Image, list[GroundedTurn]]:
@@ -98,7 +98,7 @@ def reference_mask(reference: Reference, picture: Image.Image) -> Mask:
 
 
 def union(segmentations: Sequence[Any], picture: Image.Image) -> Mask:
-    """Where any of the segmentations is, bool [H,W]."""
+    """The union of the segmentations, bool [H,W]."""
     whole: Mask = np.zeros((picture.height, picture.width), np.bool_)
     for segmentation in segmentations:
         whole |= decode_segmentation(segmentation, picture.height, picture.width)
@@ -106,9 +106,9 @@ def union(segmentations: Sequence[Any], picture: Image.Image) -> Mask:
 
 
 def in_frame(mask: Mask, size: int) -> Mask:
-    """A mask where the mask encoder sees its picture: longest side `size`, nothing on the right and below.
+    """A mask [H,W] in the mask encoder's frame [size,size]: longest side `size`, zeros at the right and below.
 
-    The original compares masks at each picture's own size, one by one; in one frame they go through the loss together.
+    The original compares masks one by one at each picture's own size; in one frame they go through the loss as a batch.
     """
     width, height = longest_side(mask.shape[1], mask.shape[0], size)
     frame: Mask = np.zeros((size, size), np.bool_)

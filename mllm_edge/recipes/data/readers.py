@@ -1,7 +1,6 @@
-"""Readers of training data that people already have: LLaVA conversations, COCO, RefCOCO and GranD-f.
+"""Readers of common training data: LLaVA conversations, COCO, RefCOCO and GranD-f.
 
-Every refusal is a `BadInput` of one line that names the file and the entry, says what is wrong and
-what to do.
+Every error is a one-line `BadInput` that names the file and the entry, what is wrong and what to do.
 """
 
 import json
@@ -28,10 +27,9 @@ class Conversation:
     """A LLaVA training example.
 
     Attributes:
-        id: The entry's own name, "" where it has none.
+        id: The entry's id, "" if it has none.
         image: Path of the picture; None for text alone.
-        turns: Pairs of what the human said and gpt answered. The human's turn that shows the picture
-            starts with "<image>\\n".
+        turns: (human, gpt) pairs. The human's turn that shows the picture starts with "<image>\\n".
     """
 
     id: str
@@ -44,11 +42,11 @@ class CocoObject:
     """One COCO instance.
 
     Attributes:
-        annotation_id: COCO's number of the annotation.
+        annotation_id: COCO's id of the annotation.
         category: Name of the category.
         box: x1, y1, x2, y2 in pixels.
-        segmentation: Polygons or run lengths for `decode_segmentation`; None where the file has none.
-        is_crowd: Whether it marks a group rather than one thing.
+        segmentation: Polygons or run lengths for `decode_segmentation`; None if the file has none.
+        is_crowd: Whether it marks a group rather than one object.
     """
 
     annotation_id: int
@@ -87,8 +85,8 @@ class GroundedEntry:
     Attributes:
         file_name: Path of the picture in its folder.
         caption: The text.
-        spans: (start, end, number of the grounding): `caption[start:end]` is a phrase. In the order of the text.
-        segmentations: For each grounding the run lengths whose union is its mask.
+        spans: (start, end, number of the grounding): `caption[start:end]` is a phrase. In text order.
+        segmentations: For each grounding, run lengths whose union is its mask.
     """
 
     file_name: str
@@ -102,7 +100,7 @@ def read_llava(path: str | Path, image_folder: str | Path) -> list[Conversation]
 
     Args:
         path: The JSON file.
-        image_folder: Where the "image" entries are found. The pictures are not opened.
+        image_folder: Folder of the "image" entries. The pictures are not opened.
 
     Returns:
         The conversations in the order of the file.
@@ -170,7 +168,7 @@ def read_refcoco(refs_path: str | Path, instances_path: str | Path, split: str) 
 
     Args:
         refs_path: JSON list of references (ref_id, ann_id, image_id, split, sentences).
-        instances_path: The instances.json that came with them.
+        instances_path: The instances.json that belongs to them.
         split: Which references to return, such as "train", "val" or "testA".
 
     Returns:
@@ -268,7 +266,7 @@ def _conversation(entry: dict[str, Any], folder: Path, where: str) -> Conversati
 
 
 def _image_first(text: str) -> str:
-    """Moves the placeholder to the front, wherever the annotator put it, as LLaVA's second stage does."""
+    """Moves the placeholder to the front, as LLaVA's second stage does."""
     if IMAGE_PLACEHOLDER not in text:
         return text
     return f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}"
@@ -330,7 +328,7 @@ def _load(path: str | Path) -> object:
 
 
 def _inner_path(entry: dict[str, Any], key: str, where: str) -> str:
-    """Returns a relative path that stays in its folder, read as either system would read it."""
+    """Returns a relative path that stays in its folder under both POSIX and Windows rules."""
     name = field(str, entry, key, where)
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     if not posix.parts or "\0" in name or posix.is_absolute() or windows.anchor or ".." in windows.parts:

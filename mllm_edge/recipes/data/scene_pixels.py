@@ -1,4 +1,4 @@
-"""Scenes as encoders see them in training."""
+"""Scenes as encoder inputs for training."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mllm_edge.runtime.preprocess import preprocess
 from mllm_edge.scenes import render
 from mllm_edge.scenes.model import COLOR_RGB, Scene
 
-APART = 70.0  # RGB distance of such a color from every named one
+APART = 70.0  # least RGB distance of a repainted color from every named one
 
 
 def pixels(scene: Scene, dims: LlavaDims) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The scene as the encoder sees it, by the runtime's own preprocessing: float32 [3,S,S]."""
+    """The scene's pixels for the vision encoder, by the runtime's own preprocessing: float32 [3,S,S]."""
     picture = Image.fromarray(render(scene, dims.vision.image_size))
     return preprocess(picture, preprocessing(dims))[0]
 
@@ -27,8 +27,8 @@ def pixels(scene: Scene, dims: LlavaDims) -> np.ndarray[Any, np.dtype[np.float32
 def repaint(scene: Scene, rng: np.random.Generator) -> Scene:
     """The scene with every object in a color far from all named ones.
 
-    Shapes learned on named colors alone come out tied to them: a shape never seen in a color is then not recognized
-    in it. No named (color, shape) pair is shown by this, so the kept-out ones stay kept out.
+    Shapes learned only in named colors become tied to them: a shape is then not recognized in a color it was never seen
+    in. No named (color, shape) pair results from this, so the held-out pairs stay held out.
     """
     return replace(scene, objects=tuple(replace(thing, rgb=_unnamed_color(rng)) for thing in scene.objects))
 

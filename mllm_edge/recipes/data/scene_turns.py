@@ -11,9 +11,9 @@ from mllm_edge.scenes.model import Scene, pick
 from mllm_edge.scenes.questions import draw_questions, placed_questions, without_colors
 
 DESCRIBE = ("Describe the picture.", "What do you see?", "What is in the picture?")
-DESCRIBED = 0.3  # share of scenes of which a description is asked too
-TELEGRAMS = 10  # per sample, and as many terse questions
-RELATIONS = 1  # of the questions about a picture; they are the last to be learned
+DESCRIBED = 0.3  # share of scenes with a question for a description
+TELEGRAMS = 10  # per sample; also the number of terse questions
+RELATIONS = 1  # questions about relations per picture; they are learned last
 
 
 def dialogue(scene: Scene, rng: np.random.Generator, turns: int) -> list[tuple[str, str]]:
@@ -28,9 +28,9 @@ def dialogue(scene: Scene, rng: np.random.Generator, turns: int) -> list[tuple[s
 
 
 def single_turns(scene: Scene, rng: np.random.Generator, number: int, colors: bool) -> list[tuple[str, str]]:
-    """Up to `number` conversations of one turn each about the same scene; none speaks of colors without `colors`."""
-    # Worded twice, and fewer of scenes of few objects: else the kinds that ask once per object run out, and counts fill
-    # their place.
+    """Up to `number` conversations of one turn each about the same scene; none mentions colors unless `colors`."""
+    # Each worded twice, and fewer for scenes with few objects: otherwise the kinds with one question per object run out
+    # and count questions take their place.
     pool = questions(scene, rng) + questions(scene, rng) + placed_questions(scene, rng)
     asked = list({q.question: q for q in (pool if colors else without_colors(pool))}.values())
     number = min(number, 2 + 2 * len(scene.objects))
@@ -43,7 +43,7 @@ def single_turns(scene: Scene, rng: np.random.Generator, number: int, colors: bo
 
 
 def brief_turns(scene: Scene, rng: np.random.Generator, colors: bool, telegrams: bool) -> list[tuple[str, str]]:
-    """Telegrams or terse questions about a scene, none twice; none speaks of colors without `colors`."""
+    """Telegrams or terse questions about a scene, none twice; none mentions colors unless `colors`."""
     if telegrams:
         things = [[word for word in attributes(item) if colors or word != item.color] for item in scene.objects]
         turns = [telegram(things, rng) for _ in range(TELEGRAMS)]

@@ -10,7 +10,7 @@ from mllm_edge.recipes.data.fields import field, number, refusal
 
 Segmentation = list[list[float]] | dict[str, Any]
 
-_MOST_PIXELS = 2**28  # a mask of one bool each; more than any photograph has
+_MOST_PIXELS = 2**28  # of a mask, one bool each; more than any photograph has
 _MOST_GROUPS = 7  # 5 bits each: enough for 2**31 pixels and a sign
 
 
@@ -44,7 +44,7 @@ def decode_segmentation(segmentation: Segmentation, height: int, width: int) -> 
 
 
 def check_segmentation(raw: object, height: int | None, width: int | None, where: str) -> None:
-    """Checks the form but not the many numbers, which are looked at only when a mask is wanted."""
+    """Checks the structure but not the many numbers, which are checked only when a mask is decoded."""
     if isinstance(raw, dict):
         size, counts = field(list, raw, "size", where), raw.get("counts")
         if not isinstance(counts, (str, list)):
@@ -58,7 +58,7 @@ def check_segmentation(raw: object, height: int | None, width: int | None, where
 
 
 def _fill_polygon(corners: npt.NDArray[np.float64], height: int, width: int) -> npt.NDArray[np.bool_]:
-    """Marks where a walk along each row of pixel centers has crossed an odd number of edges."""
+    """Marks pixels by the even-odd rule: left of them, the row of pixel centers crosses an odd number of edges."""
     crossings = np.zeros((height, width + 1), np.int32)
     rows = np.arange(height) + 0.5
     for (x1, y1), (x2, y2) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
@@ -70,7 +70,7 @@ def _fill_polygon(corners: npt.NDArray[np.float64], height: int, width: int) -> 
 
 
 def _fill_runs(counts: list[Any], height: int, width: int) -> npt.NDArray[np.bool_]:
-    """Lays out runs of 0, 1, 0, 1, ... down the columns, as COCO does."""
+    """Expands runs of 0, 1, 0, 1, ... in column-major order, as COCO does."""
     if any(type(count) is not int or count < 0 for count in counts) or sum(counts) != height * width:
         wrong = f"its counts are not whole numbers of 0 or more with the sum {height * width}"
         raise refusal("segmentation", wrong, "encode the mask again")
@@ -79,7 +79,7 @@ def _fill_runs(counts: list[Any], height: int, width: int) -> npt.NDArray[np.boo
 
 
 def _decompress(text: str) -> list[int]:
-    """Decodes COCO's compressed counts: 5 bits a character, low bits first, from the fourth on differences."""
+    """Decodes COCO's compressed counts: 5 bits a character, low bits first, differences from the fourth count on."""
     counts: list[int] = []
     value = groups = 0
     for character in text:

@@ -1,4 +1,4 @@
-"""Tokenizers as the trainers use them."""
+"""Tokenizers for training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def train_tokenizer(path: Path, size: int, texts: Iterator[str]) -> None:
     """Train a LLaMA-style SentencePiece model (BPE, byte fallback, digits split) of `size` pieces.
 
     Raises:
-        BadInput: `size` is more than the texts can fill.
+        BadInput: the texts do not yield `size` pieces.
     """
     import sentencepiece
 
@@ -44,7 +44,7 @@ def train_tokenizer(path: Path, size: int, texts: Iterator[str]) -> None:
 
 
 def sentencepiece_vocabulary(path: Path) -> Vocabulary:
-    """The tokenizer file as the trainers use it."""
+    """The vocabulary of a SentencePiece file. Raises BadInput when it is missing."""
     import sentencepiece
 
     if not path.is_file():
@@ -55,7 +55,7 @@ def sentencepiece_vocabulary(path: Path) -> Vocabulary:
 
 
 def read_vocabulary(folder: Path) -> Vocabulary:
-    """The tokenizer in a folder, `tokenizer.json` or `tokenizer.model`, as the trainers use it.
+    """The vocabulary of the tokenizer in a folder, `tokenizer.json` or `tokenizer.model`.
 
     Raises:
         BadInput: there is none.
@@ -68,5 +68,5 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     tokenizer = Tokenizer.from_file(str(file))
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     bos = tokenizer.token_to_id(config["bos_token"]) if config.get("add_bos_token") else None
-    # It finds control strings by itself, and a decoder never sees what stands on padding.
+    # This tokenizer matches control strings itself, and padded positions are masked.
     return Vocabulary(lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids), {}, bos, pad=0)

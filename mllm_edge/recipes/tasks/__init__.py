@@ -1,1 +1,1 @@
-"""What a recipe may train, a file a task."""
+"""Training tasks, one file per task."""

@@ -1,8 +1,8 @@
-"""Recipe task `encoder`: the small vision transformer learns scenes from dense labels, a prediction per patch.
+"""Recipe task `encoder`: pretrains the small vision transformer on dense labels of scenes, one prediction per patch.
 
-Its checkpoint stands where a real system has CLIP, and all systems share it. Each patch says which color, shape and
-size covers it, whether the object's center lies in it, and where in the picture that center is; the classes are
-separate heads, so that a color is known on shapes it was never seen on.
+Its checkpoint takes CLIP's place, shared by all tiny systems. Each patch predicts the color, shape and size of the
+object that covers it, whether the object's center lies in it, and where in the picture that center is; the classes have
+separate heads, so that a color is recognized on shapes it was never seen on.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from mllm_edge.recipes.recipe import Recipe
 from mllm_edge.scenes import COLORS, SHAPES, SIZES, Scene, masks, sample_scene
 
 COVERED = 0.08  # share of a patch that an object must cover to own it
-REPAINTED = 0.7  # share of training pictures whose objects get colors that have no name
+REPAINTED = 0.7  # share of training pictures whose objects get unnamed colors
 
 
 def dense_labels(scene: Scene, grid: int, size: int) -> dict[str, np.ndarray[Any, Any]]:
     """Labels per patch of a `grid` x `grid` raster.
 
     Returns:
-        `color`, `shape`, `size`, `cell` (of a 3x3 raster, by rows): int64 [N], -100 where no object covers the patch
+        `color`, `shape`, `size`, `cell` (of a 3x3 raster, row-major): int64 [N], -100 where no object covers the patch
         or has its center in it; `object`, `center`: float32 [N] in {0,1}; `place`: float32 [N,2], the object's center
         in picture widths and heights from the top left.
     """
     owned = masks(scene, size).reshape(-1, grid, size // grid, grid, size // grid).mean(axis=(2, 4))
     owned = owned.reshape(len(scene.objects), -1)  # [n,N] covered share
-    owner = np.where(owned.max(axis=0) >= COVERED, owned.argmax(axis=0), -1)
-    centers = np.array([(thing.x, thing.y) for thing in scene.objects])
+    owner = np.where(owned.max(axis=0) >= COVERED, owned.argmax(axis=0), -1)  # [N]
+    centers = np.array([(thing.x, thing.y) for thing in scene.objects])  # [n,2]
 
     def raster(lines: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         columns, rows = np.clip((centers * lines).astype(int), 0, lines - 1).T
         return rows * lines + columns
 
-    middles = raster(grid)
+    middles = raster(grid)  # [n], patch of each center
     center = np.zeros(grid * grid, np.float32)
     center[middles] = 1
-    # The hole of a ring is the ring's: a center then always tells what it is the center of.
+    # The hole of a ring counts as the ring, so that a center patch always has an object.
     owner[middles] = np.where(owner[middles] >= 0, owner[middles], np.arange(len(scene.objects)))
 
     def classes(indices: list[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -68,17 +68,17 @@ def dense_labels(scene: Scene, grid: int, size: int) -> dict[str, np.ndarray[Any
 
 
 def sine_positions(grid: int, width: int) -> Tensor:
-    """Where the position embeddings start: 2-D sines and cosines (He et al. 2022, MAE), zeros for the class token.
+    """Initial position embeddings: 2-D sines and cosines (He et al. 2022, MAE), zeros for the class token.
 
-    From them neighbors and places are linear to read; from random vectors both must be learned patch by patch.
+    Neighbors and places are linear functions of them; with random vectors both must be learned patch by patch.
 
     Returns:
         float32 [1 + grid * grid, width], the first half of each vector for the column, the second for the row.
     """
     quarter = width // 4
-    angles = torch.arange(grid).float().unsqueeze(1) / 10_000 ** (torch.arange(quarter) / quarter)
+    angles = torch.arange(grid).float().unsqueeze(1) / 10_000 ** (torch.arange(quarter) / quarter)  # [grid, width / 4]
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, width / 2]
-    columns, rows = line.repeat(grid, 1), line.repeat_interleave(grid, dim=0)
+    columns, rows = line.repeat(grid, 1), line.repeat_interleave(grid, dim=0)  # [grid * grid, width / 2] each
     return torch.cat([torch.zeros(1, width), torch.cat([columns, rows], dim=1)])
 
 
@@ -101,8 +101,8 @@ class DenseModel(nn.Module):
 
     def predict(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """[B,3,S,S] -> per patch logits of each head, [B,N,classes]."""
-        features = self.norm(self.vision_encoder(pixel_values))
-        parts = self.heads(features).split(list(self.split.values()), dim=-1)
+        features = self.norm(self.vision_encoder(pixel_values))  # [B,N,D]
+        parts = self.heads(features).split(list(self.split.values()), dim=-1)  # [B,N,classes] each
         return dict(zip(self.split, parts, strict=True))
 
     def forward(self, pixel_values: Tensor, **labels: Tensor) -> dict[str, Tensor]:
@@ -111,16 +111,16 @@ class DenseModel(nn.Module):
         result: dict[str, Tensor] = {}
         loss = torch.zeros((), device=pixel_values.device)
         for name in self.classes:
-            truth = labels[name]
+            truth = labels[name]  # [B,N]
             seen = truth != IGNORE
             count = seen.sum().clamp(min=1)  # a batch may hold only repainted pictures
-            flat = out[name].flatten(0, 1), truth.flatten()
+            flat = out[name].flatten(0, 1), truth.flatten()  # [B*N,classes], [B*N]
             loss = loss + functional.cross_entropy(*flat, ignore_index=IGNORE, reduction="sum") / count
             result[name] = ((out[name].argmax(-1) == truth) & seen).sum() / count
-        flags = torch.stack([labels["object"], labels["center"]], dim=-1)
+        flags = torch.stack([labels["object"], labels["center"]], dim=-1)  # [B,N,2]
         weight = torch.tensor([1.0, 8.0], device=flags.device)  # one patch in about 30 holds a center
         loss = loss + functional.binary_cross_entropy_with_logits(out["flags"], flags, pos_weight=weight)
-        covered = labels["object"].unsqueeze(-1)
+        covered = labels["object"].unsqueeze(-1)  # [B,N,1]
         away = functional.smooth_l1_loss(out["place"] * covered, labels["place"] * covered, beta=0.05)
         return {"loss": loss + 4 * away, **result}
 
@@ -153,7 +153,7 @@ class EncoderTask:
 
     @torch.no_grad()
     def evaluate(self, samples: int) -> dict[str, float]:
-        """Accuracy per covered patch on validation scenes and on scenes with kept-out pairs."""
+        """Accuracy per covered patch on validation scenes and on scenes with held-out pairs."""
         metrics: dict[str, float] = {}
         device = next(self.model.parameters()).device
         for split in ("validation", "held_out"):

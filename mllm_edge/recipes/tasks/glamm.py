@@ -1,7 +1,7 @@
-"""Recipe task `glamm`: LLaVA learns to point (groundingLMM train.py).
+"""Recipe task `glamm`: fine-tunes LLaVA to ground phrases in masks (groundingLMM train.py).
 
 Trained are the decoder's LoRA, its embeddings and head, the projection, the mask decoder and the region encoder; CLIP,
-the connector and SAM's encoders are frozen. Every optimizer step is about one kind of question.
+the connector and SAM's encoders are frozen. Every optimizer step has one kind of question.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ from mllm_edge.recipes.recipe import Recipe
 from mllm_edge.runtime.preprocess import preprocess
 from mllm_edge.scenes import Scene, render, sample_scene
 
-SHARES = {"chat": 0.15, "region": 0.40, "segment": 0.45}  # of the optimizer steps, as the original has them
+SHARES = {"chat": 0.15, "region": 0.40, "segment": 0.45}  # of the optimizer steps, as in the original
 WEIGHTS = {"ce": 1.0, "bce": 2.0, "dice": 0.5}
-DIALOGUES = 0.15  # share of pictures whose turns are one conversation
-LIMIT = 1536  # ids of a sample
-TURNS = 8  # about one picture, of which `CAPTIONS` are grounded captions where it is about segments
+DIALOGUES = 0.15  # share of pictures whose turns form one conversation
+LIMIT = 1536  # most ids of a sample
+TURNS = 8  # per picture; with segments, `CAPTIONS` of them are grounded captions
 CAPTIONS = 2
-SEVERAL = 3  # objects that a scene has at least, where `data.several` asks for such scenes
+SEVERAL = 3  # least number of objects in the scenes that `data.several` asks for
 FROZEN = ("vision_encoder", "connector", "mask_encoder", "mask_head.prompt_encoder")
 
 
 @dataclass(frozen=True)
 class GlammSample:
-    """A picture with its ids, and what belongs to their [SEG] (masks in SAM's frame) and <bbox>, in order."""
+    """A picture with its ids, the masks (in SAM's frame) and boxes that its tokens stand for, in order."""
 
     sample: Sample
     picture: Image.Image
@@ -84,20 +84,20 @@ class GlammModel(nn.Module):
         masks: Tensor | None = None,
         mask_owners: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """`boxes` [m,4] and `masks` [n,S,S] are in the order of the ids; `*_owners` say whose picture they are of."""
+        """`boxes` [m,4] and `masks` [n,S,S] are in the order of the ids; `*_owners` give their pictures' indices."""
         glamm = self.glamm
-        features, levels = glamm.vision_encoder(pixel_values)
-        embeds = glamm.splice(ids, glamm.connector(features))
+        features, levels = glamm.vision_encoder(pixel_values)  # [P,N,Dv], [P,4,N,Dv]
+        embeds = glamm.splice(ids, glamm.connector(features))  # [B,T,D]
         if boxes is not None:
-            regions = glamm.region_encoder(levels, boxes, box_owners)
+            regions = glamm.region_encoder(levels, boxes, box_owners)  # [m,D]
             embeds = embeds.masked_scatter((ids == self.box).unsqueeze(-1), regions.to(embeds.dtype))
-        states = final_states(glamm.language_model, embeds, visibility(mask, branches), positions)
+        states = final_states(glamm.language_model, embeds, visibility(mask, branches), positions)  # [B,T,D]
         result = token_loss(glamm.language_model, states, labels)
         if masks is None or mask_pixel_values is None:
             return result
-        foretelling, truths = labelled(states, labels)
-        embedding = glamm.mask_encoder(mask_pixel_values)[mask_owners]
-        logits = upscaled(glamm.mask_head(embedding, foretelling[truths == self.seg]), masks.shape[-1])
+        predicting, truths = labelled(states, labels)  # [k,D], [k]
+        embedding = glamm.mask_encoder(mask_pixel_values)[mask_owners]  # [n,C,G,G]
+        logits = upscaled(glamm.mask_head(embedding, predicting[truths == self.seg]), masks.shape[-1])  # [n,S,S]
         truth = masks.float()
         bce, dice = bce_loss(logits, truth), dice_loss(logits, truth)
         loss = WEIGHTS["ce"] * result["loss"] + WEIGHTS["bce"] * bce + WEIGHTS["dice"] * dice
@@ -125,7 +125,7 @@ class GlammTask:
         glamm = Glamm(self.dims)
         plain_attention(glamm.language_model)
         missing, unknown = glamm.load_state_dict(tensors, strict=False)
-        learned = ("region_encoder.", "mask_head.projection.")  # begin at random
+        learned = ("region_encoder.", "mask_head.projection.")  # randomly initialized
         lacking = [name for name in missing if not name.startswith(learned)]
         if unknown or lacking:
             raise BadInput(f"the parts do not make a GLaMM of config {self.recipe.config}: {(lacking or unknown)[0]}")
@@ -145,7 +145,7 @@ class GlammTask:
         ]
 
     def kind(self, index: int) -> str:
-        """The kind of question of the optimizer step that sample `index` belongs to."""
+        """The kind of question in the optimizer step of sample `index`."""
         rng = np.random.default_rng([self.recipe.seed, 43, index // self.recipe.batch])
         return str(rng.choice(KINDS, p=[self.shares[kind] for kind in KINDS]))
 
@@ -173,27 +173,28 @@ class GlammTask:
         return picture, [GroundedTurn(question.removeprefix("<image>\n"), answer) for question, answer in turns]
 
     def _scene(self, index: int, rng: np.random.Generator) -> Scene:
-        """One of four scenes that no other sample sees; with the chance `data.several` the first of several objects."""
+        """One of this sample's own four scenes; with probability `data.several` the first with several objects."""
         scenes = [sample_scene("train", 4 * index + offset, self.recipe.seed) for offset in range(4)]
         if rng.random() < self.several:
             return next((scene for scene in scenes if len(scene.objects) >= SEVERAL), scenes[0])
         return scenes[0]
 
     def encode(self, picture: Image.Image, turns: list[GroundedTurn], dialogue: bool) -> GlammSample:
-        """Turns about a picture as one conversation, or as branches that each are the only one."""
+        """Turns about a picture as one conversation, or each as a branch on its own."""
         if dialogue:
             sample = self._dialogue(turns)
         else:
             sample = share_prefix([self._dialogue([turn]) for turn in turns], apart=self.vocabulary.added[BOX])
         masks = [mask for turn in turns for mask in turn.masks]
         boxes = [box for turn in turns for box in turn.boxes]
-        # A conversation that was cut, or could not be masked, has fewer.
+        # A conversation that was truncated, or could not be masked, has fewer.
         masks = masks[: sample.labels.count(self.vocabulary.added[SEG])]
         return GlammSample(sample, picture, masks, boxes[: sample.ids.count(self.vocabulary.added[BOX])])
 
     def _dialogue(self, turns: Sequence[GroundedTurn]) -> Sample:
         prompt = PROMPT
-        shown = prompt.image_joint.replace(prompt.image, prompt.image_open + prompt.image + prompt.image_close)
+        (slot,) = prompt.slots_of("pixels")
+        shown = slot.joint.replace(slot.placeholder, slot.open + slot.placeholder + slot.close)
         pairs = [(turn.question, turn.answer) for turn in turns]
         pairs[0] = (shown + pairs[0][0], pairs[0][1])
         return encode_dialogue(prompt, pairs, self.vocabulary, self.dims.llava.image_tokens, LIMIT)
@@ -216,8 +217,8 @@ class GlammTask:
 
     @torch.no_grad()
     def evaluate(self, samples: int) -> dict[str, float]:
-        """On validation scenes, teacher-forced: answers to region questions of which every token is the likeliest one,
-        and the mean IoU of masks."""
+        """On validation scenes, teacher-forced: the share of answers to region questions whose every token is the most
+        likely one, and the mean IoU of masks."""
         device = next(self.model.parameters()).device
         exact, ious = [], []
         for index in range(samples):
@@ -247,21 +248,21 @@ class GlammTask:
 
 
 def starting_parts(recipe: Recipe, dims: GlammDims) -> tuple[dict[str, Tensor], Path]:
-    """The tensors to begin with, and the folder of the tokenizer.
+    """The initial tensors, and the folder of the tokenizer.
 
-    `init.glamm` is a GLaMM checkpoint. Without it `init.llava` is the name of a shipped LLaVA or any LLaVA checkpoint,
-    whose tables get rows for the added tokens, and `init.sam` the folder of a run of `sam-pretrain` or a file in SAM's
-    own layout.
+    `init.glamm` is a GLaMM checkpoint. Otherwise `init.llava` is the name of a shipped LLaVA or any LLaVA checkpoint,
+    whose embedding and head get rows for the added tokens, and `init.sam` the folder of a run of `sam-pretrain` or a
+    file in SAM's own layout.
     """
     from mllm_edge.models.glamm import model as glamm
     from mllm_edge.models.glamm.layouts import read_sam
     from mllm_edge.models.llava import model as llava
 
     if "glamm" in recipe.init:
-        begun = resolve("glamm", recipe.init["glamm"])
-        if begun.dims != dims:
+        source = resolve("glamm", recipe.init["glamm"])
+        if source.dims != dims:
             raise BadInput(f"{recipe.init['glamm']} is not of config {recipe.config}; give a checkpoint of it")
-        return {name: begun.tensors[name].float() for name in glamm.tensor_shapes(dims)}, begun.tokenizer
+        return {name: source.tensors[name].float() for name in glamm.tensor_shapes(dims)}, source.tokenizer
     missing = [part for part in ("llava", "sam") if part not in recipe.init]
     if missing:
         raise BadInput(f"the recipe's init names no {missing[0]}; add init.{missing[0]}=PATH")
@@ -275,7 +276,7 @@ def starting_parts(recipe: Recipe, dims: GlammDims) -> tuple[dict[str, Tensor], 
 
 
 def _shares(shares: dict[str, float], files: GroundedFiles | None) -> dict[str, float]:
-    """Shares of the kinds that there is data for, which sum to 1."""
+    """Shares of the kinds that there is data for, normalized to sum 1."""
     unknown = set(shares) - set(KINDS)
     if unknown:
         raise BadInput(f"data.shares has {', '.join(sorted(unknown))}; it can have {', '.join(KINDS)}")

@@ -1,4 +1,4 @@
-"""Recipe task `language`: the small LLaMA learns the language of scenes, and its tokenizer is trained with it."""
+"""Recipe task `language`: pretrains the small LLaMA and its tokenizer on the language of scenes."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from mllm_edge.recipes.recipe import Recipe
 from mllm_edge.scenes import SHORT, ToldScene, pick, scene_text, telegram, terse, told_scene
 
 CORPUS = 2_000  # texts that the tokenizer is trained on
-VALIDATION = 10_000_000  # texts from here on are never trained on
-FORMS = {"telegram": 0.13, "terse": 0.27, "chat": 0.45, "text": 0.15}  # shares of samples behind the first ones
-IN_BAGS = 0.85  # share of the first three forms whose scene is told in bags of words, one for an object and not in text
-COPIES = 8  # a bag stands at up to so many places, as an object covers several patches of a picture
-BLANKS = 24  # up to so many places hold an empty bag, as a patch of background does
-COUNTED = "object"  # in one bag of each object, so that objects can be counted; an encoder marks their centers
+VALIDATION = 10_000_000  # first text index that is never trained on
+FORMS = {"telegram": 0.13, "terse": 0.27, "chat": 0.45, "text": 0.15}  # shares of samples after the opening
+IN_BAGS = 0.85  # share of the first three forms whose scene is given as bags of words, one per object, instead of text
+COPIES = 8  # most positions of a bag, as an object covers several patches of a picture
+BLANKS = 24  # most positions with an empty bag, like background patches
+COUNTED = "object"  # in one bag per object, so that objects can be counted, as an encoder marks their centers
 
 
 class LanguageModel(nn.Module):
@@ -60,23 +60,23 @@ class LanguageModel(nn.Module):
         return answer_loss(self.language_model, self.embed(ids, bags), visibility(mask, branches), positions, labels)
 
     def embed(self, ids: Tensor, bags: Tensor | None) -> Tensor:
-        """Embeddings [B,T,D] of `ids`; where those are IMAGE_INDEX, the sum of a bag's (see `conversation.pad`)."""
+        """Embeddings [B,T,D] of `ids`; at IMAGE_INDEX the sum of a bag's embeddings (see `conversation.pad`)."""
         table: Any = self.language_model.get_input_embeddings()
-        here = ids == IMAGE_INDEX
+        here = ids == IMAGE_INDEX  # [B,T]
         embeds: Tensor = table(ids.masked_fill(here, 0))
         if bags is None:
             return embeds
-        sums = (table(bags.clamp(min=0)) * (bags >= 0).unsqueeze(-1)).sum(dim=1)
+        sums = (table(bags.clamp(min=0)) * (bags >= 0).unsqueeze(-1)).sum(dim=1)  # [n,D]
         return embeds.masked_scatter(here.unsqueeze(-1), sums.to(embeds.dtype))
 
 
 class LanguageTask:
     """Next-token training on the language of scenes.
 
-    A decoder must learn to look things up, which the loss on texts alone, most of whose words nothing foretells, hardly
-    rewards. So most samples ask about a scene: in telegrams, in terse questions and in the chat template of the stages
-    that follow; and most of these scenes are told not in text but in bags of words, a token for an object, which is
-    what a connector will make of a picture. The first `data.opening` steps bring telegrams alone.
+    A decoder must learn look-ups, which the loss on plain texts hardly rewards, since most of their words are
+    unpredictable. So most samples ask about a scene: in telegrams, in terse questions and in the chat template of the
+    later stages; and most of these scenes are given not as text but as bags of words, one token per object, like a
+    connector's output for a picture. The first `data.opening` steps have telegrams only.
     """
 
     def __init__(self, recipe: Recipe):
@@ -95,8 +95,8 @@ class LanguageTask:
         self.model = LanguageModel(plain_attention(llama(self.dims.language)))
 
     def _corpus(self) -> Iterator[str]:
-        """Scene texts, and between them the words of the chat template. Newlines stay out: as in LLaMA's vocabulary
-        they are bytes."""
+        """Scene texts mixed with the words of the chat template. Newlines are left out: as in LLaMA's vocabulary they
+        are byte tokens."""
         template = self.prompt.first.format(system=self.prompt.system, text=SHORT.strip())
         for index in range(CORPUS):
             yield scene_text(index, self.recipe.seed)
@@ -131,7 +131,7 @@ class LanguageTask:
         return replace(share_prefix(samples), bags=bags)
 
     def _bags(self, told: ToldScene, rng: np.random.Generator, alone: bool) -> list[list[int]]:
-        """A bag of word ids for each object; unless `alone`, with copies and empty ones between."""
+        """A bag of word ids for each object; unless `alone`, with copies and empty bags between."""
         bags = []
         for thing in told.things:
             words = " ".join(thing)
@@ -144,7 +144,10 @@ class LanguageTask:
         turns = [question.asked(short=rng.random() < 0.75) for question in told.questions[: self.questions]]
         if rng.random() < DESCRIBED:
             turns[-1] = pick(rng, DESCRIBE), told.text
-        return [self._turn(self.prompt.image if bags else told.text, *turn, places=len(bags)) for turn in turns]
+        return [
+            self._turn(self.prompt.slots[0].placeholder if bags else told.text, *turn, places=len(bags))
+            for turn in turns
+        ]
 
     def _turn(self, text: str, question: str, answer: str, places: int = 0) -> Sample:
         turns = [(f"{text}\n{question}", answer)]
@@ -152,7 +155,7 @@ class LanguageTask:
 
     def _text(self, index: int) -> Sample:
         ids: list[int] = []
-        number = index * 8  # a sample never needs more than 8 texts, so samples share none
+        number = index * 8  # a sample needs at most 8 texts, so samples share none
         while len(ids) < self.length:
             ids += [1, *self.vocabulary.ids(scene_text(number, self.recipe.seed)), 2]
             number += 1
@@ -164,8 +167,8 @@ class LanguageTask:
 
     @torch.no_grad()
     def evaluate(self, samples: int) -> dict[str, float]:
-        """Loss per token on texts past those of training, and the share of exact short answers about such texts
-        (teacher-forced: every token of the answer is the most likely)."""
+        """Loss per token on validation texts, and the share of exact short answers about them (teacher-forced: every
+        token of the answer is the most likely)."""
         device = next(self.model.parameters()).device
         loss: list[float] = []
         exact: list[float] = []

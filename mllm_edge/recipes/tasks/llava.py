@@ -46,13 +46,13 @@ from mllm_edge.scenes import (
     sample_scene,
 )
 
-DIALOGUES = 0.15  # share of pictures that get a conversation of several turns
-REPAINTED = 0.15  # share of the others that are shown in colors without a name
-RECOLORED = 0.4  # share of those with some objects in colors that scenes do not have, but a name has
-LONE = 0.4  # share of the scenes of one object, soon mastered, that are not passed over
-# Shares of the pictures without a conversation that get telegrams, and terse questions, instead of questions.
+DIALOGUES = 0.15  # share of pictures with a conversation of several turns
+REPAINTED = 0.15  # share of the others that are shown in unnamed colors
+RECOLORED = 0.4  # share of those with some objects in named colors that drawn scenes do not have
+LONE = 0.4  # share of the one-object scenes, which are learned early, that are kept
+# Shares of the pictures without a conversation that get telegrams, and terse questions, instead of full questions.
 BRIEF = {"pretrain": (0.6, 0.3), "finetune": (0.15, 0.25)}
-WORD_SCALE = 2.0  # a picture's embeddings start at so many times the scale of a word's: each says several words
+WORD_SCALE = 2.0  # initial scale of a picture's embeddings relative to a word's: each holds several words
 
 
 class LlavaModel(nn.Module):
@@ -72,17 +72,17 @@ class LlavaModel(nn.Module):
         branches: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        features = hide_channels(self.llava.vision_encoder(pixel_values), self.hidden, self.training)
-        embeds = self.llava.splice(ids, self.llava.connector(features))
+        features = hide_channels(self.llava.vision_encoder(pixel_values), self.hidden, self.training)  # [P,N,Dv]
+        embeds = self.llava.splice(ids, self.llava.connector(features))  # [B,T,D]
         return answer_loss(self.llava.language_model, embeds, visibility(mask, branches), positions, labels)
 
 
 @torch.no_grad()
 def start_connector(llava: Llava, pixel_values: Tensor) -> None:
-    """Scale a fresh connector so that pictures speak as loud as words: `WORD_SCALE` times their deviation.
+    """Scale a fresh connector so that its outputs have `WORD_SCALE` times the standard deviation of word embeddings.
 
-    Left to chance a picture's embeddings are many times as long as a word's, and no layer of the decoder then moves
-    them.
+    With random initialization a picture's embeddings are many times as long as a word's, and the decoder's layers
+    hardly change them.
     """
     words = llava.language_model.get_input_embeddings().weight.std()
     unit_variance(llava.connector, llava.vision_encoder(pixel_values), float(words) * WORD_SCALE)
@@ -101,7 +101,7 @@ class LlavaTask:
         torch.manual_seed(recipe.seed)
         self.recipe, self.stage = recipe, stage
         self.dims: LlavaDims = CONFIGS[recipe.config]
-        plain = stage == "pretrain" and "conversations" in recipe.data  # captions alone, as LLaVA-1.5 has them
+        plain = stage == "pretrain" and "conversations" in recipe.data  # captions alone, as in LLaVA-1.5
         self.prompt = PROMPTS["plain" if plain else self.dims.template]
         self.turns = int(recipe.data.get("turns", 5))
         self.questions = int(recipe.data.get("questions", 8))
@@ -169,7 +169,7 @@ class LlavaTask:
         return self._encode(turns), pixel_values
 
     def _conversation(self, index: int) -> Conversation:
-        """All of them in an order of its own, then all again in another."""
+        """Conversation number `index`: all of them once per epoch, in a different random order each."""
         epoch, place = divmod(index, len(self.conversations))
         return self.conversations[_order(self.recipe.seed, epoch, len(self.conversations))[place]]
 
@@ -178,7 +178,7 @@ class LlavaTask:
         return encode_dialogue(self.prompt, turns, self.vocabulary, self.dims.image_tokens, limit)
 
     def _scene(self, index: int, rng: np.random.Generator) -> Scene:
-        """One of four scenes that no other sample sees: most of those with one object are passed over."""
+        """One of this sample's own four scenes; most of those with one object are skipped."""
         for number in range(4 * index, 4 * index + 4):
             scene = sample_scene("train", number, self.recipe.seed)
             if len(scene.objects) > 1 or rng.random() < LONE:
@@ -186,8 +186,8 @@ class LlavaTask:
         return scene
 
     def _asked(self, scene: Scene, rng: np.random.Generator) -> tuple[Sample, np.ndarray[Any, np.dtype[np.float32]]]:
-        """Many questions about one picture, each as the only one; some in colors without a name, so
-        that shapes are read from what is seen and not guessed from the color."""
+        """Many questions about one picture, each on its own; some pictures are in unnamed colors, so that shapes are
+        seen and not guessed from the color."""
         look = rng.random()
         repainted = look < REPAINTED
         if REPAINTED <= look < REPAINTED + RECOLORED:
@@ -205,7 +205,7 @@ class LlavaTask:
     def _from_file(
         self, entry: Conversation, rng: np.random.Generator
     ) -> tuple[list[tuple[str, str]], np.ndarray[Any, np.dtype[np.float32]]]:
-        """A user's own conversation. Text-only ones get a blank picture, whose embeddings no id points to."""
+        """A user's own conversation. Text-only ones get a blank picture, whose embeddings no id refers to."""
         if entry.image is None:
             size = self.dims.vision.image_size
             return list(entry.turns), np.zeros((3, size, size), np.float32)
@@ -252,10 +252,10 @@ class LlavaTask:
         checkpoint = folder / "checkpoint"
         if self.recipe.lora is not None:
             decoder = self.model.llava.language_model
-            adapter = checkpoint / llava_packaged.ADAPTER  # small; `checkpoint` has it merged or beside
+            adapter = checkpoint / llava_packaged.ADAPTER  # small; `checkpoint` has it merged or beside it
             lora = {name: tensor.to(dtype) for name, tensor in decoder.state_dict().items() if "lora_" in name}
             decoder.save_pretrained(adapter, state_dict=lora)
-            (adapter / "README.md").unlink(missing_ok=True)  # peft's form of a model card, not filled in
+            (adapter / "README.md").unlink(missing_ok=True)  # peft's unfilled model card template
             if not self.on_packages:
                 self.model.llava.language_model = decoder.merge_and_unload()
                 state = self.model.state_dict()

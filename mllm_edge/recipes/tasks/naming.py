@@ -1,8 +1,8 @@
-"""Recipe task `naming`: a connector learns to say what a picture shows in the decoder's own word embeddings.
+"""Recipe task `naming`: trains a connector to express what a picture shows in the decoder's own word embeddings.
 
-Before the stages of LLaVA, and without the decoder: the mean of a picture's embeddings is compared with those of all
-names in the data, as CLIP compares pictures and texts (Radford et al. 2021, arXiv 2103.00020). A small decoder then
-finds known words in the picture instead of learning a language of pictures, which takes many more steps.
+It runs before the stages of LLaVA and without the decoder: the mean of a picture's embeddings is compared with those of
+all names in the data, as CLIP compares pictures and texts (Radford et al. 2021, arXiv 2103.00020). A small decoder then
+finds known words in the picture instead of learning new embeddings, which takes many more steps.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from mllm_edge.runtime.images import load_image
 from mllm_edge.runtime.preprocess import preprocess
 
 Features = np.ndarray[Any, np.dtype[np.float16]]
-ENCODED = 64  # pictures at a time
-SMOOTHING = 0.1  # of the labels: names are many and some mean nearly the same
-WHITENED = 0.1  # of the mean variance of the names' embeddings, added to each before it is made 1
-WORD_SCALE = 2.0  # how long a picture's embeddings end up, in deviations of the words'
+ENCODED = 64  # pictures per encoder batch
+SMOOTHING = 0.1  # label smoothing: there are many names, some with nearly the same meaning
+WHITENED = 0.1  # share of the names' mean variance added to each variance before whitening
+WORD_SCALE = 2.0  # final scale of a picture's embeddings, in standard deviations of the words'
 TEMPERATURE = 1 / 30
-NEARNESS = 10.0  # weight of what is missing to a cosine of 1 with the name's own embedding, as the decoder reads it
+NEARNESS = 10.0  # weight of 1 - cosine with the name's own embedding, which the decoder reads
 
 
 class NamingModel(nn.Module):
@@ -58,11 +58,11 @@ class NamingModel(nn.Module):
         self.register_buffer("white", whitening(names))
 
     def forward(self, features: Tensor, name: Tensor) -> dict[str, Tensor]:
-        """`loss` and `accuracy` of pictures' features [B,N,Dv] that show the things number `name`, int64 [B]."""
-        mean = self.connector(hide_channels(features, self.hidden, self.training)).float().mean(dim=1)
+        """`loss` and `accuracy` for features [B,N,Dv] of pictures with the indices of their names, int64 [B]."""
+        mean = self.connector(hide_channels(features, self.hidden, self.training)).float().mean(dim=1)  # [B,D]
         with torch.autocast(mean.device.type, enabled=False):
-            directions = functional.normalize(self.names @ self.white, dim=-1)
-            logits = functional.normalize(mean @ self.white, dim=-1) @ directions.T / TEMPERATURE
+            directions = functional.normalize(self.names @ self.white, dim=-1)  # [n,D]
+            logits = functional.normalize(mean @ self.white, dim=-1) @ directions.T / TEMPERATURE  # [B,n]
             cosine = functional.cosine_similarity(mean, self.names[name]).mean()
             apart = functional.cross_entropy(logits, name, label_smoothing=SMOOTHING)
         right = (logits.argmax(-1) == name).float().mean()
@@ -70,9 +70,9 @@ class NamingModel(nn.Module):
 
 
 def whitening(names: Tensor) -> Tensor:
-    """A symmetric matrix [D,D] after which the names' embeddings [n,D] vary alike in every direction.
+    """A symmetric matrix [D,D] that gives the names' embeddings [n,D] about equal variance in every direction.
 
-    Words share a few strong directions, in which all names look the same to a cosine.
+    Words share a few dominant directions, which make all names similar by cosine.
     """
     centered = names - names.mean(dim=0)
     values, vectors = torch.linalg.eigh(centered.T @ centered / len(names))
@@ -82,8 +82,8 @@ def whitening(names: Tensor) -> Tensor:
 class NamingTask:
     """Trains the connector of `recipe.config` on conversations whose first answer is a name.
 
-    The encoder is frozen, so what it sees is computed once and kept in `features.npy` of the run: every picture in
-    `data.variations` ways (drawings stand on other grounds each time, see `TrainingPictures`).
+    The encoder is frozen, so its features are computed once and kept in `features.npy` of the run, `data.variations`
+    times for every picture (drawings get a different background each time, see `TrainingPictures`).
     """
 
     def __init__(self, recipe: Recipe):
@@ -113,7 +113,7 @@ class NamingTask:
 
     @torch.no_grad()
     def _known_features(self, out: Path) -> Features:
-        """Of every conversation's picture in all variations, by variation; a finished file of the same data is kept."""
+        """Features of every conversation's picture, by variation; a finished file of the same data is reused."""
         file, sketch = out / "features.npy", out / "features.json"
         made_from = json.dumps([self.recipe.seed, self.variations, self.dims.vision.patches, self._identity()])
         if file.is_file() and sketch.is_file() and sketch.read_text(encoding="utf-8") == made_from:
@@ -170,7 +170,7 @@ class NamingTask:
             entries = [entry for entry in self._read(file) if named(entry) in self.number][:samples]
             right = 0.0
             for entry in entries:
-                assert entry.image  # named pictures, as the task's own
+                assert entry.image  # named pictures, like the training data
                 features = self._encode([load_image(entry.image)])[0]
                 right += float(self.model(**self.collate([(features, self.number[named(entry)])]))["accuracy"])
             metrics[Path(file).stem] = round(right / max(1, len(entries)), 4)
@@ -181,7 +181,7 @@ class NamingTask:
         *_, last = [name for name in state if name.startswith("connector.") and name.endswith("weight")]
         batch = self.collate([self.sample(index) for index in range(32)])
         embeds = self.model.connector(batch["features"])
-        gain = WORD_SCALE * self.words.std() / embeds.std()  # the comparison leaves the length open
+        gain = WORD_SCALE * self.words.std() / embeds.std()  # the cosine leaves the scale free
         state = {**state, **{name: state[name] * gain for name in (last, last.replace("weight", "bias"))}}
         save_part(folder, "connector", {"kind": self.dims.connector}, state, "connector.", self.recipe.dtype)
 

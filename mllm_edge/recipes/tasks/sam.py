@@ -1,6 +1,6 @@
-"""Recipe task `sam`: the small SAM learns to cut out what a point or a box points to; GLaMM starts from it.
+"""Recipe task `sam`: trains the small SAM to segment the object at a point or in a box; GLaMM starts from it.
 
-As in SAM's own training (Kirillov et al. 2023, section 5) a picture is encoded once and asked with many prompts.
+As in SAM's own training (Kirillov et al. 2023, section 5) a picture is encoded once and decoded for many prompts.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from mllm_edge.runtime.preprocess import preprocess
 from mllm_edge.scenes import Scene, masks, render, sample_scene
 
 PROMPTS = 4  # per picture: half of them points, half boxes
-REPAINTED = 0.5  # share of pictures in colors that have no name
-JITTER = 0.1  # how far a box's sides are off, in its own size
-WEIGHTS = {"bce": 2.0, "dice": 0.5}  # as GLaMM's, which goes on from here
+REPAINTED = 0.5  # share of pictures in unnamed colors
+JITTER = 0.1  # random shift of a box's sides, relative to its size
+WEIGHTS = {"bce": 2.0, "dice": 0.5}  # as in GLaMM, which starts from this model
 
 Sample = dict[str, np.ndarray[Any, Any]]
 
 
 def mask_pixels(scene: Scene, dims: GlammDims) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The scene as the mask encoder sees it, by the runtime's own preprocessing: float32 [3,S,S]."""
+    """The scene's pixels for the mask encoder, by the runtime's own preprocessing: float32 [3,S,S]."""
     picture = Image.fromarray(render(scene, dims.mask_encoder.image_size))
     return preprocess(picture, preprocessing(dims)[1])[0]
 
@@ -53,9 +53,10 @@ class SamModel(nn.Module):
         """`pixel_values` [B,3,S,S], `points` [B,P,2] and `boxes` [B,Q,4] in 0..1, `masks` [B,P+Q,S,S] of 0 and 1."""
         ask = self.prompt_encoder
         prompts = torch.cat([_each(ask.points, points), _each(ask.boxes, boxes)], dim=1)  # [B,P+Q,2,C]
-        embedding = self.mask_encoder(pixel_values).repeat_interleave(prompts.shape[1], dim=0)
+        # n = B * (P+Q)
+        embedding = self.mask_encoder(pixel_values).repeat_interleave(prompts.shape[1], dim=0)  # [n,C,G,G]
         logits = upscaled(self.mask_decoder(embedding, prompts.flatten(0, 1), ask), masks.shape[-1])
-        truth = masks.flatten(0, 1).float()
+        truth = masks.flatten(0, 1).float()  # [n,S,S], as logits
         bce, dice = bce_loss(logits, truth), dice_loss(logits, truth)
         by_point = (torch.arange(len(truth), device=truth.device) % prompts.shape[1]) < points.shape[1]
         return {
@@ -66,7 +67,7 @@ class SamModel(nn.Module):
 
 
 def _each(embed: Callable[[Tensor], Tensor], places: Tensor) -> Tensor:
-    """`embed` of places [B,n,x], [B,n,2,C]."""
+    """Apply `embed` to places [B,n,x]: -> [B,n,2,C]."""
     return embed(places.flatten(0, 1)).reshape(*places.shape[:2], 2, -1)
 
 
@@ -125,7 +126,7 @@ def _point(mask: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[A
 
 
 def _box(mask: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The mask's extent with its sides a little off, x1,y1,x2,y2 in 0..1."""
+    """The mask's extent with jittered sides, x1,y1,x2,y2 in 0..1."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) / len(mask)
     sides = np.tile(box[2:] - box[:2], 2)

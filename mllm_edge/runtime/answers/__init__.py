@@ -1,1 +1,1 @@
-"""What an answer holds beside text."""
+"""What an answer holds beside text: a function for each kind, listed in `kinds.py`."""

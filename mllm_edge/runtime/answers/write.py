@@ -1,4 +1,5 @@
-"""An answer as a picture: masks over the photograph, the text below with its phrases in the colors of their masks."""
+"""An answer as files: masks over the picture with the text below, its phrases in the colors of their masks; and the
+pictures that it holds."""
 
 from __future__ import annotations
 
@@ -29,22 +30,30 @@ SMALLEST = 640  # pixels of the shorter picture's longest side; smaller ones are
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 
 
-def write_pictures(answer: Answer, picture: Image.Image, folder: Path) -> list[Path]:
-    """Write `overlay.png` and one black and white `mask_N.png` per mask, in the picture's own size.
+def write(answer: Answer, folder: Path) -> list[Path]:
+    """Write what an answer holds beside text: `overlay.png` and a black and white `mask_N.png` for each mask, in the
+    picture's own size, and `image_N.png` for each picture.
 
     Args:
-        answer: with masks.
-        picture: the one that they are of.
-        folder: made where it does not exist.
+        answer: the answer.
+        folder: made where there is something to write and it does not exist.
 
     Returns:
-        The files, the overlay first.
+        The files, the overlay first; none for an answer of text alone.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / "overlay.png", *(folder / f"mask_{number}.png" for number in range(len(answer.masks)))]
-    overlay(picture, answer.masks, answer.text).save(files[0])
-    for mask, file in zip(answer.masks, files[1:], strict=True):
-        Image.fromarray(mask.pixels).save(file)
+    files: list[Path] = []
+
+    def save(picture: Image.Image, name: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / name)
+        files.append(folder / name)
+
+    if answer.masks and answer.picture is not None:
+        save(overlay(answer.picture, answer.masks, answer.text), "overlay.png")
+    for number, mask in enumerate(answer.masks):
+        save(Image.fromarray(mask.pixels), f"mask_{number}.png")
+    for number, part in enumerate(answer.images):
+        save(part.image, f"image_{number}.png")
     return files
 
 
@@ -104,7 +113,7 @@ def _with_text(picture: Image.Image, masks: Sequence[Mask], text: str) -> Image.
 def _colored(masks: Sequence[Mask], text: str) -> list[tuple[str, tuple[int, int, int], bool]]:
     """The words of the text with the color of the mask that each is tied to, and whether a space stands before them.
 
-    Punctuation behind a phrase is a word of its own. Masks without words follow as numbers.
+    Punctuation after a phrase is a word of its own. Masks without words follow as numbers.
     """
     ends = sorted({mask.span[1] for mask in masks})
     words: list[tuple[str, tuple[int, int, int], bool]] = []

@@ -32,7 +32,8 @@ class Sampler:
     def sample(self, logits: Floats) -> int:
         """Choose a token from logits [V], which stay as they are, and remember it for the penalty."""
         settings = self._settings
-        logits = penalized(logits, self._recent, settings.repeat_penalty)
+        if settings.repeat_penalty != 1:
+            logits = penalized_by(logits, np.unique(self._recent).astype(np.int64), settings.repeat_penalty)
         if settings.temperature == 0:
             token = int(logits.argmax())
         else:
@@ -44,14 +45,12 @@ class Sampler:
         return token
 
 
-def penalized(logits: Floats, recent: deque[int], penalty: float) -> Floats:
-    """Logits [V] with those of recent tokens made less likely: divided by the penalty, or multiplied where negative
-    (Keskar et al. 2019, CTRL, section 4.1)."""
-    if penalty == 1 or not recent:
-        return logits
-    seen = np.unique(recent)
+def penalized_by(logits: Floats, tokens: np.ndarray, penalty: float) -> Floats:
+    """Logits [V] with those of `tokens` made less likely: divided by the penalty, or multiplied where negative
+    (Keskar et al. 2019, CTRL, section 4.1). The argument stays as it is."""
     changed = logits.copy()
-    changed[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+    if penalty != 1 and len(tokens):
+        changed[tokens] = np.where(logits[tokens] > 0, logits[tokens] / penalty, logits[tokens] * penalty)
     return changed
 
 
@@ -77,6 +76,9 @@ def check_settings(settings: Generation) -> None:
         ("top_p", 0 < settings.top_p <= 1, "above 0 and at most 1"),
         ("top_k", settings.top_k >= 0, "0 (off) or more"),
         ("repeat_penalty", 0 < settings.repeat_penalty < float("inf"), "above 0 (1 is off)"),
+        ("beams", 1 <= settings.beams <= 64, "1 (no search) to 64"),
+        ("length_penalty", abs(settings.length_penalty) < float("inf"), "a number"),
+        ("min_tokens", settings.min_tokens >= 0, "0 or more"),
     ]
     for name, fits, what in rules:
         if not fits:

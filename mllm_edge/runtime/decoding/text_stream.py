@@ -34,17 +34,17 @@ class TextStream:
     def feed(self, data: bytes, joined: bool = False) -> str:
         """Add a token's bytes; returns the text that they release, perhaps nothing.
 
-        Behind a control token (`joined`) the tokenizer begins afresh, with a space that is none of the text's; it goes
+        After a control token (`joined`) the tokenizer begins a new word with a space of its own; that space is removed
         when punctuation follows.
         """
         if joined:
             self._joint = len(self._held)
         self._held += data
         if self._joint is not None:
-            at, behind = self._joint, self._held[self._joint : self._joint + 2]
-            if len(behind) < 2:
+            at, after = self._joint, self._held[self._joint : self._joint + 2]
+            if len(after) < 2:
                 return ""
-            if behind[:1] == b" " and behind[1:] in _PUNCTUATION:
+            if after[:1] == b" " and after[1:] in _PUNCTUATION:
                 self._held = self._held[:at] + self._held[at + 1 :]
                 self.size += 1
             self._joint = None

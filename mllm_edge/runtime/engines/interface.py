@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,61 +71,95 @@ class Stage(Protocol):
         ...
 
 
+class OnDevice(Protocol):
+    """What a stage on a GPU returns: read by `np.asarray`; it stands until the stage's next call."""
+
+    def wait(self) -> None:
+        """Until it is computed."""
+        ...
+
+    def kept(self) -> Array:
+        """A copy that no later call overwrites."""
+        ...
+
+
+def settle(arrays: Mapping[str, Array]) -> None:
+    """Wait until a stage's outputs are computed, so that its time is its own."""
+    for array in arrays.values():
+        if not isinstance(array, np.ndarray):
+            cast("OnDevice", array).wait()
+
+
+def lasting(array: Array, on_host: bool) -> Array:
+    """What no later call of the stage overwrites: on the host, or where it is."""
+    if isinstance(array, np.ndarray):
+        return array
+    return np.asarray(array) if on_host else cast("OnDevice", array).kept()
+
+
 class Step(NamedTuple):
-    """What the language model says after a position: logits float32 [V], and, where asked for, the state after the
-    final norm, float32 [D]."""
+    """What the language model says after its last position: logits float32 [V], and the states after the final norm of
+    as many last positions as were asked for, float32 [S,D]."""
 
     logits: Floats
-    hidden: Floats | None
+    hidden: Floats
 
 
 class LanguageModel(Protocol):
-    """The stage that steps. It holds one sequence of positions; `keep` rewinds it to a prefix.
+    """The part that steps. It holds one sequence of positions.
 
     Attributes:
-        context: positions it can hold.
+        context: positions it can hold: of prompt and answer together, or of each where `keeps` is False.
         vocabulary: V.
         width: D.
-        bos: the id that opens every sequence, or None.
-        control_tokens: control strings, such as `</s>`, and their ids.
-        want_hidden: whether `Step.hidden` is filled from now on.
+        keeps: whether the beginning of a prompt that was read stays usable. An encoder-decoder keeps nothing: its
+            encoder looks both ways.
     """
 
     context: int
     vocabulary: int
     width: int
-    bos: int | None
-    want_hidden: bool
-
-    @property
-    def control_tokens(self) -> Mapping[str, int]: ...
-
-    def tokenize(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a piece of text, without BOS. Control strings are plain text unless `special`."""
-        ...
-
-    def piece(self, token: int) -> bytes:
-        """The UTF-8 bytes of a token, perhaps a part of a character; nothing for a control token."""
-        ...
-
-    def is_end(self, token: int) -> bool:
-        """Whether the token ends an answer."""
-        ...
+    keeps: bool
 
     def embed(self, ids: Sequence[int]) -> Floats:
         """Rows of the embedding table, float32 [T,D]."""
         ...
 
-    def prefill(self, embeds: Floats, keep: int = 0) -> Step:
-        """Keep the first `keep` positions, append `embeds` [T,D], T > 0, and return the last position's step."""
+    def prefill(self, embeds: Floats, keep: int = 0, state: bool = False) -> Step:
+        """Read a prompt: keep the first `keep` positions, append `embeds` [T,D], T > 0.
+
+        Returns:
+            The last position's step, with its hidden state [1,D] if `state`.
+        """
         ...
 
-    def step(self, token: int) -> Step:
-        """Append one token."""
+    def extend(self, ids: Sequence[int], states: int = 0) -> Step:
+        """Append tokens of the answer, one or a group, in one batch.
+
+        Returns:
+            The last position's step, with the hidden states of the last `states` positions, at most `len(ids)`.
+        """
+        ...
+
+    def about(self) -> str:
+        """The engine's build and features, for a benchmark's record."""
         ...
 
     def close(self) -> None:
-        """Free the model and its KV cache."""
+        """Free the model and its caches."""
+        ...
+
+
+@runtime_checkable
+class Beams(LanguageModel, Protocol):
+    """A language model that holds several sequences after one prompt."""
+
+    def branch(self, tokens: Sequence[int], parents: Sequence[int]) -> Floats:
+        """Sequence b becomes what sequence `parents[b]` was, with `tokens[b]` appended; after a prefill there is one.
+
+        Returns:
+            Logits float32 [B,V].
+        """
         ...
 
 

@@ -1,22 +1,23 @@
-"""Parts of a bundle that are loaded when they are first needed, and let go where memory is short."""
+"""Parts of a bundle that are loaded on first use, and released where memory is short."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 from mllm_edge.bundle.manifest import StageEntry
 from mllm_edge.errors import MllmEdgeError
-from mllm_edge.runtime.engines.interface import Array, Floats, LanguageModel, Stage, Step
+from mllm_edge.runtime.engines.interface import Array, Beams, Floats, LanguageModel, Stage, Step
 
 
 class LazyStage:
-    """A stage whose engine is made at the first call, and closed after each one unless it is kept."""
+    """A stage whose engine is created at the first call, and closed after each one unless it is kept."""
 
     def __init__(self, spec: StageEntry, make: Callable[[], Stage], keep: bool = True):
         self.spec = spec
-        self.load_ms = 0.0  # all loading so far
+        self.load_ms = 0.0  # total load time so far
         self._make, self._keep = make, keep
         self._engine: Stage | None = None
         self._closed = False
@@ -28,7 +29,7 @@ class LazyStage:
         return self._engine is not None
 
     def load(self) -> None:
-        """Make the engine now."""
+        """Create the engine now."""
         with self._lock:
             self._ready()
 
@@ -42,7 +43,7 @@ class LazyStage:
         return self._engine
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
-        """Run it; see `stage.Stage`."""
+        """Run it; see `interface.Stage`."""
         with self._lock:
             try:
                 return self._ready()(**arrays)
@@ -62,27 +63,24 @@ class LazyStage:
 
 
 class LazyLanguageModel:
-    """A language model that can be let go between two answers; see `stage.LanguageModel`.
+    """A language model that can be released between two answers; see `interface.LanguageModel`.
 
-    What is known of its vocabulary stays known. After `release` no position is left.
+    After `release` no position is left.
+
+    Args:
+        make: loads it.
+        engine: what `make` gave.
     """
 
-    def __init__(self, make: Callable[[], LanguageModel]):
+    def __init__(self, make: Callable[[], LanguageModel], engine: LanguageModel):
         self._make = make
-        self._engine: LanguageModel | None = make()
-        self.context, self.vocabulary = self._engine.context, self._engine.vocabulary
-        self.width, self.bos = self._engine.width, self._engine.bos
-        self._control = dict(self._engine.control_tokens)
-        self.want_hidden = False
+        self._engine: LanguageModel | None = engine
+        self.context, self.vocabulary = engine.context, engine.vocabulary
+        self.width, self.keeps = engine.width, engine.keeps
         self._closed = False
 
-    @property
-    def control_tokens(self) -> Mapping[str, int]:
-        """Control strings and their ids."""
-        return self._control
-
     def release(self) -> None:
-        """Free it; the next use loads it again."""
+        """Unload it; the next use loads it again."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -92,27 +90,33 @@ class LazyLanguageModel:
             raise MllmEdgeError("the language model is closed; load the bundle again")
         if self._engine is None:
             self._engine = self._make()
-        self._engine.want_hidden = self.want_hidden
         return self._engine
-
-    def tokenize(self, text: str, special: bool = False) -> list[int]:
-        return self._ready().tokenize(text, special)
-
-    def piece(self, token: int) -> bytes:
-        return self._ready().piece(token)
-
-    def is_end(self, token: int) -> bool:
-        return self._ready().is_end(token)
 
     def embed(self, ids: Sequence[int]) -> Floats:
         return self._ready().embed(ids)
 
-    def prefill(self, embeds: Floats, keep: int = 0) -> Step:
-        return self._ready().prefill(embeds, keep)
+    def prefill(self, embeds: Floats, keep: int = 0, state: bool = False) -> Step:
+        return self._ready().prefill(embeds, keep, state)
 
-    def step(self, token: int) -> Step:
-        return self._ready().step(token)
+    def extend(self, ids: Sequence[int], states: int = 0) -> Step:
+        return self._ready().extend(ids, states)
+
+    def about(self) -> str:
+        return self._ready().about()
 
     def close(self) -> None:
         self._closed = True
         self.release()
+
+
+class LazyBeams(LazyLanguageModel):
+    """One that holds several sequences; see `interface.Beams`."""
+
+    def branch(self, tokens: Sequence[int], parents: Sequence[int]) -> Floats:
+        return cast("Beams", self._ready()).branch(tokens, parents)
+
+
+def lazy_language_model(make: Callable[[], LanguageModel]) -> LazyLanguageModel:
+    """Load a language model that can be released, with beams where its engine has them."""
+    engine = make()
+    return (LazyBeams if isinstance(engine, Beams) else LazyLanguageModel)(make, engine)

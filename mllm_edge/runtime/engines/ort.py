@@ -1,4 +1,4 @@
-"""ONNX Runtime as an engine of stages: on the CPU, by CUDA, or by TensorRT-RTX, which it drives itself."""
+"""ONNX Runtime as a stage engine: on the CPU, with CUDA, or through its TensorRT-RTX provider."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class OnnxStage:
     """A stage run by ONNX Runtime.
 
     Raises:
-        BadInput: the file is not a graph that ONNX Runtime reads, or not the graph that the manifest describes.
-        MllmEdgeError: the CUDA provider was asked for and is not there.
+        BadInput: ONNX Runtime cannot read the file, or it is not the graph that the manifest describes.
+        MllmEdgeError: the CUDA provider was requested and is not available.
         MissingPackage: onnxruntime is not installed.
     """
 
@@ -65,7 +65,7 @@ class OnnxStage:
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises; its exceptions have no base class of their own."""
+    """The exceptions of ONNX Runtime, which have no common base class."""
     try:
         from onnxruntime.capi import onnxruntime_pybind11_state as state  # type: ignore[import-untyped]
     except ModuleNotFoundError:
@@ -82,7 +82,7 @@ def _open(path: Path, options: Options, failures: tuple[type[Exception], ...]) -
     settings.inter_op_num_threads = 1
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     settings.log_severity_level = 3
-    # Its idle threads would take the cores from the language model, which runs next.
+    # Spinning idle threads would take the cores from the language model, which runs next.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     if options.lean:
         settings.enable_cpu_mem_arena = False

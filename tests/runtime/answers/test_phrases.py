@@ -6,14 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from mllm_edge.bundle.manifest import Prompt
-from mllm_edge.runtime.answers.masks import phrases
+from mllm_edge.runtime.answers.phrases import phrases
 from mllm_edge.runtime.decoding.text_stream import TextStream
 
-PROMPT = Prompt(
-    "t", "", "{text}", "{text}", " {text}</s>", "<image>", "<image>", "", ["</s>"], phrase=["<p>", "</p>"],
-    added=["<p>", "</p>", "[SEG]"],
-)  # fmt: skip
+MARKS, TAGS, ADDED = ["[SEG]"], ["<p>", "</p>"], ["<p>", "</p>", "[SEG]"]
 
 
 class Words:
@@ -43,7 +39,8 @@ def found(text: str) -> list[str]:
     for before, token in zip([0, *ids], ids):
         shown.feed(lm.piece(token), joined=0 < before < 5)
     shown.finish()
-    return [shown.text[span.start : span.end] for span in phrases(ids, lm, PROMPT)]  # type: ignore[arg-type]
+    spans = phrases(ids, lm, MARKS, TAGS, ADDED)  # type: ignore[arg-type]
+    return [shown.text[span.start : span.end] for span in spans]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +63,7 @@ def test_phrase_of_each_mask(text: str, expected: Sequence[str]) -> None:
     assert found(text) == list(expected)
 
 
-def test_text_of_an_answer_has_no_space_before_punctuation_behind_a_tag() -> None:
+def test_text_of_an_answer_has_no_space_before_punctuation_after_a_tag() -> None:
     stream = TextStream((), strip=True)
     for data, joined in (
         (b"", False),
@@ -82,7 +79,7 @@ def test_text_of_an_answer_has_no_space_before_punctuation_behind_a_tag() -> Non
     assert stream.size == len(" A star , a ring .")
 
 
-def test_a_space_before_a_word_behind_a_tag_stays() -> None:
+def test_a_space_before_a_word_after_a_tag_stays() -> None:
     stream = TextStream((), strip=True)
     pieces = [stream.feed(b"A star"), stream.feed(b" ", joined=True), stream.feed(b"here"), stream.finish()]
     assert pieces == ["A star", "", " here", ""]

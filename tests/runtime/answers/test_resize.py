@@ -46,7 +46,7 @@ def test_a_wide_pictures_mask_comes_from_the_top_of_the_square() -> None:
     assert (full[:3, 4:] < 0).all()
 
 
-def test_boxes_end_behind_the_last_pixel() -> None:
+def test_boxes_end_after_the_last_pixel() -> None:
     mask = np.zeros((5, 6), np.bool_)
     mask[1:3, 2:5] = True
     assert box_of(mask) == [2, 1, 5, 3]

@@ -7,13 +7,13 @@ import pytest
 from PIL import Image
 
 from mllm_edge.runtime.answer import Answer, Mask, Tokens
-from mllm_edge.runtime.answers.write import COLORS, INK, overlay, write_pictures
+from mllm_edge.runtime.answers.write import COLORS, INK, overlay, write
 
 
 def mask(phrase: str, span: tuple[int, int], left: int) -> Mask:
     pixels = np.zeros((48, 64), np.bool_)
     pixels[8:40, left : left + 24] = True
-    return Mask(phrase, span, 0.9, [left, 8, left + 24, 40], pixels)
+    return Mask(phrase, span, phrase, 0.9, [left, 8, left + 24, 40], pixels)
 
 
 TEXT = "A star and a ring."
@@ -39,8 +39,8 @@ def test_a_mask_without_words_is_named_by_its_number() -> None:
 
 
 def test_files_of_an_answer(tmp_path: Path) -> None:
-    answer = Answer(TEXT, Tokens(1, 0, 1, [1]), {}, {}, MASKS)
-    files = write_pictures(answer, Image.new("RGB", (64, 48)), tmp_path / "new" / "answer")
+    answer = Answer(TEXT, Tokens(1, 0, 1, [1]), {}, {}, MASKS, Image.new("RGB", (64, 48)))
+    files = write(answer, tmp_path / "new" / "answer")
     assert [file.name for file in files] == ["overlay.png", "mask_0.png", "mask_1.png"]
     with Image.open(files[2]) as image:
         np.testing.assert_array_equal(np.asarray(image), MASKS[1].pixels)
@@ -49,5 +49,5 @@ def test_files_of_an_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (2000, 10)])
 def test_odd_pictures(size: tuple[int, int]) -> None:
     pixels = np.ones(size[::-1], np.bool_)
-    whole = Mask("x", (0, 1), 1.0, [0, 0, *size], pixels)
+    whole = Mask("x", (0, 1), "x", 1.0, [0, 0, *size], pixels)
     assert overlay(Image.new("RGB", size), [whole], "x " * 40).height > size[1]

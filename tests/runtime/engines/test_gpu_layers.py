@@ -10,26 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_edge.bundle.manifest import EmbeddingTable, LanguageModelEntry
+from mllm_edge.bundle.manifest import EmbeddingTable, GgufDetails
 from mllm_edge.runtime.engines.interface import Options
 from mllm_edge.runtime.engines.llama import gpu_layers
 from mllm_edge.runtime.memory import SCRATCH
 
-ENTRY = LanguageModelEntry(
+ENTRY = GgufDetails(
     file="language_model.gguf",
-    bytes=40_000_000 + 10 * 100_000_000,  # ten layers of 100 MB behind the table
+    bytes=40_000_000 + 10 * 100_000_000,  # ten layers of 100 MB after the table
     sha256="",
-    name="language_model",
-    engine="gguf",
-    precision="q8_0",
-    architecture="llama",
-    context_length=4096,
-    hidden_width=1000,
     layers=10,
     kv_width=500,
-    vocabulary=10_000,
     embedding=EmbeddingTable("F32", 0, [10_000, 1000]),
-    special_tokens={},
 )
 OPTIONS = Options("cuda", True, 1, "f16", 1000)  # a layer's cache: 2 * 500 * 2 bytes * 1000 = 2 MB
 FIXED = SCRATCH + gpu_layers.MARGIN

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from conftest import CONTEXT, HEADS, PIECES, WIDTH, llama_tensors, write_llama
 
-from mllm_edge.bundle.manifest import LanguageModelEntry
-from mllm_edge.bundle.read import read_manifest
+from mllm_edge.bundle.manifest import EmbeddingTable, GgufDetails, LanguageModelEntry
+from mllm_edge.bundle.read import file_entry, read_manifest
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.runtime.engines.interface import Options
 from mllm_edge.runtime.engines.llama import probe
 from mllm_edge.runtime.engines.llama.embedding import EmbeddingRows
-from mllm_edge.runtime.engines.llama.model import LlamaLanguageModel
+from mllm_edge.runtime.engines.llama.model import OUTPUTS, LlamaLanguageModel
 
 CPU = Options("cpu", False, 1, "f32", CONTEXT)
 IDS = [1, *range(259, 259 + 30)]
@@ -30,7 +30,7 @@ def entry(tiny_bundle: Path) -> LanguageModelEntry:
 
 @pytest.fixture
 def model(tiny_bundle: Path, entry: LanguageModelEntry) -> Iterator[LlamaLanguageModel]:
-    language_model = LlamaLanguageModel(tiny_bundle / entry.file, entry, CPU)
+    language_model = LlamaLanguageModel(tiny_bundle, entry, CPU)
     yield language_model
     language_model.close()
 
@@ -73,7 +73,7 @@ def test_embeddings_in_equal_tokens_in_and_the_reference(model: LlamaLanguageMod
     by_embeddings = model.prefill(model.embed(IDS)).logits
     model.prefill(model.embed(IDS[:1]))
     for token in IDS[1:]:
-        by_tokens = model.step(token).logits
+        by_tokens = model.extend([token]).logits
     np.testing.assert_allclose(by_embeddings, by_tokens, atol=1e-4)
     np.testing.assert_allclose(by_embeddings, reference_logits(IDS)[-1], atol=1e-4)
 
@@ -81,12 +81,39 @@ def test_embeddings_in_equal_tokens_in_and_the_reference(model: LlamaLanguageMod
 def test_hidden_state_times_head_gives_the_logits(model: LlamaLanguageModel) -> None:
     head = llama_tensors()["output.weight"]
     plain = model.prefill(model.embed(IDS))
-    assert plain.hidden is None
-    model.want_hidden = True
-    for step in (model.prefill(model.embed(IDS)), model.prefill(model.embed(IDS[:1])), model.step(270)):
-        assert step.hidden is not None and step.hidden.shape == (WIDTH,)
-        np.testing.assert_allclose(head @ step.hidden, step.logits, atol=1e-4)
+    assert plain.hidden.shape == model.extend([270]).hidden.shape == (0, WIDTH)
+    whole, first = (model.prefill(model.embed(ids), state=True) for ids in (IDS, IDS[:1]))
+    for step in (whole, first, model.extend([270], states=1)):
+        assert step.hidden.shape == (1, WIDTH)
+        np.testing.assert_allclose(head @ step.hidden[0], step.logits, atol=1e-4)
     np.testing.assert_allclose(model.prefill(model.embed(IDS)).logits, plain.logits, atol=1e-4)
+
+
+def test_a_group_in_one_batch_gives_what_its_tokens_give_one_by_one(model: LlamaLanguageModel) -> None:
+    group = [261, 300, 7, 280, 260, 280, 301, 9]
+    model.prefill(model.embed(IDS))
+    single = [model.extend([token], states=1) for token in group]
+    model.prefill(model.embed(IDS))
+    together = model.extend(group, states=8)
+    assert together.hidden.shape == (8, WIDTH)
+    np.testing.assert_allclose(together.hidden, np.concatenate([step.hidden for step in single]), atol=1e-4)
+    np.testing.assert_allclose(together.logits, single[-1].logits, atol=1e-4)
+    model.prefill(model.embed(IDS))
+    last = model.extend(group, states=3)
+    np.testing.assert_allclose(last.hidden, together.hidden[-3:], atol=1e-4)
+
+
+@pytest.mark.parametrize("states", [0, 2, 10, OUTPUTS + 6])
+def test_more_tokens_than_a_batch_gives_outputs_for(model: LlamaLanguageModel, states: int) -> None:
+    ids = [259 + 7 * number % 30 for number in range(OUTPUTS + 6)]
+    model.prefill(model.embed(IDS))
+    single = [model.extend([token], states=1) for token in ids]
+    model.prefill(model.embed(IDS))
+    together = model.extend(ids, states=states)
+    wanted = np.concatenate([step.hidden for step in single])[len(ids) - states :]
+    assert together.hidden.shape == (states, WIDTH)
+    np.testing.assert_allclose(together.hidden, wanted, atol=1e-4)
+    np.testing.assert_allclose(together.logits, single[-1].logits, atol=1e-4)
 
 
 def test_rewinding_keeps_a_prefix(model: LlamaLanguageModel) -> None:
@@ -97,6 +124,7 @@ def test_rewinding_keeps_a_prefix(model: LlamaLanguageModel) -> None:
     np.testing.assert_allclose(model.prefill(model.embed([302]), keep=0).logits, reference_logits([302])[-1], atol=1e-3)
 
 
+@pytest.mark.alone
 def test_ctrl_c_stops_a_prefill(model: LlamaLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     import llama_cpp.llama_cpp as llama
 
@@ -107,7 +135,7 @@ def test_ctrl_c_stops_a_prefill(model: LlamaLanguageModel, monkeypatch: pytest.M
         statuses.append(decode(context, batch))
         return statuses[-1]
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores the signal
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores the signal
     try:
         with monkeypatch.context() as patch:
             patch.setattr(llama, "llama_decode", pressed)
@@ -129,7 +157,7 @@ def test_another_thread_can_prefill(model: LlamaLanguageModel) -> None:
 def test_steps_are_copies(model: LlamaLanguageModel) -> None:
     first = model.prefill(model.embed(IDS)).logits
     kept = first.copy()
-    model.step(280)
+    model.extend([280])
     np.testing.assert_array_equal(first, kept)
 
 
@@ -144,25 +172,25 @@ def test_limits_are_errors_not_crashes(model: LlamaLanguageModel) -> None:
             model.prefill(wrong)
     model.prefill(rows[:CONTEXT])
     with pytest.raises(MllmEdgeError, match="do not fit"):
-        model.step(5)
+        model.extend([5])
     for token in (-1, len(PIECES)):
         with pytest.raises(MllmEdgeError, match="token ids"):
-            model.step(token)
+            model.extend([token])
         with pytest.raises(MllmEdgeError, match="token ids"):
             model.embed([token])
 
 
 @pytest.mark.parametrize(("kv_type", "tolerance"), [("f32", 1e-4), ("f16", 0.05), ("q8_0", 0.5)])
 def test_kv_cache_types(tiny_bundle: Path, entry: LanguageModelEntry, kv_type: str, tolerance: float) -> None:
-    model = LlamaLanguageModel(tiny_bundle / entry.file, entry, replace(CPU, kv_type=kv_type))
+    model = LlamaLanguageModel(tiny_bundle, entry, replace(CPU, kv_type=kv_type))
     model.prefill(model.embed(IDS[:-1]))
-    np.testing.assert_allclose(model.step(IDS[-1]).logits, reference_logits(IDS)[-1], atol=tolerance)
+    np.testing.assert_allclose(model.extend([IDS[-1]]).logits, reference_logits(IDS)[-1], atol=tolerance)
     model.close()
 
 
 def test_unknown_kv_type(tiny_bundle: Path, entry: LanguageModelEntry) -> None:
     with pytest.raises(BadInput, match="q8_0"):
-        LlamaLanguageModel(tiny_bundle / entry.file, entry, replace(CPU, kv_type="q4_0"))
+        LlamaLanguageModel(tiny_bundle, entry, replace(CPU, kv_type="q4_0"))
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "Q8_0"])
@@ -184,37 +212,27 @@ def test_a_table_that_cannot_be_there(tmp_path: Path) -> None:
             EmbeddingRows(tmp_path / "m.gguf", wrong)
 
 
-def test_tokens_and_text(model: LlamaLanguageModel) -> None:
-    assert model.bos == 1 and model.is_end(2) and not model.is_end(280)
-    assert model.control_tokens == {"<s>": 1, "</s>": 2}
-    assert model.tokenize("") == []
-    assert model.tokenize("</s>", special=True) == [2]
-    assert 2 not in model.tokenize("a</s>")
-    text = "the 🙂 é\n\u4e2d"
-    assert b"".join(map(model.piece, model.tokenize(text))) == b" " + text.encode()
-    assert model.piece(2) == b"" and model.piece(3 + 0xC3) == b"\xc3"
-    long = "the red " * 2000
-    assert b"".join(map(model.piece, model.tokenize(long))) == b" " + long.encode()
-
-
 def test_a_closed_model_says_so(model: LlamaLanguageModel) -> None:
     model.close()
     model.close()
-    for call in (lambda: model.step(1), lambda: model.tokenize("a"), lambda: model.prefill(np.zeros((1, WIDTH)))):
+    for call in (lambda: model.extend([1]), lambda: model.prefill(np.zeros((1, WIDTH)))):
         with pytest.raises(MllmEdgeError, match="closed"):
             call()
 
 
 def test_a_file_that_is_no_model(tmp_path: Path, entry: LanguageModelEntry) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(1 << 20))
+    table = EmbeddingTable("F32", 0, [len(PIECES), WIDTH])
+    bad = GgufDetails(**vars(file_entry(tmp_path, "bad.gguf")), layers=1, kv_width=WIDTH, embedding=table)
     with pytest.raises(BadInput, match=r"bad\.gguf"):
-        LlamaLanguageModel(tmp_path / "bad.gguf", entry, CPU)
+        LlamaLanguageModel(tmp_path, replace(entry, gguf=bad), CPU)
 
 
 def test_a_model_that_is_not_the_manifests(tiny_bundle: Path, entry: LanguageModelEntry) -> None:
-    table = replace(entry.embedding, shape=[100, WIDTH])
+    assert entry.gguf is not None
+    details = replace(entry.gguf, embedding=replace(entry.gguf.embedding, shape=[100, WIDTH]))
     with pytest.raises(BadInput, match="manifest says 100"):
-        LlamaLanguageModel(tiny_bundle / entry.file, replace(entry, vocabulary=100, embedding=table), CPU)
+        LlamaLanguageModel(tiny_bundle, replace(entry, vocabulary=100, gguf=details), CPU)
 
 
 def test_gpu_is_announced_or_refused(
@@ -222,9 +240,9 @@ def test_gpu_is_announced_or_refused(
 ) -> None:
     monkeypatch.setattr("llama_cpp.llama_cpp.llama_supports_gpu_offload", lambda: False)
     with pytest.warns(RuntimeWarning, match="GGML_CUDA"):
-        LlamaLanguageModel(tiny_bundle / entry.file, entry, replace(CPU, target="cuda")).close()
+        LlamaLanguageModel(tiny_bundle, entry, replace(CPU, target="cuda")).close()
     with pytest.raises(MllmEdgeError, match="GGML_CUDA"):
-        LlamaLanguageModel(tiny_bundle / entry.file, entry, replace(CPU, target="cuda", strict=True))
+        LlamaLanguageModel(tiny_bundle, entry, replace(CPU, target="cuda", strict=True))
 
 
 def test_after_an_amx_crash_weights_are_not_repacked(
@@ -240,14 +258,14 @@ def test_after_an_amx_crash_weights_are_not_repacked(
         return load(path, settings)
 
     monkeypatch.setattr(llama, "llama_model_load_from_file", spy)
-    LlamaLanguageModel(tiny_bundle / entry.file, replace(entry, precision="q8_0"), CPU).close()
+    LlamaLanguageModel(tiny_bundle, replace(entry, precision="q8_0"), CPU).close()
     assert (asked, seen) == (["q8_0"], [False])
 
 
 def test_threads_are_passed_on(tiny_bundle: Path, entry: LanguageModelEntry) -> None:
     import llama_cpp.llama_cpp as llama
 
-    model = LlamaLanguageModel(tiny_bundle / entry.file, entry, replace(CPU, threads=3))
+    model = LlamaLanguageModel(tiny_bundle, entry, replace(CPU, threads=3))
     assert (llama.llama_n_threads(model._context), llama.llama_n_threads_batch(model._context)) == (3, 3)
     model.close()
 

@@ -31,6 +31,7 @@ from mllm_edge.runtime.engines.tensorrt.cuda import Cuda, DeviceArray
 from mllm_edge.scenes import render, sample_scene
 
 SEGMENT = "Please segment the large object in this image."
+AXES = {"boxes": [1, 4, 16], "masks": [1, 4, 16]}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def tensorrt_engine(folder: Path, stage: StageEntry, capability: str) -> BuiltEn
 
 def test_a_board_builds_its_own_once(folder: Path, gpu: Device) -> None:
     how = read_manifest(folder).build
-    assert (how.devices, how.workspace_mb) == (["orin-nano", "orin"], 1024)
+    assert (how.devices, how.workspace_mb, how.axes) == (["orin-nano", "orin"], 1024, AXES)
     told: list[tuple[str, float | None]] = []
     built = build_bundle(folder, report=lambda step, number, total, seconds, part=0.0: told.append((step, part)))
     assert [one.stage for one in built] == [stage.name for stage in read_manifest(folder).stages]
@@ -82,7 +83,8 @@ def test_a_board_builds_its_own_once(folder: Path, gpu: Device) -> None:
     for stage in read_manifest(folder).stages:
         (engine,) = stage.engines
         assert (engine.package, engine.version, engine.capabilities) == ("tensorrt", "10.3.0", ["sm_87"])
-        assert engine.profile == ([1, 4, 16] if stage.name in ("region_encoder", "mask_decoder") else [])
+        own = {"region_encoder": ["boxes"], "mask_decoder": ["masks"]}.get(stage.name, [])
+        assert engine.axes == {axis: AXES[axis] for axis in own}
     assert (folder / "timing.cache").read_bytes() == b"timed;" * len(built)
     count = len(gpu.builds)
     assert [one.seconds for one in build_bundle(folder)] == [0.0] * len(built)
@@ -142,7 +144,7 @@ def test_the_pipeline_gives_what_onnx_runtime_gives(folder: Path, gpu: Device) -
 def test_what_goes_from_stage_to_stage_stays_on_the_gpu(folder: Path, gpu: Device) -> None:
     build_bundle(folder)
     with engines(folder) as model:
-        model.encode_image(picture(0))
+        model.look(picture(0))
         features = model.stages["vision_encoder"](pixel_values=np.zeros((1, 3, 128, 128), np.float32))
         assert all(isinstance(array, DeviceArray) for array in features.values())
         kept = features["image_features"].kept()  # type: ignore[attr-defined]
@@ -258,7 +260,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(folder: Path, gpu: Device) -> Non
 
 
 def test_staging_memory_is_not_overwritten_while_it_is_read(folder: Path, gpu: Device) -> None:
-    """Two calls right behind each other: the device has not begun the first when the host writes the second's input."""
+    """Two calls in a row: the device has not begun the first when the host writes the second's input."""
     build_bundle(folder)
     with mllm_edge.load(folder, "cpu", threads=1) as model:
         wanted = model.stages["vision_encoder"](pixel_values=np.zeros((1, 3, 128, 128), np.float32))
@@ -296,7 +298,7 @@ def test_a_tensorrt_that_does_not_load_is_said(folder: Path, gpu: Device, monkey
     monkeypatch.setattr(tensorrt_packages.importlib, "import_module", broken)
     with pytest.raises(MllmEdgeError, match=r"tensorrt-?\w* is installed but does not load \(libnvinfer"):
         build_bundle(folder, ["sm_89"])
-    assert "does not load" in str(tensorrt_packages.find(read_manifest(folder).stages[0], "sm_87", [1, 4, 16]))
+    assert "does not load" in str(tensorrt_packages.find(read_manifest(folder).stages[0], "sm_87", AXES))
 
 
 def test_without_a_driver_there_is_one_line(
@@ -316,9 +318,7 @@ def test_without_tensorrt_the_line_that_installs_it(folder: Path, monkeypatch: p
     monkeypatch.setattr(tensorrt_packages.Package, "installed", False)
     with pytest.raises(MissingPackage, match=r"mllm-edge\[rtx\]"):
         build_bundle(folder)
-    assert "no TensorRT is installed" in str(
-        tensorrt_packages.find(read_manifest(folder).stages[0], "sm_87", [1, 4, 16])
-    )
+    assert "no TensorRT is installed" in str(tensorrt_packages.find(read_manifest(folder).stages[0], "sm_87", AXES))
 
 
 def test_build_needs_a_bundle_of_target_trt(folder: Path, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Pictures with names out of ordinary packages, for the recipe `llava-smol`."""
+"""Named pictures from ordinary packages, for the recipe `llava-smol`."""

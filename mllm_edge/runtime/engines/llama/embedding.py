@@ -1,4 +1,4 @@
-"""Token embeddings, read row by row from the language model's own file: nothing is held in memory twice."""
+"""Token embeddings, read by rows from the language model's own file, so that no second copy is in memory."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _Q8_0 = np.dtype([("scale", "<f2"), ("weights", "i1", (_BLOCK,))])
 
 
 class EmbeddingRows:
-    """The embedding table of a GGUF file, mapped and not read.
+    """The embedding table of a GGUF file, memory-mapped.
 
     Raises:
-        BadInput: a dtype that cannot be read by rows, or a table that does not fit the file.
+        BadInput: a dtype that cannot be read by rows, or a table that lies outside the file.
     """
 
     def __init__(self, path: Path, table: EmbeddingTable):

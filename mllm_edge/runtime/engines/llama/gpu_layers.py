@@ -1,4 +1,4 @@
-"""How many layers of the language model a GPU has room for."""
+"""How many layers of the language model fit a GPU's memory."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import math
 import warnings
 from types import ModuleType
 
-from mllm_edge.bundle.manifest import LanguageModelEntry
+from mllm_edge.bundle.manifest import GgufDetails
 from mllm_edge.quants import KV_TYPES
 from mllm_edge.runtime.engines.interface import Options
 from mllm_edge.runtime.memory import SCRATCH
 
 GPU, INTEGRATED_GPU = 1, 2  # ggml_backend_dev_type
 TABLE_BYTES = {"F32": 4.0, "F16": 2.0, "Q8_0": 34 / 32}
-MARGIN = 300_000_000  # CUDA's own memory, and what other programs take meanwhile
+MARGIN = 300_000_000  # bytes for CUDA itself and for other programs
 
 
-def layers(llama: ModuleType, entry: LanguageModelEntry, options: Options) -> int:
+def layers(llama: ModuleType, entry: GgufDetails, options: Options) -> int:
     """Layers for llama.cpp's `n_gpu_layers`, the head counted as one; says so where it is not all of them."""
     if options.gpu_layers is not None:
         return options.gpu_layers
@@ -36,11 +36,11 @@ def layers(llama: ModuleType, entry: LanguageModelEntry, options: Options) -> in
     return fitting
 
 
-def layers_that_fit(entry: LanguageModelEntry, options: Options, free: int) -> int:
+def layers_that_fit(entry: GgufDetails, options: Options, free: int) -> int:
     """The most layers, with their part of the KV cache, for which `free` bytes suffice.
 
-    The embedding table stays with the CPU; a head as large as it comes last. Layers count as equally large, the head's
-    bytes, which the file may share with the table, among them: the estimate is never too low.
+    The embedding table stays on the CPU; a head of the same size comes last. Layers count as equally large, including
+    the head's bytes, which the file may share with the table: the estimate is never too low.
     """
     table = math.prod(entry.embedding.shape) * TABLE_BYTES.get(entry.embedding.dtype, 4.0)
     cache = 2 * entry.kv_width * KV_TYPES[options.kv_type] * options.context
@@ -52,7 +52,7 @@ def layers_that_fit(entry: LanguageModelEntry, options: Options, free: int) -> i
 
 
 def free_memory(llama: ModuleType) -> int | None:
-    """Free bytes of the first GPU that llama.cpp sees; None where it does not tell."""
+    """Free bytes of the first GPU that llama.cpp sees; None if unknown."""
     try:
         count, get = llama._lib.ggml_backend_dev_count, llama._lib.ggml_backend_dev_get
         kind, memory = llama._lib.ggml_backend_dev_type, llama._lib.ggml_backend_dev_memory

@@ -11,10 +11,10 @@ from types import FrameType, ModuleType
 
 @contextlib.contextmanager
 def interruptible(llama: ModuleType, context: int) -> Iterator[None]:
-    """Let Ctrl-C abort `llama_decode` on the CPU; what was set for SIGINT before then handles it.
+    """Let Ctrl-C abort `llama_decode` on the CPU; the previous SIGINT handler then handles it.
 
-    Python runs signal handlers between its own instructions, in the main thread only. While the main thread is inside
-    llama.cpp there are none, so llama.cpp is given a callback to ask. In another thread this does nothing.
+    Python runs signal handlers only between bytecode instructions of the main thread, and so not while that is inside
+    llama.cpp, which therefore gets an abort callback. In other threads this does nothing.
     """
     previous = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(previous):

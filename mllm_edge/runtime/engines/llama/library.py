@@ -1,4 +1,4 @@
-"""Loading llama.cpp once, quiet and with the settings it must have before it starts."""
+"""Loads llama.cpp once, without logging and with the settings it needs before it starts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _callbacks: list[Any] = []  # llama.cpp keeps the pointer, so Python must keep t
 def library() -> ModuleType:
     """The low-level binding, `llama_cpp.llama_cpp`.
 
-    OpenMP's threads wait passively unless the user says otherwise: spinning ones starve small machines.
+    OpenMP's threads wait passively unless the user sets otherwise: spinning ones starve small machines.
 
     Raises:
         MissingPackage: llama-cpp-python is not installed.
@@ -37,7 +37,7 @@ def library() -> ModuleType:
     callback = llama.llama_log_callback(_log)
     _callbacks.append(callback)
     llama.llama_log_set(callback, None)
-    atexit.register(llama.llama_log_set, llama.llama_log_callback(), None)  # no Python call after Python is gone
+    atexit.register(llama.llama_log_set, llama.llama_log_callback(), None)  # no callbacks after Python's shutdown
     llama.llama_backend_init()
     return llama
 

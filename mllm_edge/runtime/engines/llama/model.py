@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from mllm_edge.bundle.check import locate
 from mllm_edge.bundle.manifest import LanguageModelEntry
 from mllm_edge.errors import BadInput, MllmEdgeError, look_up
 from mllm_edge.quants import KV_TYPES, PLAIN
@@ -27,11 +27,12 @@ from mllm_edge.targets import TARGETS
 # Whether attention is flash attention, by KV type: on a CPU it computes in f16 whatever the cache holds, so f32 does
 # without (measured: logits of size 10 within 3e-6 of PyTorch's, against 7e-3); a q8_0 cache exists only with it.
 FLASH = {"f32": "DISABLED", "f16": "AUTO", "q8_0": "ENABLED"}
+OUTPUTS = 64  # positions of a batch whose hidden states can be read: a forced group is one batch
 MICRO_BATCH = 512  # positions computed at once; more would only make the scratch buffers larger
 
 
 class LlamaLanguageModel:
-    """A GGUF model with one sequence of positions; see `stage.LanguageModel`.
+    """A GGUF model with one sequence of positions; see `interface.LanguageModel`.
 
     Raises:
         BadInput: a file that llama.cpp cannot load, or not the model that the manifest describes; an unknown KV type.
@@ -39,37 +40,37 @@ class LlamaLanguageModel:
         MissingPackage: llama-cpp-python is not installed.
     """
 
-    def __init__(self, path: Path, spec: LanguageModelEntry, options: Options):
+    keeps = True
+
+    def __init__(self, folder: Path, spec: LanguageModelEntry, options: Options):
         look_up("KV cache type", options.kv_type, KV_TYPES)
-        self.spec, self._path = spec, path
+        assert spec.gguf is not None  # as the manifest's check says
+        self._path = path = locate(folder, spec.gguf.file)
         self.context = options.context
-        self._rows = EmbeddingRows(path, spec.embedding)
+        self._rows = EmbeddingRows(path, spec.gguf.embedding)
         self._llama = library()
-        layers = gpu_layers.layers(self._llama, spec, options) if _gpu(self._llama, options) else 0
+        layers = gpu_layers.layers(self._llama, spec.gguf, options) if _gpu(self._llama, options) else 0
         self._on_gpu = layers > 0
-        self._model = _load(self._llama, path, spec, layers)
+        self._model = _load(self._llama, path, spec.precision, layers)
         # Also runs when the interpreter ends, before llama.cpp's own static objects go.
         self._free_model = weakref.finalize(self, self._llama.llama_model_free, self._model)
-        self._vocab = self._llama.llama_model_get_vocab(self._model)
-        self.vocabulary = int(self._llama.llama_vocab_n_tokens(self._vocab))
+        vocab = self._llama.llama_model_get_vocab(self._model)
+        self.vocabulary = int(self._llama.llama_vocab_n_tokens(vocab))
         self.width = int(self._llama.llama_model_n_embd(self._model))
-        if (self.vocabulary, self.width) != (spec.vocabulary, spec.hidden_width):
+        if (self.vocabulary, self.width) != (spec.vocabulary, spec.width):
             raise BadInput(
                 f"{path} has {self.vocabulary} tokens of width {self.width}, but the manifest says {spec.vocabulary} "
-                f"of {spec.hidden_width}; export the bundle again"
+                f"of {spec.width}; export the bundle again"
             )
         self._context = self._new_context(options)
         self._free_context = weakref.finalize(self, self._llama.llama_free, self._context)
-        adds_bos = self._llama.llama_vocab_get_add_bos(self._vocab)
-        self.bos = int(self._llama.llama_vocab_bos(self._vocab)) if adds_bos else None
-        self.want_hidden = False
 
     def _new_context(self, options: Options) -> int:
         llama = self._llama
         settings = llama.llama_context_default_params()
         settings.n_ctx = settings.n_batch = options.context
         settings.n_ubatch = min(MICRO_BATCH, options.context)
-        settings.n_outputs_max = 1  # only the last position's logits are ever read
+        settings.n_outputs_max = OUTPUTS
         settings.n_threads = settings.n_threads_batch = options.threads
         settings.pooling_type = llama.LLAMA_POOLING_TYPE_NONE
         settings.type_k = settings.type_v = getattr(llama, f"GGML_TYPE_{options.kv_type.upper()}")
@@ -86,49 +87,11 @@ class LlamaLanguageModel:
             )
         return context
 
-    @functools.cached_property
-    def control_tokens(self) -> Mapping[str, int]:
-        """Control strings and their ids."""
-        self._check_open()
-        llama, vocab = self._llama, self._vocab
-        control = [token for token in range(self.vocabulary) if llama.llama_vocab_is_control(vocab, token)]
-        return {llama.llama_vocab_get_text(vocab, token).decode("utf-8", "replace"): token for token in control}
-
-    def tokenize(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a piece of text, without BOS. Control strings are plain text unless `special`."""
-        self._check_open()
-        data = text.encode("utf-8", "replace")
-        room = len(data) + 8
-        while True:
-            ids = (self._llama.llama_token * room)()
-            count = self._llama.llama_tokenize(self._vocab, data, len(data), ids, room, False, special)
-            if count >= 0:
-                return list(ids[:count])
-            room = -count
-
-    def piece(self, token: int) -> bytes:
-        """The UTF-8 bytes of a token; nothing for a control token."""
-        self._check_open()
-        self._check_token(token)
-        room = 64
-        while True:
-            buffer = ctypes.create_string_buffer(room)
-            count = self._llama.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)
-            if count >= 0:
-                return buffer.raw[:count]
-            room = -count
-
-    def is_end(self, token: int) -> bool:
-        """Whether the token ends an answer."""
-        self._check_open()
-        self._check_token(token)
-        return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
-
     def embed(self, ids: Sequence[int]) -> Floats:
         """Rows of the embedding table, float32 [T,D]."""
         return self._rows[ids]
 
-    def prefill(self, embeds: Floats, keep: int = 0) -> Step:
+    def prefill(self, embeds: Floats, keep: int = 0, state: bool = False) -> Step:
         """Keep the first `keep` positions, append `embeds` [T,D] in one batch and return the last position's step.
 
         Raises:
@@ -146,17 +109,27 @@ class LlamaLanguageModel:
         if not self._llama.llama_memory_seq_rm(memory, 0, keep, -1):
             raise MllmEdgeError(f"{self._path}: this model cannot be rewound to {keep} positions")
         with interruptible(self._llama, self._context):
-            if self.want_hidden and len(embeds) > 1:  # with embeddings on, llama.cpp outputs every position of a batch
-                self._decode(embeds=embeds[:-1], hidden=False)
+            if state and len(embeds) > 1:  # with embeddings on, llama.cpp outputs every position of a batch
+                self._decode(embeds=embeds[:-1], states=0)
                 embeds = embeds[-1:]
-            return self._decode(embeds=embeds, hidden=self.want_hidden)
+            return self._decode(embeds=embeds, states=int(state))
 
-    def step(self, token: int) -> Step:
-        """Append one token. Raises MllmEdgeError when the context is full or the token unknown."""
+    def extend(self, ids: Sequence[int], states: int = 0) -> Step:
+        """Append tokens. Raises MllmEdgeError when the context is full or a token unknown."""
         self._check_open()
-        self._check_token(token)
-        self._check_room(self._length() + 1)
-        return self._decode(token=token, hidden=self.want_hidden)
+        for token in ids:
+            self._check_token(token)
+        self._check_room(self._length() + len(ids))
+        hidden: list[Floats] = []
+        for start in range(0, len(ids), OUTPUTS):
+            part = ids[start : start + OUTPUTS]
+            step = self._decode(tokens=part, states=max(0, states - (len(ids) - start - len(part))))
+            hidden.append(step.hidden)
+        return Step(step.logits, np.concatenate(hidden)[-states:] if states else step.hidden)
+
+    def about(self) -> str:
+        """llama.cpp's own line about its build."""
+        return str(self._llama.llama_print_system_info().decode().strip())
 
     def close(self) -> None:
         """Free the model and its KV cache."""
@@ -166,13 +139,14 @@ class LlamaLanguageModel:
     def _length(self) -> int:
         return int(self._llama.llama_memory_seq_pos_max(self._llama.llama_get_memory(self._context), 0)) + 1
 
-    def _decode(self, *, token: int | None = None, embeds: Floats | None = None, hidden: bool) -> Step:
-        """One batch; positions and sequence are left to llama.cpp, and only the last position gives an output."""
+    def _decode(self, *, tokens: Sequence[int] = (), embeds: Floats | None = None, states: int) -> Step:
+        """One batch; positions and sequence are left to llama.cpp. Its last position gives logits, and the last
+        `states` positions, at most all of the batch, their hidden states."""
         llama = self._llama
-        llama.llama_set_embeddings(self._context, hidden)
-        batch = llama.llama_batch(n_tokens=1 if embeds is None else len(embeds))
+        llama.llama_set_embeddings(self._context, states > 0)
+        batch = llama.llama_batch(n_tokens=len(tokens) if embeds is None else len(embeds))
         if embeds is None:
-            batch.token = (llama.llama_token * 1)(token)
+            batch.token = (llama.llama_token * len(tokens))(*tokens)
         else:
             batch.embd = embeds.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         recent_errors.clear()
@@ -181,8 +155,9 @@ class LlamaLanguageModel:
             reason = "; ".join(recent_errors) or "no reason given"
             raise MllmEdgeError(f"{self._path}: llama.cpp could not decode (status {status}: {reason})")
         logits = _copy(llama.llama_get_logits_ith(self._context, -1), self.vocabulary)
-        state = _copy(llama.llama_get_embeddings_ith(self._context, -1), self.width) if hidden else None
-        return Step(logits, state)
+        last = range(-min(states, batch.n_tokens), 0)
+        rows = [_copy(llama.llama_get_embeddings_ith(self._context, place), self.width) for place in last]
+        return Step(logits, np.stack(rows) if rows else np.zeros((0, self.width), np.float32))  # [V], [S,D]
 
     def _check_room(self, positions: int) -> None:
         if positions > self.context:
@@ -215,12 +190,12 @@ def _gpu(llama: ModuleType, options: Options) -> bool:
     return False
 
 
-def _load(llama: ModuleType, path: Path, spec: LanguageModelEntry, layers_on_gpu: int) -> int:
+def _load(llama: ModuleType, path: Path, precision: str, layers_on_gpu: int) -> int:
     settings = llama.llama_model_default_params()
     settings.n_gpu_layers = layers_on_gpu
-    settings.use_extra_bufts = probe.use_extra_buffers(path, spec.precision)
+    settings.use_extra_bufts = probe.use_extra_buffers(path, precision)
     # Repacked weights would stand in memory beside the mapped file, twice in all.
-    repacked = settings.use_extra_bufts and spec.precision not in PLAIN
+    repacked = settings.use_extra_bufts and precision not in PLAIN
     settings.load_mode = llama.LLAMA_LOAD_MODE_NONE if repacked else llama.LLAMA_LOAD_MODE_MMAP
     recent_errors.clear()
     model: int | None = llama.llama_model_load_from_file(os.fsencode(path), settings)

@@ -1,14 +1,14 @@
-"""Does this machine's llama.cpp survive AMX?
+"""Does this machine's llama.cpp crash with AMX?
 
 Built by GCC 12, llama.cpp's AMX kernels crash in `decode` of a quantized model: the compiler believes that
 `_tile_loadconfig` reads 8 of its 64 bytes and drops the stores to the rest. So before the first quantized model is
 loaded on such a CPU, a child process tries it. After a crash the model is loaded without repacked weights
-(`use_extra_bufts = False`): slower, but it runs. On ARM repacking is what makes it fast and it is never switched off.
+(`use_extra_bufts = False`): slower, but it runs. On ARM, where repacking is what makes it fast, it is never disabled.
 
-An x86 CPU without AMX reads K-quants as they are: there llama.cpp's tiled products of the plain format take two thirds
-of the time of its repacked ones (docs/performance.md), and the file stays mapped.
+On x86 CPUs without AMX K-quants are not repacked: llama.cpp's tiled products of the plain format take two thirds of the
+time of the repacked ones there (docs/performance.md), and the file stays memory-mapped.
 
-    python -m mllm_edge.runtime.engines.llama.probe MODEL.gguf      what the child runs
+    python -m mllm_edge.runtime.engines.llama.probe MODEL.gguf      the child's command
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _CRASHES = {signal.SIGSEGV, signal.SIGILL, signal.SIGABRT, *({signal.SIGBUS} if 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of AMX here, for `doctor`.
+    """The AMX state of this machine, for `doctor`.
 
     Attributes:
-        amx: the CPU has AMX tiles, so the question arises.
-        crashed: per precision that was tried with this build, whether it crashed.
-        rebuild: the line that installs a build which does not.
+        amx: the CPU has AMX tiles.
+        crashed: by precision tried with this build, whether it crashed.
+        rebuild: the command that installs a build without the crash.
     """
 
     amx: bool
@@ -63,7 +63,7 @@ def has_amx() -> bool:
 
 
 def verdict() -> Verdict:
-    """What earlier probes of the installed llama.cpp found; runs nothing."""
+    """Results of earlier probes of the installed llama.cpp; runs nothing."""
     if not has_amx():
         return Verdict(False, {})
     prefix = _build_key() + "/"
@@ -72,7 +72,7 @@ def verdict() -> Verdict:
 
 
 def use_extra_buffers(path: Path, precision: str) -> bool:
-    """Whether to load the model with repacked weights; on a CPU with AMX probes once per build and precision.
+    """Whether to load the model with repacked weights; on a CPU with AMX this probes once per build and precision.
 
     Args:
         path: the GGUF file.
@@ -118,7 +118,7 @@ def _probe(path: Path) -> bool | None:
 
 
 def _build_key() -> str:
-    """Names the installed build: version, size and time of llama.cpp's libraries."""
+    """Identifies the installed build: version, size and time of llama.cpp's libraries."""
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or spec.origin is None:
         return "none"
@@ -142,7 +142,7 @@ def _read_cache() -> dict[str, bool]:
 
 
 def _write_cache(cache: dict[str, bool]) -> None:
-    """Keep the verdicts; a read-only home only means that the next load probes again."""
+    """Keep the verdicts; with a read-only home the next load just probes again."""
     file = _cache_file()
     temporary = file.with_name(f"{file.name}.{os.getpid()}")
     try:
@@ -154,7 +154,7 @@ def _write_cache(cache: dict[str, bool]) -> None:
 
 
 def _try_decode(path: str) -> int:
-    """Load with default settings, decode a batch and a single token. 0 when it ran."""
+    """Load with default settings, decode a batch and a single token. Returns 0 on success."""
     from mllm_edge.runtime.engines.llama.library import library
 
     llama = library()

@@ -17,11 +17,11 @@ from mllm_edge.machine.facts import available_memory
 from mllm_edge.runtime.engines.interface import Array
 from mllm_edge.runtime.engines.tensorrt import packages
 
-NO_GPU = (35, 100)  # cudaErrorInsufficientDriver, which is also said where there is no driver, and cudaErrorNoDevice
+NO_GPU = (35, 100)  # cudaErrorInsufficientDriver, also returned without any driver, and cudaErrorNoDevice
 
 
 class Cuda:
-    """The first GPU and one stream on it, on which everything of a pipeline is queued.
+    """The first GPU and one stream on it, on which a whole pipeline is queued.
 
     Raises:
         MllmEdgeError: there is no usable GPU or driver, or cuda-bindings is not installed.
@@ -32,7 +32,7 @@ class Cuda:
         major, minor = (self._attribute(f"cudaDevAttrComputeCapability{part}") for part in ("Major", "Minor"))
         self.capability = f"sm_{major}{minor}"
         self._shared = bool(self._attribute("cudaDevAttrIntegrated"))
-        # One that does not wait for the default stream: llama.cpp works on that while stages are recorded here.
+        # Non-blocking with respect to the default stream: llama.cpp uses that while stages are recorded here.
         self.stream: Any = self._call("cudaStreamCreateWithFlags", self._api.cudaStreamNonBlocking)
         self._buffers: weakref.WeakSet[Buffer] = weakref.WeakSet()
         self._free_stream = weakref.finalize(self, self._api.cudaStreamDestroy, self.stream)
@@ -41,22 +41,22 @@ class Cuda:
         return int(self._call("cudaDeviceGetAttribute", getattr(self._api.cudaDeviceAttr, name), 0))
 
     def _call(self, function: str, *arguments: Any) -> Any:
-        """Call it; returns what it gives beside the status, if anything."""
+        """Call a CUDA function; returns its result besides the status, if any."""
         return checked(self._api, function, *arguments)
 
     def free_memory(self) -> int:
-        """Bytes of device memory that can be had. Of a board's shared memory, CUDA counts the page cache as used, which
-        the system gives back when it is wanted."""
+        """Available bytes of device memory. In a board's shared memory CUDA counts the page cache as used, although the
+        system frees it on demand."""
         if self._shared and (available := available_memory()) is not None:
             return available
         return int(self._call("cudaMemGetInfo")[0])
 
     def allocate(self, size: int) -> Buffer:
-        """Device memory. Raises MllmEdgeError where there is not enough."""
+        """Device memory. Raises MllmEdgeError if there is not enough."""
         return self._buffer(size, "cudaMalloc", "cudaFree")
 
     def allocate_host(self, size: int) -> Buffer:
-        """Page-locked host memory, which copies to and from the device without a detour."""
+        """Page-locked host memory, for copies to and from the device without staging."""
         return self._buffer(size, "cudaMallocHost", "cudaFreeHost")
 
     def _buffer(self, size: int, allocate: str, free: str) -> Buffer:
@@ -65,16 +65,16 @@ class Cuda:
         return buffer
 
     def copy(self, target: int, source: int, size: int) -> None:
-        """Queue a copy between two addresses, wherever they are."""
+        """Queue a copy between two addresses, on host or device."""
         kind = self._api.cudaMemcpyKind.cudaMemcpyDefault
         self._call("cudaMemcpyAsync", target, source, size, kind, self.stream)
 
     def wait(self) -> None:
-        """Wait for all that is queued."""
+        """Wait for all queued work."""
         self._call("cudaStreamSynchronize", self.stream)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record what `work` queues as a CUDA graph; returns what launches it.
+        """Record what `work` queues as a CUDA graph; returns a function that launches it.
 
         Raises:
             MllmEdgeError: it cannot be recorded; nothing of it was run.
@@ -84,7 +84,7 @@ class Cuda:
         try:
             work()
         except BaseException:
-            status, graph = self._api.cudaStreamEndCapture(self.stream)  # the first error is the one to tell
+            status, graph = self._api.cudaStreamEndCapture(self.stream)  # the first error is the one to report
             if int(status) == 0:
                 self._api.cudaGraphDestroy(graph)
             raise
@@ -103,7 +103,7 @@ class Cuda:
 
 
 class Buffer:
-    """Memory at `address`, freed when nobody refers to it."""
+    """Memory at `address`, freed with the last reference."""
 
     def __init__(self, cuda: Cuda, address: int, free: Callable[[int], Any]):
         self.address, self.cuda = address, cuda
@@ -117,9 +117,9 @@ class Buffer:
 
 
 class DeviceArray:
-    """An array on the GPU that a stage gave; numpy reads it as any array (`np.asarray`), with one copy.
+    """A stage's output on the GPU; numpy reads it like any array (`np.asarray`), with one copy.
 
-    It stands in the stage's own output until the stage runs again; `kept` gives one that stays.
+    It is the stage's own output buffer, overwritten when the stage runs again; `kept` returns a copy.
     """
 
     def __init__(self, buffer: Buffer, shape: tuple[int, ...], dtype: np.dtype[Any]):
@@ -127,11 +127,11 @@ class DeviceArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def wait(self) -> None:
-        """Wait until it is there."""
+        """Wait until it is computed."""
         self.buffer.cuda.wait()
 
     def kept(self) -> DeviceArray:
@@ -155,7 +155,7 @@ def checked(api: Any, function: str, *arguments: Any) -> Any:
     """Call one of CUDA's functions.
 
     Raises:
-        MllmEdgeError: its status is not success; says what CUDA calls it.
+        MllmEdgeError: its status is not success; includes CUDA's name for it.
     """
     try:
         status, *found = getattr(api, function)(*arguments)

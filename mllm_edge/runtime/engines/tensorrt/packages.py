@@ -1,10 +1,10 @@
-"""TensorRT's packages: what differs between TensorRT 10, TensorRT 11 and TensorRT-RTX, and which engine fits here."""
+"""TensorRT's packages: differences between TensorRT 10, TensorRT 11 and TensorRT-RTX, and which engine runs here."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,11 @@ class Package:
     """A package that builds and runs engines.
 
     Attributes:
-        name: as pip calls it.
-        module: as Python imports it.
-        extra: ours that installs it.
-        ahead: builds for GPUs that are not there, by compute capability; the others build for the GPU at hand.
-        timing_cache: measures kernels while it builds, and can keep what it measured.
+        name: its name for pip.
+        module: its import name.
+        extra: our extra that installs it.
+        ahead: builds for absent GPUs, by compute capability; the others build for the local GPU.
+        timing_cache: measures kernels during a build and can save the times.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Package:
         """The module.
 
         Raises:
-            MissingPackage: says the line that installs it.
+            MissingPackage: includes the command that installs it.
             MllmEdgeError: it is installed and does not load.
         """
         try:
@@ -56,27 +56,27 @@ class Package:
 
     @property
     def version(self) -> str:
-        """Of the installed package."""
+        """Version of the installed package."""
         return str(self.load().__version__)
 
     def network_flags(self) -> int:
-        """For a strongly typed network: a flag in TensorRT 10; TensorRT 11 knows nothing else and has no flag."""
+        """Flags for a strongly typed network: one in TensorRT 10, none in TensorRT 11, which has no other kind."""
         flag = getattr(self.load().NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         return 0 if flag is None else 1 << int(flag)
 
 
 RTX = Package("tensorrt-rtx", "tensorrt_rtx", "rtx", ahead=True, timing_cache=False)
 TENSORRT = Package("tensorrt", "tensorrt", "trt", ahead=False, timing_cache=True)
-PACKAGES = (TENSORRT, RTX)  # in the order of preference where both are installed
+PACKAGES = (TENSORRT, RTX)  # in order of preference if both are installed
 
 
 def bindings() -> str:
-    """What pip shall install for CUDA's runtime: JetPack 6 has the driver of CUDA 12."""
+    """The pip requirement for CUDA's runtime: JetPack 6 has the driver of CUDA 12."""
     board = jetson.find()
     return "cuda-bindings>=12.6" + (",<13" if board and board.l4t.startswith("36.") else "")
 
 
-def find(stage: StageEntry, capability: str, profile: Sequence[int]) -> BuiltEngine | str:
+def find(stage: StageEntry, capability: str, axes: Mapping[str, Sequence[int]]) -> BuiltEngine | str:
     """The engine of a stage that runs on a GPU with the packages that are installed, or why there is none."""
     here, broken = usable()
     if not here:
@@ -84,7 +84,7 @@ def find(stage: StageEntry, capability: str, profile: Sequence[int]) -> BuiltEng
     reasons = []
     rank = {name: number for number, name in enumerate(here)}
     for engine in sorted(stage.engines, key=lambda engine: rank.get(engine.package, len(rank))):
-        if reason := _misfit(engine, stage, capability, profile, here):
+        if reason := _misfit(engine, stage, capability, axes, here):
             reasons.append(reason)
         else:
             return engine
@@ -92,7 +92,7 @@ def find(stage: StageEntry, capability: str, profile: Sequence[int]) -> BuiltEng
 
 
 def usable() -> tuple[dict[str, str], str]:
-    """Versions of the packages that load, in the order of preference, and what is wrong with one that does not."""
+    """Versions of the packages that load, in order of preference, and the problem of one that does not."""
     versions, broken = {}, ""
     for package in PACKAGES:
         if package.installed:
@@ -104,24 +104,29 @@ def usable() -> tuple[dict[str, str], str]:
 
 
 def _misfit(
-    engine: BuiltEngine, stage: StageEntry, capability: str, profile: Sequence[int], here: dict[str, str]
+    engine: BuiltEngine, stage: StageEntry, capability: str, axes: Mapping[str, Sequence[int]], here: dict[str, str]
 ) -> str:
-    """What keeps an engine from running here; "" where nothing does."""
+    """Why an engine cannot run here; "" if it can."""
     if capability not in engine.capabilities:
         return f"its engine is for {', '.join(engine.capabilities)}, this GPU is {capability}"
     if here.get(engine.package) != engine.version:
         installed = ", ".join(f"{name} {version}" for name, version in here.items())
         return f"its engine was built by {engine.package} {engine.version}, installed here is {installed}"
-    if (engine.graph, engine.profile) != (graph_of(stage), list(profile) if has_free_axes(stage) else []):
+    if (engine.graph, engine.axes) != (graph_of(stage), axes_of(stage, axes)):
         return "its engine was built from another graph"
     return ""
 
 
-def has_free_axes(stage: StageEntry) -> bool:
-    """Whether an input's shape may vary."""
-    return any(isinstance(size, str) for spec in stage.inputs for size in spec.shape)
+def free_axes(stage: StageEntry) -> list[str]:
+    """The named axes of a stage's inputs, whose lengths may vary."""
+    return list(dict.fromkeys(size for spec in stage.inputs for size in spec.shape if isinstance(size, str)))
+
+
+def axes_of(stage: StageEntry, axes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """Least, usual and greatest length of a stage's own axes."""
+    return {axis: list(axes[axis]) for axis in free_axes(stage)}
 
 
 def package_named(name: str) -> Package:
-    """The package that a manifest names. `find` has only given engines of packages that are known."""
+    """The package that a manifest names. `find` only returns engines of known packages."""
     return next(package for package in PACKAGES if package.name == name)

@@ -1,11 +1,11 @@
-"""TensorRT engines as stages, on one CUDA stream; what goes from stage to stage stays on the GPU."""
+"""TensorRT engines as stages, on one CUDA stream; tensors passed between stages stay on the GPU."""
 
 from __future__ import annotations
 
 import logging
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,19 +21,22 @@ from mllm_edge.runtime.engines.tensorrt.cuda import Cuda, DeviceArray
 log = logging.getLogger(__name__)
 
 
+Axes = Mapping[str, Sequence[int]]  # name -> least, usual, most
+
+
 class TensorRtStage:
     """A stage run by an engine.
 
-    Inputs may be arrays, which are copied through page-locked memory, or what another stage gave, which stays on the
-    GPU; so do the outputs, until numpy reads them. A stage whose shapes are static is recorded as a CUDA graph.
+    Inputs are arrays, which are copied through page-locked memory, or another stage's outputs, which stay on the GPU,
+    as do the outputs until numpy reads them. A stage with static shapes is recorded as a CUDA graph.
 
     Raises:
-        MllmEdgeError: the engine cannot be read, is not the stage of the manifest, or the GPU has too little memory.
+        MllmEdgeError: the engine cannot be read or does not match the manifest, or the GPU has too little memory.
     """
 
-    def __init__(self, path: Path, spec: StageEntry, built: BuiltEngine, profile: list[int], cuda: Cuda):
+    def __init__(self, path: Path, spec: StageEntry, built: BuiltEngine, axes: Axes, cuda: Cuda):
         self.spec, self._cuda = spec, cuda
-        self._most = profile[-1]
+        self._most = {axis: lengths[-1] for axis, lengths in axes.items()}
         self._lock = threading.Lock()
         trt = packages.package_named(built.package).load()
         self._reasons: list[str] = []
@@ -53,12 +56,12 @@ class TensorRtStage:
         self._staging = {tensor.name: cuda.allocate_host(sizes[tensor.name]) for tensor in spec.inputs}
         for name, buffer in self._buffers.items():
             self._accepted(self._context.set_tensor_address(name, buffer.address), name)
-        self._varies = packages.has_free_axes(spec)
+        self._varies = bool(packages.free_axes(spec))
         self._static = not self._varies  # and so worth recording
         self._launch: Callable[[], None] | None = None
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
-        """Queue the engine. What is returned is read by `np.asarray`, and stands until the next call.
+        """Queue the engine. The results are read by `np.asarray` and valid until the next call.
 
         Raises:
             MllmEdgeError: an array does not fit the spec, or the engine fails or is closed.
@@ -66,33 +69,39 @@ class TensorRtStage:
         if self._engine is None:
             raise MllmEdgeError(f"stage {self.spec.name} is closed; load the bundle again")
         check_arrays(self.spec.name, self.spec.inputs, arrays)
-        length = self._length(arrays)
-        if length > self._most:
-            return self._in_parts(arrays, length)
+        lengths = self._lengths(arrays)
+        for axis, length in lengths.items():
+            if length > self._most[axis]:
+                return self._in_parts(arrays, axis, length)
         with self._lock:
             self._read(arrays)
             self._run()
-        # A buffer's arrays pass for numpy's wherever a stage's outputs go: see DeviceArray.
+        # Device arrays are accepted wherever stage outputs are: see DeviceArray.
         outputs = {
-            spec.name: DeviceArray(self._buffers[spec.name], shape(spec, length), np.dtype(spec.dtype))
+            spec.name: DeviceArray(self._buffers[spec.name], shape(spec, lengths), np.dtype(spec.dtype))
             for spec in self.spec.outputs
         }
         return cast("dict[str, Array]", outputs)
 
-    def _length(self, arrays: Mapping[str, Array]) -> int:
-        """Of the axis that varies; 1 where none does."""
-        for spec in self.spec.inputs:
-            for size, found in zip(spec.shape, arrays[spec.name].shape, strict=True):
-                if isinstance(size, str):
-                    return int(found)
-        return 1
+    def _lengths(self, arrays: Mapping[str, Array]) -> dict[str, int]:
+        """Of the axes that vary."""
+        return {
+            axis: int(length)
+            for spec in self.spec.inputs
+            for axis, length in zip(spec.shape, arrays[spec.name].shape, strict=True)
+            if isinstance(axis, str)
+        }
 
-    def _in_parts(self, arrays: Mapping[str, Array], length: int) -> dict[str, Array]:
-        """More than the engine takes at once: one part after the other."""
-        varying = [spec.name for spec in self.spec.inputs if isinstance(spec.shape[0], str)]
+    def _in_parts(self, arrays: Mapping[str, Array], axis: str, length: int) -> dict[str, Array]:
+        """More than the engine reads at once along an axis: one part after the other."""
+        if any(axis in spec.shape[1:] for spec in (*self.spec.inputs, *self.spec.outputs)):
+            raise MllmEdgeError(
+                f"stage {self.spec.name} was built for up to {self._most[axis]} {axis}, not {length}; ask for fewer"
+            )
+        most, varying = self._most[axis], [spec.name for spec in self.spec.inputs if spec.shape[0] == axis]
         found: list[dict[str, Array]] = []
-        for start in range(0, length, self._most):
-            part = {name: np.asarray(arrays[name])[start : start + self._most] for name in varying}
+        for start in range(0, length, most):
+            part = {name: np.asarray(arrays[name])[start : start + most] for name in varying}
             found.append({name: np.asarray(array) for name, array in self(**{**arrays, **part}).items()})
         return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
@@ -114,7 +123,7 @@ class TensorRtStage:
             self._launch()
             return
         self._enqueue()
-        if self._static:  # once run, nothing is left that would be allocated or compiled while it is recorded
+        if self._static:  # after the first run, nothing is allocated or compiled during recording
             self._cuda.wait()
             try:
                 self._launch = self._cuda.record(self._enqueue)
@@ -170,7 +179,7 @@ class Device:
     """
 
     def __init__(self, manifest: Manifest):
-        self._profile = manifest.build.profile
+        self._axes = manifest.build.axes
         self._cuda = Cuda()
         self.close = self._cuda.close
 
@@ -185,7 +194,7 @@ class Device:
         Raises:
             MllmEdgeError: names the stages that have none, and why.
         """
-        found = {stage.name: packages.find(stage, self.capability, self._profile) for stage in manifest.stages}
+        found = {stage.name: packages.find(stage, self.capability, self._axes) for stage in manifest.stages}
         lacking = {name: why for name, why in found.items() if isinstance(why, str)}
         if lacking:
             raise MllmEdgeError(
@@ -195,24 +204,24 @@ class Device:
 
     def open(self, folder: Path, stage: StageEntry, engine: BuiltEngine | None = None) -> TensorRtStage:
         """An engine of the stage, by default the one that fits. Raises MllmEdgeError where none does, or it fails."""
-        built = engine or packages.find(stage, self.capability, self._profile)
+        built = engine or packages.find(stage, self.capability, self._axes)
         if isinstance(built, str):
             raise MllmEdgeError(f"{stage.name} cannot run here: {built}; run: mllm-edge build {folder}")
-        return TensorRtStage(locate(folder, built.file), stage, built, self._profile, self._cuda)
+        return TensorRtStage(locate(folder, built.file), stage, built, self._axes, self._cuda)
 
 
-def shape(spec: TensorSpec, length: int) -> tuple[int, ...]:
-    """A tensor's shape where the axis that varies has a length."""
-    return tuple(length if isinstance(size, str) else size for size in spec.shape)
+def shape(spec: TensorSpec, lengths: Mapping[str, int]) -> tuple[int, ...]:
+    """A tensor's shape where named axes have these lengths."""
+    return tuple(lengths[size] if isinstance(size, str) else size for size in spec.shape)
 
 
-def nbytes(spec: TensorSpec, length: int) -> int:
-    """A tensor's bytes at that length."""
-    return math.prod(shape(spec, length)) * np.dtype(spec.dtype).itemsize
+def nbytes(spec: TensorSpec, lengths: Mapping[str, int]) -> int:
+    """A tensor's bytes at these lengths."""
+    return math.prod(shape(spec, lengths)) * np.dtype(spec.dtype).itemsize
 
 
 def logger(trt: Any, reasons: list[str]) -> Any:
-    """A logger for TensorRT that keeps what went wrong."""
+    """A logger for TensorRT that collects the errors."""
 
     class Reasons(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:

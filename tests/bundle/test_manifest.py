@@ -13,14 +13,17 @@ from hypothesis import strategies as st
 from mllm_edge.bundle.manifest import (
     EmbeddingTable,
     Generation,
-    ImagePreprocessing,
+    GgufDetails,
     LanguageModelEntry,
     Manifest,
     Prompt,
+    Slot,
     StageEntry,
     TensorSpec,
+    Tokenizer,
 )
 from mllm_edge.bundle.read import file_entry, read_manifest, write_manifest
+from mllm_edge.bundle.sources import Pixels
 from mllm_edge.errors import BadInput
 
 
@@ -50,23 +53,33 @@ def make(folder: Path) -> Manifest:
             stage("connector", "connector.onnx", features, embeds),
         ],
         language_model=LanguageModelEntry(
-            **vars(file_entry(folder, "model.gguf")),
             name="language_model",
             engine="gguf",
+            kind="causal",
             precision="f32",
-            architecture="llama",
-            context_length=128,
-            hidden_width=64,
-            layers=2,
-            kv_width=64,
+            tokenizer="language_model",
+            context=128,
+            width=64,
             vocabulary=100,
-            embedding=EmbeddingTable("F32", 0, [100, 64]),
-            special_tokens={"bos": 1, "eos": 2},
+            kv_bytes_per_token=512,
+            gguf=GgufDetails(
+                **vars(file_entry(folder, "model.gguf")),
+                layers=2,
+                kv_width=64,
+                embedding=EmbeddingTable("F32", 0, [100, 64]),
+            ),
         ),
-        preprocessing=[
-            ImagePreprocessing("vision_encoder", "pixel_values", 28, "pad", "bicubic", [1, 2, 3], [0.5] * 3, [0.5] * 3)
-        ],
-        prompt=Prompt("plain", "", "{text}", "{text}", "{text}", "<image>", "<image>\n", "", []),
+        sources=[Pixels("pixel_values", 28, "pad", "bicubic", [1, 2, 3], [0.5] * 3, [0.5] * 3)],
+        tokenizers=[Tokenizer("language_model", "gguf", "model.gguf")],
+        prompt=Prompt(
+            "plain",
+            "",
+            "{text}",
+            "{text}",
+            "{text}",
+            [],
+            [Slot("<image>", "pixels", ["image_embeds"], joint="<image>\n")],
+        ),
         generation=Generation(),
     )
     write_manifest(manifest, folder)
@@ -76,7 +89,7 @@ def make(folder: Path) -> Manifest:
 def test_round_trip(tmp_path: Path) -> None:
     manifest = make(tmp_path)
     assert read_manifest(tmp_path) == manifest
-    assert json.loads((tmp_path / "bundle.json").read_text())["schema"] == 1
+    assert json.loads((tmp_path / "bundle.json").read_text())["schema"] == 2
 
 
 def edit(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -96,12 +109,12 @@ def edit(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (edit("schema", 2), "schema 2"),
+        (edit("schema", 3), "has schema 3, this tool reads up to 2; install mllm-edge >= 0.1.0"),
         (edit("schema", "1"), "no schema version"),
         (edit("schema", True), "no schema version"),
         (edit("stages", ...), "lacks stages"),
         (edit("stages", {}), "must be a list"),
-        (edit("language_model.layers", "two"), "wrong type"),
+        (edit("language_model.gguf.layers", "two"), "wrong type"),
         (edit("stages.0.inputs.0.shape", [1, 3, None, 28]), "wrong type"),
         (edit("stages.0.file", "../vision.onnx"), "outside its folder"),
         (edit("stages.0.file", "/etc/passwd"), "outside its folder"),
@@ -109,9 +122,22 @@ def edit(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (edit("stages.0.engine", "shell"), "engine 'shell'"),
         (edit("stages.1.inputs.0.shape", [1, 4, 48]), "vision.onnx gives .* but connector.onnx takes"),
         (edit("stages.1.outputs.0.shape", [1, 4, 48]), "connector.onnx gives .*48 but model.gguf takes 64"),
-        (edit("language_model.embedding.shape", [100, 32]), "model.gguf: embedding"),
-        (edit("preprocessing.0.size", 14), "14x14"),
-        (edit("preprocessing.0.stage", "nose"), "no stage 'nose'"),
+        (edit("language_model.gguf.embedding.shape", [100, 32]), "model.gguf: embedding"),
+        (edit("sources.0.size", 14), "14x14"),
+        (edit("sources.0.size", 100_000), "the size of pixel_values is 100000"),
+        (edit("sources.0.kind", "smell"), "of kind 'smell'.*; install mllm-edge >= 0.1.0"),
+        (edit("answers", [{"kind": "music"}]), "of kind 'music'.*; install mllm-edge >= 0.1.0"),
+        (edit("prompt.slots.0.of", "sounds"), "of 'sounds'; install mllm-edge >= "),
+        (
+            lambda data: data["prompt"]["slots"].append(data["prompt"]["slots"][0] | {"placeholder": "<second>"}),
+            "pictures have several placeholders",
+        ),
+        (edit("prompt.slots.0.tensors", ["nothing"]), "no stage and no source gives nothing"),
+        (edit("stages.1.outputs.0.name", "image_features"), "image_features is given twice"),
+        (edit("language_model.context", 0), "language_model.context is 0"),
+        (edit("language_model.kind", "seq2seq"), "seq2seq by gguf"),
+        (edit("language_model.tokenizer", "mine"), "no tokenizer 'mine'"),
+        (edit("tokenizers.0.file", "other.gguf"), "other.gguf\\) cannot be"),
         (edit("stages.0.sha256", "0" * 64), "does not match its SHA-256"),
         (edit("stages.0.bytes", 5), "not 5"),
     ],

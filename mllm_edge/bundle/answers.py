@@ -1,0 +1,74 @@
+"""Kinds of answers beside text, as the manifest describes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class MasksAnswer:
+    """A mask for each state of `states`: the tensor `logits` [n,h,w] covers the square that a picture's longest side
+    fills with `frame` pixels. The phrase that a mask is tied to stands between the two tokens of `phrase`."""
+
+    states: str
+    logits: str
+    frame: int
+    phrase: list[str] = field(default_factory=list)
+    kind: Literal["masks"] = "masks"
+
+
+@dataclass(frozen=True)
+class BoxesAnswer:
+    """Boxes in the answer's text: `pattern` is a regular expression with four groups, numbers in units of
+    `1 / unit` of the picture's sides with `decimals` decimals."""
+
+    pattern: str
+    decimals: int
+    unit: float
+    kind: Literal["boxes"] = "boxes"
+
+
+@dataclass(frozen=True)
+class PicturesAnswer:
+    """A generated picture for each group of tokens of the source `states` (none: one for every answer).
+
+    The stage `unet` reads the tensors `latent` (of `shape`) and `timestep` and returns `noise`; the stage `vae` reads
+    `decoded`, the last latent / `latent_scale`, and returns `pixels` [1,3,h,w] in -1..1. The square roots of the
+    variances of the `train_steps` steps of training lie linearly between those of the two `betas`. Branch k of the
+    guidance has the first k of `drops` replaced ([tensor, what stands for it]); `guidance` has a scale for each
+    (`runtime/diffusion/guidance.py`).
+    """
+
+    states: str
+    unet: str
+    vae: str
+    latent: str
+    timestep: str
+    noise: str
+    decoded: str
+    pixels: str
+    latent_scale: float
+    shape: list[int]
+    betas: list[float]
+    train_steps: int
+    drops: list[list[str]] = field(default_factory=list)
+    guidance: list[float] = field(default_factory=list)
+    schedule: str = "ddim"
+    steps: int = 50
+    kind: Literal["pictures"] = "pictures"
+
+
+@dataclass(frozen=True)
+class RetrievedAnswer:
+    """For each group of tokens of the source `states`, the picture of the user's index that is nearest to the tensor
+    `query` [1,d]; `decision` [1,2], if any, holds logits of retrieving and of generating."""
+
+    states: str
+    query: str
+    scale: float = 1.0
+    decision: str = ""
+    kind: Literal["retrieved"] = "retrieved"
+
+
+AnswerEntry = MasksAnswer | BoxesAnswer | PicturesAnswer | RetrievedAnswer

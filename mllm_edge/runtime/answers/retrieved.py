@@ -1,0 +1,36 @@
+"""Pictures out of a user's index, found by an answer's states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from mllm_edge.bundle.answers import RetrievedAnswer
+from mllm_edge.errors import BadInput
+from mllm_edge.runtime.answer import Picture
+from mllm_edge.runtime.answers.phrases import groups
+from mllm_edge.runtime.images import load_image
+from mllm_edge.runtime.turn import Need, Turn
+
+
+def retrieved(turn: Turn, entry: RetrievedAnswer, need: Need) -> Iterator[Picture]:
+    """The nearest picture for each group of states; with a `decision`, only where retrieving is the likelier.
+
+    Raises:
+        BadInput: there is no index, or it is of another model.
+    """
+    index = turn.drawing.index
+    if index is None:
+        raise BadInput("this answer looks for a picture, and there is no index; give one (--index)")
+    for place in groups(turn, entry.states):
+        (query,) = np.asarray(need(entry.query))  # [1,d]
+        if len(query) != index.width:
+            raise BadInput(
+                f"the index has embeddings of {index.width} values, this bundle's have {len(query)}; make its own index"
+            )
+        if entry.decision and np.asarray(need(entry.decision))[0, :2].argmax():  # [1,2]: retrieve, generate
+            continue
+        path, score = index.nearest(query)
+        span = (place.start, place.end)
+        yield Picture(span, turn.question, "retrieved", load_image(path), str(path), entry.scale * score)

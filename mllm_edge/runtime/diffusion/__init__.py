@@ -1,0 +1,1 @@
+"""Diffusion as data: a schedule is a table, guidance a chain."""

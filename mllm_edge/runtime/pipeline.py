@@ -1,0 +1,330 @@
+"""A question's way through the parts of a bundle: prompt, text, and what the answer holds beside text."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, cast
+
+import numpy as np
+
+from mllm_edge.bundle.answers import AnswerEntry
+from mllm_edge.bundle.manifest import Manifest, Slot
+from mllm_edge.bundle.sources import Labels, States, Task
+from mllm_edge.errors import BadInput
+from mllm_edge.machine.facts import peak_rss
+from mllm_edge.runtime import prompt as prompt_parts
+from mllm_edge.runtime.answer import Answer, Part, Tokens
+from mllm_edge.runtime.answers.kinds import KINDS
+from mllm_edge.runtime.boxes import check_boxes
+from mllm_edge.runtime.decoding.loop import Completion, Decoding, Loop, Script, Watch, script_keys, settings_for
+from mllm_edge.runtime.decoding.rules import at_least, group_members, never
+from mllm_edge.runtime.decoding.sampling import check_settings
+from mllm_edge.runtime.engines.interface import Floats, LanguageModel
+from mllm_edge.runtime.engines.lazy import LazyLanguageModel, LazyStage
+from mllm_edge.runtime.images import ImageSource, load_image, pixel_hash
+from mllm_edge.runtime.prompt import Span, answer_parts, ids_of, render, render_raw, tokenized
+from mllm_edge.runtime.sources import Held
+from mllm_edge.runtime.tensors import Tensors
+from mllm_edge.runtime.turn import Drawing, InputPicture, Rows, Turn
+from mllm_edge.runtime.wiring import answer_tensors
+
+Images = ImageSource | Sequence[ImageSource] | None
+BoxList = Sequence[Sequence[float]] | None
+Counts = Mapping[str, int]
+
+
+@dataclass
+class Asked:
+    """What a user asks: words, and what they are about.
+
+    Attributes:
+        text: the question.
+        images: pictures for this turn.
+        boxes: x1,y1,x2,y2 each, in pixels of the dialogue's last picture.
+        task: one of the bundle's tasks; "" is its first.
+        raw: `text` is the whole prompt, placeholders and control strings included; no template, no system text.
+        drawing: how to make pictures.
+        answer: an answer that is given (teacher forcing): nothing is generated.
+    """
+
+    text: str
+    images: Images = None
+    boxes: BoxList = None
+    task: str = ""
+    raw: bool = False
+    drawing: Drawing = field(default_factory=Drawing)
+    answer: str | Sequence[int] | None = None
+
+
+class Dialogue(NamedTuple):
+    """What was read of a dialogue, and the picture that it looks at."""
+
+    script: Script
+    picture: InputPicture | None
+
+
+class Done(NamedTuple):
+    answer: Answer
+    dialogue: Dialogue
+
+
+class Pipeline:
+    """The parts of one bundle, asked one question at a time."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        stages: Mapping[str, LazyStage],
+        language_model: LanguageModel,
+        held: Held,
+        load_ms: float,
+    ):
+        self.manifest, self._stages, self._language_model, self._load_ms = manifest, stages, language_model, load_ms
+        self._entry = manifest.tokenizer(manifest.language_model.tokenizer)
+        self.tokenizer = held.tokenizers[self._entry.name]
+        self._tensors = Tensors(manifest, stages, held)
+        self.close = self._tensors.close
+        self._loop = Loop(language_model, self.tokenizer)
+        self._states = [source for source in manifest.sources if isinstance(source, States)]
+        self._ids = {token: self._control(token) for source in self._states for token in source.tokens}
+        groups = manifest.generation.groups
+        self._groups = {self._control(first): [self._control(one) for one in rest] for first, rest in groups.items()}
+        # Once, and not after an answer, when the tokenizer may be busy: the end of an assistant's turn.
+        self._after = ids_of(answer_parts(manifest.prompt)[1], self.tokenizer, self._entry.added)
+
+    def _control(self, token: str) -> int:
+        if token not in self.tokenizer.control_tokens:
+            raise BadInput(f"the bundle's language model has no token {token}; export the bundle again")
+        return self.tokenizer.control_tokens[token]
+
+    def look(self, image: ImageSource) -> list[Floats]:
+        """See `Model.look`."""
+        picture = _pictures(image)
+        turn = self._new_turn(Asked(""), picture[-1], {})
+        slots = [slot for slot in self.manifest.prompt.slots if slot.of == "pixels"]
+        return [rows.embeds for slot in slots for rows in self._tensors.rows(slot, turn, picture)]
+
+    def prompt(self, asked: Asked) -> Script:
+        """What the language model reads for a question that opens a dialogue."""
+        pictures = _pictures(asked.images)
+        turn = self._new_turn(asked, pictures[-1] if pictures else None, {})
+        return self._script(self.parts(asked), turn, pictures)
+
+    def parts(self, asked: Asked) -> list[list[int] | Slot]:
+        """The runs of ids and the slots of a question that opens a dialogue."""
+        pictures = _pictures(asked.images)
+        turn = self._new_turn(asked, pictures[-1] if pictures else None, {})
+        return self._parts(asked, turn, _counts(asked, pictures), opening=True)
+
+    def decoding(self, raw: bool, seed: int = 0, stop: Sequence[str] | None = None, **given: float | None) -> Decoding:
+        settings = settings_for(self.manifest.generation, **given)
+        check_settings(settings)
+        template, control = self.manifest.prompt, self.tokenizer.control_tokens
+        before, _ = answer_parts(template)
+        strip = not raw and before != "" and before.isspace()
+        added = frozenset(control[text] for text in self._entry.added if text in control)
+        members = group_members(self._groups)
+        rules = [never(members)] if members else []
+        if settings.min_tokens:
+            ends = [token for token in range(self.tokenizer.vocabulary) if self.tokenizer.is_end(token)]
+            rules.append(at_least(settings.min_tokens, ends))
+        return Decoding(settings, seed, template.stop if stop is None else stop, strip, added, self._groups, rules)
+
+    def turn(self, dialogue: Dialogue, asked: Asked, decoding: Decoding) -> Iterator[str | Done]:
+        """Read the dialogue and what is asked now, decode, and make the answer's other parts."""
+        start = time.perf_counter()
+        # 1. What is asked: pictures are read, boxes checked.
+        pictures = _pictures(asked.images)
+        timings = {"load": self._load_ms, "preprocess": 1000 * (time.perf_counter() - start)}
+        timings |= dict.fromkeys(self._stages, 0.0)
+        loaded = self._lazy_ms()
+        turn = self._new_turn(asked, pictures[-1] if pictures else dialogue.picture, timings)
+        parts = self._parts(asked, turn, _counts(asked, pictures), opening=not dialogue.script)
+        # 2. Whether it fits, before any picture is encoded or any position decoded.
+        image_positions = _picture_rows(dialogue.script) + sum(self._size(p) for p in parts if _is_picture(p))
+        positions = len(script_keys(dialogue.script)) + sum(map(self._size, parts))
+        most = decoding.settings.max_tokens
+        most = self._loop.fit(positions, image_positions, most, self.manifest.language_model.context)
+        decoding = replace(decoding, settings=replace(decoding.settings, max_tokens=most))
+        # 3. The prompt's embeddings, then the text.
+        script = [*dialogue.script, *self._script(parts, turn, pictures)]
+        for item in self._completions(script, decoding, turn, asked.answer):
+            if isinstance(item, str):
+                yield item
+                continue
+            # 4. What the answer holds beside text.
+            turn.text, turn.ids, turn.strip, turn.states = item.text, item.kept, decoding.strip, item.states
+            found = self._answers(turn)
+            timings |= item.timings
+            if (lazy := self._lazy_ms() - loaded) > 0:
+                timings["lazy_load"] = lazy
+            timings["total"] = 1000 * (time.perf_counter() - start)
+            tokens = Tokens(positions, image_positions, len(item.ids), item.ids)
+            memory = {"peak_rss": peak_rss(), "peak_device": None}
+            image = turn.picture.image if turn.picture else None
+            following = Dialogue([*script, self._closed(item)], turn.picture)
+            yield Done(Answer(item.text, tokens, timings, memory, found, image), following)
+
+    def _new_turn(self, asked: Asked, picture: InputPicture | None, timings: dict[str, float]) -> Turn:
+        if asked.task and asked.task not in (known := self._tasks()):
+            raise BadInput(f"there is no task {asked.task!r}; this bundle has {', '.join(known) or 'none to choose'}")
+        given = None if asked.boxes is None else [tuple(box) for box in asked.boxes]
+        if given and picture is None and self.manifest.prompt.slots_of("boxes"):
+            raise BadInput("boxes were given but no picture; give the picture that they are of")
+        return Turn(
+            question=asked.text,
+            picture=picture,
+            tokenizer=self.tokenizer,
+            boxes=check_boxes(given, picture.image.size) if given and picture else [],
+            task=asked.task,
+            drawing=asked.drawing,
+            timings=timings,
+            marks={source.name: source.tokens for source in self._states},
+            added=self._entry.added,
+        )
+
+    def _tasks(self) -> list[str]:
+        return [name for source in self.manifest.sources if isinstance(source, Task) for name in source.values]
+
+    def _lazy_ms(self) -> float:
+        return sum(stage.load_ms for stage in self._stages.values())
+
+    def _parts(self, asked: Asked, turn: Turn, counts: Counts, opening: bool) -> list[list[int] | Slot]:
+        """Runs of ids and slots, with BOS in front where a dialogue opens (once, even if a raw prompt spells it)."""
+        template, lead = self.manifest.prompt, self._entry.lead
+        spans: list[prompt_parts.Part]
+        if asked.raw:
+            spans = render_raw(template, asked.text, counts, lead)
+        else:
+            spans = render(template, asked.text, counts, first=opening, lead=lead, fields=self._labels(turn))
+        parts = tokenized(spans, self.tokenizer, self._entry.added)
+        first, bos = cast("list[int]", parts[0]), self.tokenizer.bos
+        if opening and bos is not None and first[:1] != [bos]:
+            first.insert(0, bos)
+        if not any(part for part in parts if isinstance(part, list)):
+            raise BadInput("the prompt is empty; ask something")
+        return parts
+
+    def _labels(self, turn: Turn) -> dict[str, str]:
+        """Words that a tensor becomes, by the template's field."""
+        found = {}
+        for source in self.manifest.sources:
+            if isinstance(source, Labels):
+                values = np.asarray(self._tensors.need(turn, source.tensor)).reshape(-1)
+                chosen = [n for n, value, least in zip(source.names, values, source.thresholds) if value > least]
+                found[source.field] = source.joint.join(chosen)
+        return found
+
+    def _size(self, part: list[int] | Slot) -> int:
+        """Positions that a part of a prompt takes."""
+        if isinstance(part, list):
+            return len(part)
+        return len(part.tensors) if part.of == "boxes" else sum(map(self._tensors.rows_of, part.tensors))
+
+    def _script(self, parts: Sequence[list[int] | Slot], turn: Turn, pictures: Sequence[InputPicture]) -> Script:
+        """The runs of ids with rows of embeddings in the place of slots."""
+        slots = {part.placeholder: part for part in parts if isinstance(part, Slot)}
+        # In turn; a constant may stand in several places.
+        rows = {name: itertools.cycle(self._tensors.rows(slot, turn, pictures)) for name, slot in slots.items()}
+        return [part if isinstance(part, list) else next(rows[part.placeholder]) for part in parts]
+
+    def _completions(
+        self, script: Script, decoding: Decoding, turn: Turn, given: str | Sequence[int] | None
+    ) -> Iterator[str | Completion]:
+        before, at = (
+            {self._ids[t]: s.name for s in self._states if s.at == place for t in s.tokens}
+            for place in ("before", "token")
+        )
+        watch = Watch(before, at, lambda name: self._found(turn, name))
+        if given is None:
+            yield from self._loop.stream(script, decoding, watch)
+            return
+        if not self._states:
+            raise BadInput(
+                "this bundle answers with text alone, so there is nothing to force an answer for; ask it freely"
+            )
+        if isinstance(given, str):
+            if placeholders := [slot.placeholder for slot in self.manifest.prompt.slots if slot.placeholder in given]:
+                named = ", ".join(placeholders)
+                raise BadInput(f"the forced answer has {named}, which only a question can have; leave it out")
+            opening, _ = answer_parts(self.manifest.prompt)
+            forced = tokenized([Span(opening + given, True)], self.tokenizer, self._entry.added)
+            given = cast("list[int]", forced[0])
+        given = [int(token) for token in given]
+        if any(not 0 <= token < self._language_model.vocabulary for token in given):
+            raise BadInput("the forced answer has an unknown token id; leave it out")
+        if not set(given) & {*before, *at}:
+            tokens = " or ".join(self._ids)
+            raise BadInput(f"the forced answer has no {tokens}; put one where it belongs")
+        yield self._loop.forced(script, given, decoding, watch)
+
+    @property
+    def _alongside(self) -> bool:
+        """Whether other stages and the language model may be in memory together."""
+        return not isinstance(self._language_model, LazyLanguageModel)
+
+    def _found(self, turn: Turn, name: str) -> None:
+        """A token came whose state `name` is: what its answers need of the picture is started."""
+        if self._alongside and turn.picture is not None:
+            for entry in self.manifest.answers:
+                if getattr(entry, "states", None) == name:
+                    self._tensors.ahead(turn, answer_tensors(entry, self.manifest.stages))
+
+    def _answers(self, turn: Turn) -> list[Part]:
+        """The answer's parts beside text, in the order of their places in it."""
+        parts: list[Part] = []
+        for entry in self.manifest.answers:
+            if (states := getattr(entry, "states", "")) and not turn.states.get(states):
+                continue
+            if self._lacks_picture(entry, turn):
+                count, tokens = len(turn.states[states]), " or ".join(turn.marks[states])
+                warnings.warn(
+                    f"the answer has {count} {tokens} but there is no picture that its {entry.kind} could be of",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                continue
+            if not self._alongside:
+                self._loop.release()
+            parts += KINDS[entry.kind](turn, entry, self._tensors.bound(turn))
+        return sorted(parts, key=lambda part: part.span[0])
+
+    def _lacks_picture(self, entry: AnswerEntry, turn: Turn) -> bool:
+        needed = answer_tensors(entry, self.manifest.stages)
+        return turn.picture is None and any("pixels" in self._tensors.depends_on(name) for name in needed)
+
+    def _closed(self, completion: Completion) -> list[int]:
+        """The answer's ids, closed as the template closes an assistant's turn."""
+        _, after = answer_parts(self.manifest.prompt)
+        if completion.tail and completion.tail == after:
+            return completion.ids  # the model closed it itself, token by token
+        if not completion.rest:
+            return completion.kept + self._after
+        ending = [Span(completion.rest, False), Span(after, True)]
+        (run,) = tokenized(ending, self.tokenizer, self._entry.added)
+        return completion.kept + cast("list[int]", run)
+
+
+def _pictures(image: Images) -> list[InputPicture]:
+    if image is None:
+        return []
+    many = image if isinstance(image, (list, tuple)) else [image]
+    loaded = [load_image(one) for one in cast("Sequence[ImageSource]", many)]
+    return [InputPicture(pixel_hash(one), one) for one in loaded]
+
+
+def _is_picture(part: list[int] | Slot) -> bool:
+    return isinstance(part, Slot) and part.of == "pixels"
+
+
+def _picture_rows(script: Script) -> int:
+    """Positions of pictures; a box's row stands alone."""
+    return sum(len(part.embeds) for part in script if isinstance(part, Rows) and part.of == "pixels")
+
+
+def _counts(asked: Asked, pictures: Sequence[InputPicture]) -> Counts:
+    return {"pixels": len(pictures), "boxes": len(asked.boxes or [])}

@@ -1,0 +1,93 @@
+"""One question and all that becomes known of it: the only thing that is handed around."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from mllm_edge.runtime.boxes import Box
+from mllm_edge.runtime.engines.interface import Array, Floats
+
+if TYPE_CHECKING:
+    from mllm_edge.runtime.answers.index import Index
+    from mllm_edge.runtime.decoding.tokenizers import Tokenizer
+
+Need = Callable[[str], Array]  # `tensors.need` bound to a turn
+
+
+@dataclass(frozen=True)
+class InputPicture:
+    """An RGB picture, named by the hash of its pixels."""
+
+    key: str
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Embeddings float32 [N,D] that stand in a prompt in place of "pixels", "boxes" or a "constant"; equal keys mean
+    equal embeddings."""
+
+    key: Hashable
+    embeds: Floats
+    of: str
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How to generate or look for pictures; None takes the bundle's default.
+
+    Attributes:
+        steps: of the diffusion.
+        guidance: a scale for each condition.
+        seed: of the noise.
+        index: where retrieved pictures come from.
+    """
+
+    steps: int | None = None
+    guidance: Sequence[float] | None = None
+    seed: int = 0
+    index: Index | None = None
+
+
+@dataclass
+class Turn:
+    """A question, and what is known of its answer so far.
+
+    Attributes:
+        question: the user's words.
+        picture: the one that is looked at, the dialogue's last.
+        boxes: in pixels of that picture.
+        task: one of the bundle's, "" for the first.
+        drawing: how to make pictures.
+        timings: milliseconds by part; they are added up here.
+        text: the answer's, as it is shown.
+        ids: tokens of the answer's text.
+        strip: whether white space before the answer's first word was dropped.
+        states: hidden states [D] by the source that asks for them.
+        marks: the control strings at which states are read, by the source that asks for them.
+        added: control strings after which a space before punctuation is dropped.
+        values: tensors that were made for this turn alone, or put in place of others.
+    """
+
+    question: str
+    picture: InputPicture | None
+    tokenizer: Tokenizer
+    boxes: list[Box] = field(default_factory=list)
+    task: str = ""
+    drawing: Drawing = field(default_factory=Drawing)
+    timings: dict[str, float] = field(default_factory=dict)
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    strip: bool = True
+    states: dict[str, list[Floats]] = field(default_factory=dict)
+    marks: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    added: Sequence[str] = ()
+    values: dict[str, Array] = field(default_factory=dict)
+
+    def add_time(self, name: str, milliseconds: float) -> None:
+        """Add to a part's time."""
+        self.timings[name] = self.timings.get(name, 0.0) + milliseconds
