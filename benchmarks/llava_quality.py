@@ -3,7 +3,7 @@
     python benchmarks/llava_quality.py llava.bundle [more.bundle ...] [--questions 1000] [--json out.json]
 
 Every question is about a scene of the test split, which no recipe trains on, and is asked through the bundle with the
-short-answer wording of LLaVA's benchmarks. A second set asks about (color, shape) pairs that were kept out of training.
+short-answer wording of LLaVA's benchmarks. A second set asks about (color, shape) pairs held out of training.
 Exact means: the answer's text equals the expected word or phrase.
 """
 

@@ -5,11 +5,11 @@
     python benchmarks/peers.py run build/peers --openvino-python other-env/bin/python --out docs/images/peers
 
 The weights are the same everywhere (random, so that nothing has to be downloaded); 64 tokens of text and one picture go
-in, 64 tokens come out, greedily. "int8" and "merged" of ours have an int8 vision encoder and a q4_k_m decoder; "merged"
-reads the picture as 144 tokens instead of 576 (--merge-tokens), which the others do not. Every runtime has a process of
-its own that is loaded once; they take turns, and every turn shows a new picture, so that no cache of pictures or
-prefixes helps. OpenVINO GenAI lives in an environment of its own (pip install openvino-genai
-"optimum-intel[openvino]==2.2" without torchvision); without it its rows are left out.
+in, 64 tokens come out, greedily. Our "int8" and "merged" have an int8 vision encoder and a q4_k_m decoder; "merged"
+reads the picture as 144 tokens instead of 576 (--merge-tokens), unlike the others. Every runtime is loaded once in a
+separate process; they take turns, and every turn has a new picture, so that no picture or prefix cache helps. OpenVINO
+GenAI needs a separate environment (pip install openvino-genai "optimum-intel[openvino]==2.2" without torchvision);
+without it its rows are left out.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def prepare(folder: Path) -> None:
 
 
 def _tokenizer(model: Path, folder: Path, image_size: int) -> int:
-    """Write the processor; the id of its placeholder."""
+    """Write the processor; returns the id of its placeholder."""
     import shutil
 
     from transformers import AddedToken, CLIPImageProcessor, LlamaTokenizerFast, LlavaProcessor
@@ -120,7 +120,7 @@ def _tokenizer(model: Path, folder: Path, image_size: int) -> int:
 
 
 def _prompt(model: Any, image_id: int) -> dict[str, Any]:
-    """The prompt with a placeholder, and as ids with the picture's places filled: exactly `TEXT_TOKENS` of text."""
+    """The prompt with a placeholder, and as ids with the picture's positions: exactly `TEXT_TOKENS` of text."""
     bos = [model.language_model.bos]
     start = "USER: "
     question = f"\n{QUESTION} "
@@ -133,7 +133,7 @@ def _prompt(model: Any, image_id: int) -> dict[str, Any]:
 
 
 class Worker:
-    """A runtime in a process of its own."""
+    """A runtime in a separate process."""
 
     def __init__(self, python: str, name: str, folder: Path, threads: int):
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -154,7 +154,7 @@ class Worker:
         return self._read()
 
     def close(self) -> None:
-        """Let it end."""
+        """End the process."""
         assert self._process.stdin
         self._process.stdin.close()
         self._process.wait()

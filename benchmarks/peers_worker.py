@@ -1,4 +1,4 @@
-"""A runtime for `peers.py`: reads the number of a picture on each line, answers with a line of JSON."""
+"""A runtime for `peers.py`: reads a picture's number per line, answers with a line of JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 
 SIDE = 336
 GENERATED = 64
-Times = dict[str, float]  # first_s and decode_s; again_s where a second question was asked
+Times = dict[str, float]  # first_s and decode_s; again_s if a second question was asked
 Turn = Callable[[np.ndarray], Times]
 
 
@@ -29,9 +29,9 @@ def ours(folder: Path, threads: int, bundle: str) -> Turn:
     decode, inside = llama.llama_decode, []
 
     def timed_decode(*arguments: Any) -> Any:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         status = decode(*arguments)
-        inside.append(time.perf_counter() - begun)
+        inside.append(time.perf_counter() - started)
         return status
 
     llama.llama_decode = timed_decode
@@ -39,10 +39,10 @@ def ours(folder: Path, threads: int, bundle: str) -> Turn:
     prompt = _prompt(folder)["text"]
 
     def turn(picture: np.ndarray) -> Times:
-        model.generate("</s>", raw=True, max_tokens=1)  # nothing of the last turn's prompt stays
-        begun = time.perf_counter()
+        model.generate("</s>", raw=True, max_tokens=1)  # clears the last turn's prompt from the cache
+        started = time.perf_counter()
         answer = model.generate(prompt, picture, raw=True, max_tokens=GENERATED, stop=[])
-        total = time.perf_counter() - begun
+        total = time.perf_counter() - started
         if answer.tokens.generated != GENERATED:
             raise RuntimeError(f"the answer ended after {answer.tokens.generated} tokens; take another seed")
         decode_s = answer.timings["decode"] / 1000
@@ -81,7 +81,7 @@ def llama_cpp(folder: Path, threads: int, bundle: str) -> Turn:
     vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
 
     def turn(picture: np.ndarray) -> Times:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         llama.llama_memory_clear(llama.llama_get_memory(context), True)
         pixels = np.ascontiguousarray(picture).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         bitmap = mtmd.mtmd_bitmap_init(SIDE, SIDE, pixels)
@@ -97,8 +97,8 @@ def llama_cpp(folder: Path, threads: int, bundle: str) -> Turn:
             if number:
                 _check(llama.llama_decode(context, llama.llama_batch_get_one((ctypes.c_int32 * 1)(token), 1)))
             token = int(np.ctypeslib.as_array(llama.llama_get_logits_ith(context, -1), (vocabulary,)).argmax())
-            first = first or time.perf_counter() - begun
-        return {"first_s": first, "decode_s": time.perf_counter() - begun - first}
+            first = first or time.perf_counter() - started
+        return {"first_s": first, "decode_s": time.perf_counter() - started - first}
 
     return turn
 
@@ -118,16 +118,16 @@ def transformers(folder: Path, threads: int, dtype: str, attention: str) -> Turn
 
     @torch.inference_mode()
     def turn(picture: np.ndarray) -> Times:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         pixels = ((picture.astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1)[None]
         values = torch.from_numpy(pixels).to(model.dtype)
         out = model(input_ids=ids, pixel_values=values, use_cache=True, logits_to_keep=1)
         token = out.logits[:, -1].argmax(-1, keepdim=True)
-        first = time.perf_counter() - begun
+        first = time.perf_counter() - started
         for _ in range(GENERATED - 1):
             out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
             token = out.logits[:, -1].argmax(-1, keepdim=True)
-        return {"first_s": first, "decode_s": time.perf_counter() - begun - first}
+        return {"first_s": first, "decode_s": time.perf_counter() - started - first}
 
     return turn
 
@@ -144,9 +144,9 @@ def openvino(folder: Path, threads: int, form: str) -> Turn:
     )
 
     def turn(picture: np.ndarray) -> Times:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         result = pipeline.generate(prompt, images=[openvino.Tensor(picture[None])], generation_config=settings)
-        total = time.perf_counter() - begun
+        total = time.perf_counter() - started
         first = result.perf_metrics.get_ttft().mean / 1000
         return {"first_s": first, "decode_s": total - first}
 
@@ -169,7 +169,7 @@ def runtime(name: str, folder: Path, threads: int) -> Turn:
 def main() -> None:
     name, folder, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not mix with the results
+    os.dup2(2, 1)  # keep libraries' output out of the results
     turn = runtime(name, folder, threads)
     print(json.dumps({"ready": 1}), file=out, flush=True)
     for line in sys.stdin:

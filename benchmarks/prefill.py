@@ -1,4 +1,4 @@
-"""Prefill and decoding of GGUF files by llama.cpp alone, with weights repacked and as they are (docs/performance.md).
+"""Prefill and decoding of GGUF files by llama.cpp alone, with and without repacked weights (docs/performance.md).
 
 python benchmarks/prefill.py my.bundle/language_model.gguf [--threads 2] [--micro-batch 512]
 """
@@ -20,7 +20,7 @@ FLASH = {"auto": -1, "off": 0, "on": 1}
 
 
 def measure(path: str, repacked: bool, positions: int, options: argparse.Namespace) -> tuple[float, float]:
-    """Seconds of a prefill, milliseconds of a step behind it: medians, the first prefill left out."""
+    """Seconds of a prefill, milliseconds of a decoding step after it: medians, without the first prefill."""
     from mllm_edge.runtime.engines.llama.library import library
 
     llama: Any = library()
@@ -48,10 +48,10 @@ def measure(path: str, repacked: bool, positions: int, options: argparse.Namespa
 
 
 def _seconds(llama: Any, context: int, batch: Any) -> float:
-    begun = time.perf_counter()
+    started = time.perf_counter()
     if llama.llama_decode(context, batch) != 0:
         raise SystemExit("llama.cpp could not decode")
-    return time.perf_counter() - begun
+    return time.perf_counter() - started
 
 
 def main() -> None:

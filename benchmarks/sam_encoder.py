@@ -1,8 +1,8 @@
-"""GLaMM's mask encoder as a bundle's stage against transformers' `SamModel` in eager PyTorch, in one run.
+"""GLaMM's mask encoder as a bundle stage against transformers' `SamModel` in eager PyTorch, in one run.
 
     python benchmarks/sam_encoder.py [--config 7b] [--repeat 3] [--precision fp32 --precision int8] [--threads 2]
 
-Both have the same random weights, read the same picture and take turns, so that what else the machine does meets both.
+Both have the same random weights, read the same picture and take turns, so that other load affects both equally.
 """
 
 from __future__ import annotations
@@ -96,15 +96,15 @@ def main() -> None:
         pixels = torch.from_numpy(feed["mask_pixel_values"])
         times: dict[str, list[float]] = {"transformers": [], **{precision: [] for precision in ours}}
         results: dict[str, np.ndarray] = {}
-        for _ in range(arguments.repeat + 1):  # the first is for warming up
-            begun = time.perf_counter()
+        for _ in range(arguments.repeat + 1):  # the first is a warm-up
+            started = time.perf_counter()
             with torch.no_grad():
                 results["transformers"] = theirs(pixels).last_hidden_state.numpy()
-            times["transformers"].append(time.perf_counter() - begun)
+            times["transformers"].append(time.perf_counter() - started)
             for precision, engine in ours.items():
-                begun = time.perf_counter()
+                started = time.perf_counter()
                 results[precision] = engine(**feed)["image_embedding"]
-                times[precision].append(time.perf_counter() - begun)
+                times[precision].append(time.perf_counter() - started)
     table = Table("", "median s", "of all", "times as fast", "cosine", title=f"SAM encoder, {arguments.config}")
     base = median(times["transformers"][1:])
     for name, taken in times.items():

@@ -1,4 +1,4 @@
-"""Names of drawings given by a llava-smol bundle: in a style that was not trained on, and on photographs never seen.
+"""How well a llava-smol bundle names drawings in a style not trained on, and on photographs not trained on.
 
     python -m mllm_edge.recipes.data.pictures data/smol
     python benchmarks/smol_quality.py llava-smol.bundle data/smol [--sheet answers.png] [--json out.json]
@@ -23,11 +23,11 @@ import mllm_edge
 from mllm_edge.recipes.data.pictures.sprites import plain
 
 SETS = {"style": "drawn in a style not trained on", "photos": "pasted on photographs not trained on"}
-SHOWN = 25  # every so many
+SHOWN = 25  # every 25th answer is shown
 
 
 def answers(model: mllm_edge.Model, folder: Path, name: str, console: Console) -> list[dict[str, Any]]:
-    """The entries of a set with what the model says of each."""
+    """The entries of a set, each with the model's answer."""
     entries: list[dict[str, Any]] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     for entry in track(entries, name, console=console):
         question = entry["conversations"][0]["value"].removeprefix("<image>\n")

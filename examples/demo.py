@@ -1,8 +1,8 @@
-"""`make demo`: export the LLaVA and the GLaMM that ship with the package, draw a picture and ask about it.
+"""`make demo`: export the shipped LLaVA and GLaMM, draw a picture and ask about it.
 
     python examples/demo.py
 
-What it makes lies in build/demo/. The bundles are exported once; delete the folder to begin again.
+Output goes to build/demo/. The bundles are exported once; delete the folder to start over.
 """
 
 from __future__ import annotations
