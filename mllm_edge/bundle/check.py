@@ -7,6 +7,7 @@ here by its name. An input is given by an earlier stage, by a source, or by the 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ LANGUAGE_MODELS = {("causal", "gguf"), ("seq2seq", "onnx")}  # kind and engine
 MOST_PIXELS = 4096  # along a side of what an encoder reads
 MOST_TOKENS = 1 << 22  # of a context, a text, a vocabulary
 MOST_STEPS = 1000
+LONGEST_PATTERN = 200
 AGAIN = "export the bundle again"
 
 
@@ -218,6 +220,7 @@ def _prompt(manifest: Manifest, made: dict[str, tuple[TensorSpec | None, str]], 
 def _answer(entry: AnswerEntry, manifest: Manifest, made: dict[str, tuple[TensorSpec | None, str]], where: str) -> None:
     what = f"answers of kind {entry.kind}"
     if isinstance(entry, BoxesAnswer):
+        _pattern(entry, where)
         return
     states = {source.name for source in manifest.sources if isinstance(source, States)}
     if entry.states not in states and not (isinstance(entry, PicturesAnswer) and not entry.states):
@@ -240,6 +243,18 @@ def _answer(entry: AnswerEntry, manifest: Manifest, made: dict[str, tuple[Tensor
                 _known(name, what, made, where)
         if len(entry.guidance) != len(entry.drops) or len(entry.betas) != 2 or not entry.latent_scale > 0:
             raise BadInput(f"{where}: the numbers of {what} cannot be; {AGAIN}")
+
+
+def _pattern(entry: BoxesAnswer, where: str) -> None:
+    """A regular expression from outside: repeated groups, whose search can take forever, are refused."""
+    try:
+        groups = re.compile(entry.pattern).groups
+    except (re.error, RecursionError, OverflowError) as error:
+        raise BadInput(f"{where}: the pattern of boxes is no regular expression ({error}); {AGAIN}") from None
+    if groups != 4 or len(entry.pattern) > LONGEST_PATTERN or re.search(r"\)[*+{]", entry.pattern):
+        raise BadInput(f"{where}: the pattern of boxes must have four groups, none of them repeated; {AGAIN}")
+    if not entry.unit > 0:
+        raise BadInput(f"{where}: the unit of boxes is {entry.unit}; {AGAIN}")
 
 
 def _known(

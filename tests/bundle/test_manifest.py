@@ -106,6 +106,10 @@ def edit(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def boxes(pattern: str, unit: float = 1.0) -> dict[str, Any]:
+    return {"kind": "boxes", "pattern": pattern, "decimals": 3, "unit": unit}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -128,6 +132,10 @@ def edit(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (edit("sources.0.kind", "smell"), "of kind 'smell'.*; install mllm-edge >= 0.1.0"),
         (edit("answers", [{"kind": "music"}]), "of kind 'music'.*; install mllm-edge >= 0.1.0"),
         (edit("prompt.slots.0.of", "sounds"), "of 'sounds'; install mllm-edge >= "),
+        (edit("answers", [boxes("[")]), "no regular expression"),
+        (edit("answers", [boxes("(a)(b)(c)")]), "must have four groups"),
+        (edit("answers", [boxes("((a+)+)(b)(c)")]), "none of them repeated"),
+        (edit("answers", [boxes("(a)(b)(c)(d)", unit=0.0)]), "unit of boxes is 0.0"),
         (
             lambda data: data["prompt"]["slots"].append(data["prompt"]["slots"][0] | {"placeholder": "<second>"}),
             "pictures have several placeholders",
