@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -120,6 +120,8 @@ class LlamaLanguageModel:
         for token in ids:
             self._check_token(token)
         self._check_room(self._length() + len(ids))
+        if len(ids) <= OUTPUTS:
+            return self._decode(tokens=ids, states=states)
         hidden: list[Floats] = []
         for start in range(0, len(ids), OUTPUTS):
             part = ids[start : start + OUTPUTS]
@@ -154,10 +156,12 @@ class LlamaLanguageModel:
         if status != 0:
             reason = "; ".join(recent_errors) or "no reason given"
             raise MllmEdgeError(f"{self._path}: llama.cpp could not decode (status {status}: {reason})")
-        logits = _copy(llama.llama_get_logits_ith(self._context, -1), self.vocabulary)
+        logits = _view(llama.llama_get_logits_ith(self._context, -1), self.vocabulary).copy()  # [V]
         last = range(-min(states, batch.n_tokens), 0)
-        rows = [_copy(llama.llama_get_embeddings_ith(self._context, place), self.width) for place in last]
-        return Step(logits, np.stack(rows) if rows else np.zeros((0, self.width), np.float32))  # [V], [S,D]
+        hidden = np.empty((len(last), self.width), np.float32)  # [S,D]
+        for row, place in enumerate(last):
+            hidden[row] = _view(llama.llama_get_embeddings_ith(self._context, place), self.width)
+        return Step(logits, hidden)
 
     def _check_room(self, positions: int) -> None:
         if positions > self.context:
@@ -172,8 +176,9 @@ class LlamaLanguageModel:
             raise MllmEdgeError("the language model is closed; load the bundle again")
 
 
-def _copy(pointer: Any, size: int) -> Floats:
-    return np.array(np.ctypeslib.as_array(pointer, (size,)), np.float32)
+def _view(pointer: Any, size: int) -> Floats:
+    """llama.cpp's own memory, until its next call."""
+    return cast("Floats", np.ctypeslib.as_array(pointer, (size,)))
 
 
 def _gpu(llama: ModuleType, options: Options) -> bool:
