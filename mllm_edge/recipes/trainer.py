@@ -104,6 +104,7 @@ def run(recipe: Recipe, task: Task, resume: bool, report: Report) -> dict[str, A
     """
     if recipe.precision not in ("auto", "fp32", "bf16"):
         raise BadInput(f"precision {recipe.precision!r} is not known; use auto, fp32 or bf16")
+    # 1. The machine: precision, processes, accumulation.
     _keep_memory()
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and native_bf16())
     accelerator = Accelerator(
@@ -112,12 +113,14 @@ def run(recipe: Recipe, task: Task, resume: bool, report: Report) -> dict[str, A
     share = accelerator.num_processes * recipe.accumulate
     if recipe.batch % share:
         raise BadInput(f"batch {recipe.batch} does not divide by processes x accumulate = {share}; change it")
+    # 2. What is trained, and by what.
     set_seed(recipe.seed)
     out = Path(recipe.out)
     optimizer = torch.optim.AdamW(task.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: schedule(s, recipe.steps, recipe.warmup))
     model, optimizer = accelerator.prepare(task.model, optimizer)
     accelerator.register_for_checkpointing(scheduler)
+    # 3. Where an earlier run stopped, and the samples after it.
     progress = Progress(accelerator, out)
     if resume:
         progress.restore()
@@ -132,6 +135,7 @@ def run(recipe: Recipe, task: Task, resume: bool, report: Report) -> dict[str, A
             num_workers=recipe.workers,
         )
     )
+    # 4. Steps, logged and saved.
     model.train()
     for metrics in _steps(accelerator, model, optimizer, scheduler, batches, recipe):
         progress.step += 1
