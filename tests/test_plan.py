@@ -11,7 +11,9 @@ import pytest
 from mllm_edge import bench, cli
 from mllm_edge.bench.plan import Settings, plan
 from mllm_edge.errors import BadInput
+from mllm_edge.export.counting import count
 from mllm_edge.machine import devices
+from mllm_edge.models.counts import counts
 
 ORIN = devices.DEVICES["orin-nano"]
 USUAL = Settings("fp16", "q4_k_m", 0, "f16")
@@ -46,6 +48,19 @@ def test_the_advice_fits(quant: str, device: str) -> None:
     values = {name.replace("-", "_"): int(value) if value.isdigit() else value for name, value in changes.items()}
     again = plan("llava", "7b", dataclasses.replace(chosen, **values), devices.get(device))
     assert (again.fits, again.advice) == (True, "")
+
+
+def test_parts_that_take_turns_are_offered_last() -> None:
+    made = plan("glamm", "7b", dataclasses.replace(USUAL, context=2048), ORIN)
+    # All parts in int8 take 5.5 GB and no context of 512 or more beside them; the language model alone takes 4.2 GB.
+    assert made.advice.endswith("its parts fit in turn, which is slower: run it with --memory-budget 5.8G")
+    assert "--kv-type q8_0" in made.advice
+
+
+@pytest.mark.parametrize("name", ["llava tiny", "llava 13b", "glamm tiny", "glamm 7b"])
+def test_shipped_counts_are_those_of_the_modules(name: str) -> None:
+    system, config = name.split()
+    assert counts(system, config) == count(system, config)
 
 
 def test_what_cannot_fit_is_said() -> None:
@@ -101,7 +116,7 @@ def test_this_machine_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
         (["--device", "zzz"], "use this, orin-nano,"),
         (["--device", "thor", "--quant", "q3"], "unknown quantization 'q3'"),
         (["--device", "thor", "--context", "9999"], "context of 1024"),
-        (["--device", "thor", "--config", "70b"], "no config '70b'"),
+        (["--device", "thor", "--config", "70b"], "unknown config of llava '70b'; use one of tiny"),
         (["--device", "thor", "--measured", "nowhere.json"], "nowhere.json"),
     ],
 )

@@ -6,6 +6,7 @@ A stage takes at least the time to read its weights from memory and the time to 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -13,11 +14,12 @@ import numpy as np
 from mllm_edge.bench.result import Limits
 from mllm_edge.bundle.manifest import Manifest
 from mllm_edge.machine.devices import CPU, THIS, Device
-from mllm_edge.machine.facts import cpu_name, memory
+from mllm_edge.machine.facts import busy_cores, cpu_name, memory
 
 _BYTES = 1 << 28  # read to measure memory bandwidth; larger than every cache
 _WIDTH = 2048  # of the square matrices to measure compute throughput
 _ROUNDS = 5
+BUSY = 0.3  # of a core
 
 # Share of the limit that well-tuned engines reach, by kind of stage: TinyChat and TensorRT Edge-LLM on Jetson for the
 # language model, EfficientViT-SAM for encoders (docs/benchmarks.md). A stage below half of it is worth a look.
@@ -34,8 +36,20 @@ def measure_limits() -> Limits:
     return Limits(round(_BYTES / read / 1e9, 3), round(2 * _WIDTH**3 / product / 1e12, 4))
 
 
+def warn_if_busy() -> None:
+    """Warn where other work would make a measurement too slow."""
+    if (busy := busy_cores()) is not None and busy > BUSY:
+        warnings.warn(
+            f"other programs keep {busy:.1f} of this machine's cores busy, so what is measured now is too slow; "
+            "measure again when it is idle",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 def this_machine() -> Device:
     """This machine's CPU as a device to plan for, measured now."""
+    warn_if_busy()
     limits, found = measure_limits(), memory()
     total, free = found.get("total", 0) / 1000, found.get("available", 0) / 1000
     return Device(THIS, cpu_name(), total, round(total - free, 3), limits.memory_gb_per_s, limits.matmul_tflops, CPU)

@@ -1,7 +1,8 @@
 """Before anything is downloaded: does a model fit a machine, and how fast can it be there.
 
-Everything follows from shapes. Times are a roofline's: the larger of operations over the machine's rate and bytes over
-its bandwidth; what is expected is that limit over the part of it that engines reach on such machines.
+Everything follows from counted shapes (`models/counts.py`). Times are a roofline's: the larger of operations over the
+machine's rate and bytes over its bandwidth; what is expected is that limit over the part of it that engines reach on
+such machines.
 """
 
 from __future__ import annotations
@@ -9,18 +10,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
-from mllm_edge import models
 from mllm_edge.bench.result import Result
 from mllm_edge.errors import BadInput, look_up
-from mllm_edge.export.cost import kv_bytes_per_token, stage_flops, without_weights
 from mllm_edge.machine.devices import Device
-from mllm_edge.models.language.reference import DecoderDims
-from mllm_edge.models.plan import ExportPlan
-from mllm_edge.models.resolve import resolve
+from mllm_edge.models.counts import LanguageModelCounts, StageCounts, counts, kv_bytes_per_token
 from mllm_edge.quants import KV_TYPES, PRECISIONS, QUANTS
-from mllm_edge.runtime.wiring import needed_for
+from mllm_edge.runtime.memory import MARGIN
 
 TEXT = 64  # tokens of text around the picture
 WORK_GB = 0.3  # Python, the engines' code and working memory
@@ -103,27 +98,23 @@ def plan(system: str, config: str, chosen: Settings, device: Device, measured: R
     Raises:
         BadInput: an unknown name, a context past the model's, or a measurement of something else.
     """
-    module = models.get(system).load_module()
-    checkpoint = without_weights(resolve(system, "random", config))
-    lowered = module.plan(checkpoint)
-    dims = lowered.language_model.dims
+    counted = counts(system, config)
+    stages, dims = counted.stages, counted.language_model
     chosen = replace(chosen, context=chosen.context or dims.context)
     if not 1 <= chosen.context <= dims.context:
         raise BadInput(f"{config} has a context of {dims.context}, not {chosen.context}; lower --context")
-    if measured and (measured.system, measured.config) != (system, checkpoint.config):
+    if measured and (measured.system, measured.config) != (system, config):
         raise BadInput(
-            f"the measurement is of {measured.system} {measured.config}, not of {system} {checkpoint.config}; "
-            "give one of the same"
+            f"the measurement is of {measured.system} {measured.config}, not of {system} {config}; give one of the same"
         )
-    stages = _stages(lowered)
     free = device.memory_gb - device.reserved_gb
     files = _files(stages, dims, chosen)
     full = _full(files, dims, chosen)
-    early = needed_for([spec.name for stage in lowered.pictured for spec in stage.outputs], lowered.stages)
-    tokens = measured.prompt_tokens if measured else lowered.picture_tokens + TEXT
+    early = {stage.name for stage in stages if stage.early}
+    tokens = measured.prompt_tokens if measured else counted.picture_tokens + TEXT
     return Plan(
         system=system,
-        config=checkpoint.config,
+        config=config,
         device=device,
         settings=chosen,
         prompt_tokens=tokens,
@@ -140,40 +131,25 @@ def plan(system: str, config: str, chosen: Settings, device: Device, measured: R
     )
 
 
-def _stages(lowered: ExportPlan) -> dict[str, tuple[int, int, tuple[str, ...]]]:
-    """Weights, operations and possible precisions of each stage."""
-    found = {}
-    for stage in lowered.stages:
-        with torch.device("meta"):
-            module = stage.module()
-        weights = sum(parameter.numel() for parameter in module.parameters())
-        found[stage.name] = weights, stage_flops(module, stage.inputs), stage.precisions
-    return found
-
-
-def _files(
-    stages: dict[str, tuple[int, int, tuple[str, ...]]], dims: DecoderDims, settings: Settings
-) -> dict[str, int]:
+def _files(stages: list[StageCounts], dims: LanguageModelCounts, settings: Settings) -> dict[str, int]:
     sizes = {}
-    for name, (weights, _, precisions) in stages.items():
-        precision = settings.precision if settings.precision in precisions else precisions[-1]
-        sizes[name] = int(weights * PRECISIONS[precision].bytes_per_weight)
+    for stage in stages:
+        precision = settings.precision if settings.precision in stage.precisions else stage.precisions[-1]
+        sizes[stage.name] = int(stage.weights * PRECISIONS[precision].bytes_per_weight)
     return {**sizes, "language_model": int(dims.weights * QUANTS[settings.quant].bytes_per_weight)}
 
 
-def _full(files: dict[str, int], dims: DecoderDims, settings: Settings) -> float:
+def _full(files: dict[str, int], dims: LanguageModelCounts, settings: Settings) -> float:
     """GB with the whole context in use."""
     cache = settings.context * _kv_bytes(dims, settings)
     return (sum(files.values()) + cache) / 1e9 + WORK_GB
 
 
-def _kv_bytes(dims: DecoderDims, settings: Settings) -> int:
+def _kv_bytes(dims: LanguageModelCounts, settings: Settings) -> int:
     return kv_bytes_per_token(dims, KV_TYPES[settings.kv_type])
 
 
-def _advice(
-    stages: dict[str, tuple[int, int, tuple[str, ...]]], dims: DecoderDims, settings: Settings, free: float
-) -> str:
+def _advice(stages: list[StageCounts], dims: LanguageModelCounts, settings: Settings, free: float) -> str:
     """The first change that fits, from the cheapest to the dearest in quality."""
     quants = list(QUANTS)  # from the largest to the smallest
     smaller, least = quants[quants.index(settings.quant) + 1 :], quants[-1]
@@ -186,16 +162,32 @@ def _advice(
         context //= 2
     for other in tried:
         if _full(_files(stages, dims, other), dims, other) <= free:
-            old, new = asdict(settings), asdict(other)
-            changed = [f"--{name.replace('_', '-')} {new[name]}" for name in new if new[name] != old[name]]
-            return f"it fits with {' '.join(changed)}"
+            return f"it fits with {_changed(settings, other).strip()}"
+    for other in [settings, *tried]:
+        if _in_turn(stages, dims, other) <= free:
+            changed = f"with {_changed(settings, other)}" if other != settings else ""
+            return f"{changed}its parts fit in turn, which is slower: run it with --memory-budget {free:.1f}G"
     return "nothing makes it fit; take a smaller config"
 
 
+def _changed(old: Settings, new: Settings) -> str:
+    """The options that make one of the other, each with a space after it."""
+    before, after = asdict(old), asdict(new)
+    return "".join(f"--{name.replace('_', '-')} {after[name]} " for name in after if after[name] != before[name])
+
+
+def _in_turn(stages: list[StageCounts], dims: LanguageModelCounts, settings: Settings) -> float:
+    """GB with the whole context in use where parts are loaded for each use (`runtime/memory.py`, its last way)."""
+    files = _files(stages, dims, settings)
+    language_model = files["language_model"] + settings.context * _kv_bytes(dims, settings)
+    beside = language_model + max((files[stage.name] for stage in stages if stage.early), default=0)
+    return max(beside, *files.values()) * MARGIN / 1e9 + WORK_GB
+
+
 def _parts(
-    stages: dict[str, tuple[int, int, tuple[str, ...]]],
+    stages: list[StageCounts],
     files: dict[str, int],
-    dims: DecoderDims,
+    dims: LanguageModelCounts,
     settings: Settings,
     tokens: int,
     device: Device,
@@ -204,7 +196,7 @@ def _parts(
     read = int(dims.product_weights * QUANTS[settings.quant].bytes_per_weight)
     cache = tokens * _kv_bytes(dims, settings)
     attention = 2 * tokens**2 * dims.attention_width * dims.layers  # scores and values, half of them masked
-    costs: dict[str, tuple[float, int]] = {name: (flops, files[name]) for name, (_, flops, _) in stages.items()}
+    costs: dict[str, tuple[float, int]] = {stage.name: (stage.flops, files[stage.name]) for stage in stages}
     costs["prefill"] = 2.0 * dims.product_weights * tokens + attention, read
     costs["decode"] = 2.0 * dims.product_weights, read + cache
     seen: dict[str, Any] = {}

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mllm_edge.bench.limits import measure_limits, shares
+from mllm_edge.bench.limits import measure_limits, shares, warn_if_busy
 from mllm_edge.bench.power import Meter, Sensor
 from mllm_edge.bench.result import Environment, Limits, Result, Spread, from_document
 from mllm_edge.bundle.manifest import Manifest
@@ -79,6 +79,7 @@ def measure(
     """
     if repeat < 1 or gen_tokens < 1:
         raise BadInput(f"{repeat} repetitions of {gen_tokens} tokens measure nothing; give at least 1 of each")
+    warn_if_busy()
     picture = _picture(image)
     runs = []
     for number in range(repeat + 1):

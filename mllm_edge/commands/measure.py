@@ -185,10 +185,9 @@ def plan(
 ) -> None:
     """Say whether a model fits a machine, and how fast it can be there. From shapes alone; nothing is downloaded."""
     from mllm_edge import bench as measuring
+    from mllm_edge.bench import plan as planning
     from mllm_edge.bench.limits import this_machine
 
-    with needs("export"):
-        from mllm_edge.bench import plan as planning
     where = this_machine() if device == devices.THIS else devices.get(device, also=[devices.THIS])
     usual = TARGETS["cuda" if where.capability else "cpu"].precision
     settings = planning.settings(precision or usual, quant, context, kv_type)

@@ -1,4 +1,4 @@
-"""What stages and language models cost, from their shapes alone: operations, weights, bytes."""
+"""What stages cost, from their shapes alone."""
 
 from __future__ import annotations
 
@@ -9,16 +9,10 @@ import torch
 from torch import nn
 
 from mllm_edge.checkpoints.tensors import Tensors
-from mllm_edge.models.language.reference import DecoderDims
 from mllm_edge.models.plan import Checkpoint
 
 if TYPE_CHECKING:
     from mllm_edge.bundle.manifest import TensorSpec
-
-
-def kv_bytes_per_token(dims: DecoderDims, bytes_per_number: float = 2) -> int:
-    """Bytes of one position's keys and values."""
-    return int(2 * dims.layers * dims.kv_width * bytes_per_number)
 
 
 def stage_flops(module: nn.Module, inputs: list[TensorSpec]) -> int:

@@ -29,7 +29,7 @@ from mllm_edge.bundle.manifest import (
 from mllm_edge.bundle.read import graph_of, write_manifest
 from mllm_edge.bundle.sources import Constant, FileEntry
 from mllm_edge.errors import BadInput, look_up
-from mllm_edge.export.cost import kv_bytes_per_token, stage_flops
+from mllm_edge.export.cost import stage_flops
 from mllm_edge.export.gguf.writer import export_language_model
 from mllm_edge.export.onnx.footprint import activation_bytes
 from mllm_edge.export.onnx.lower import export_stage
@@ -40,6 +40,7 @@ from mllm_edge.export.verify.samples import Samples, pictures
 from mllm_edge.export.verify.verify import PICTURES, require, verify
 from mllm_edge.export.workplace import Finished, Workplace, disk_full_explained
 from mllm_edge.machine.facts import gpu_capability
+from mllm_edge.models.counts import kv_bytes_per_token
 from mllm_edge.models.language.reference import DecoderDims
 from mllm_edge.models.plan import Checkpoint, ExportPlan, LanguageModelExport, StageExport
 from mllm_edge.models.resolve import resolve

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -138,6 +139,22 @@ def peak_rss() -> float | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+
+
+def busy_cores(seconds: float = 0.2) -> float | None:
+    """Cores that other processes keep busy while this thread sleeps; None where the system does not say."""
+    try:
+        before = _busy_ticks()
+        time.sleep(seconds)
+        return (_busy_ticks() - before) / os.sysconf("SC_CLK_TCK") / seconds
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _busy_ticks() -> int:
+    first, *_ = Path("/proc/stat").read_text(encoding="utf-8").splitlines()
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, first.split()[1:9])  # proc(5)
+    return user + nice + system + irq + softirq + steal
 
 
 def cache_folder() -> Path:

@@ -25,9 +25,9 @@ from mllm_edge.bundle.manifest import EmbeddingTable, GgufDetails, LanguageModel
 from mllm_edge.bundle.read import file_entry
 from mllm_edge.checkpoints.tokenizer import UNUSED, Tokenizer, read_tokenizer
 from mllm_edge.errors import BadInput, look_up
-from mllm_edge.export.cost import kv_bytes_per_token
 from mllm_edge.export.gguf.k_quants import chosen_types, quantize_rows
 from mllm_edge.export.gguf.maps import MAPS, Map
+from mllm_edge.models.counts import kv_bytes_per_token
 from mllm_edge.models.language.reference import DecoderDims
 from mllm_edge.models.plan import LanguageModelExport
 from mllm_edge.quants import QUANTS
