@@ -1,4 +1,5 @@
-# mllm-edge on a Jetson with JetPack 6: the runtime, llama.cpp with CUDA, and JetPack's TensorRT. Build it on the board:
+# mllm-edge on a Jetson with JetPack 6: the runtime, llama.cpp with CUDA, and JetPack's TensorRT. For JetPack 7.2
+# see docker/jetson7.Dockerfile. Build it on the board:
 #
 #   docker build -f docker/jetson.Dockerfile -t mllm-edge .
 #   docker run --rm -it --runtime nvidia -v "$PWD:/data" -w /data mllm-edge build glamm.bundle

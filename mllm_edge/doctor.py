@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 EXTRAS = ("runtime", "export", "train", "eval")  # `cuda` and `bench` are advised where they would help
 OPTIONAL = ("onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings", "nvidia-ml-py", "mllm-edge")
+FOLDER = "pip install '.[runtime]'"  # in a checkout
 RTX_LINE = "pip install 'mllm-edge[rtx]'"
 INSTEAD = {"onnxruntime": "onnxruntime-gpu"}
 # What importing an engine whose libraries are missing or damaged raises.
@@ -77,11 +78,12 @@ class Findings:
 def examine() -> Findings:
     """Look at the machine and at what is installed. Loads the engines, no model and no PyTorch."""
     wanted = extras()
+    unknown = [] if any(wanted.values()) else [Advice("mllm-edge runs from a folder and is not installed", FOLDER)]
     packages = {name: facts.version(name) for names in wanted.values() for name in names}
     packages |= {name: found for name in OPTIONAL if (found := facts.version(name))}
     engines, broken = _engines()
     gpus, board = facts.gpus(), jetson.find(facts.ROOT)
-    advice = [*_missing(wanted), *broken, *_faster(engines, facts.capability(gpus, board), board)]
+    advice = [*unknown, *_missing(wanted), *broken, *_faster(engines, facts.capability(gpus, board), board)]
     return Findings(
         mllm_edge=__version__,
         python=f"{platform.python_version()} at {sys.executable}",
@@ -133,11 +135,11 @@ def tables(findings: Findings) -> list[Table]:
         "GPU": "\n".join(gpus) or "none found",
         "Jetson": _board(findings.jetson, findings.memory) if findings.jetson else "no",
     }
-    offload = {None: "not loaded", True: "can use a GPU", False: "CPU only"}[engines.llama_gpu_offload]
+    offload = {None: "not loaded: no bundle of GGUF runs", True: "can use a GPU", False: "CPU only"}
     running = {
-        "ONNX Runtime": ", ".join(engines.onnxruntime_providers) or "not loaded",
-        "llama.cpp": "; ".join(filter(None, (offload, engines.llama_system_info))),
-        "AMX": engines.amx,
+        "ONNX Runtime": ", ".join(engines.onnxruntime_providers) or "not loaded: no bundle runs",
+        "llama.cpp": "; ".join(filter(None, (offload[engines.llama_gpu_offload], engines.llama_system_info))),
+        "AMX": engines.amx or "known when llama.cpp is there",
     }
     versions = {name: version or "not installed" for name, version in findings.packages.items()}
     advice = table("what to install", "what", "run")

@@ -136,7 +136,7 @@ def eval_(
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE.jsonl", help="Keep the answers.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the answers that --out has.")] = False,
 ) -> None:
-    """Measure quality on a data set. Mask and text scores, with the paper's numbers beside."""
+    """Measure quality on a data set. Mask and text scores; those of a file beside the paper's."""
     from mllm_edge.evaluate import cases
     from mllm_edge.evaluate.run import evaluate
     from mllm_edge.evaluate.show import score_table

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from mllm_edge.evaluate.cases import SCENES
 from mllm_edge.evaluate.scores import PAPER
 from mllm_edge.tables import table
 
@@ -26,8 +27,9 @@ NAMES = {
 
 
 def score_table(bundle: str, result: dict[str, Any]) -> Table:
-    """The scores in percent, beside the paper's for the same kind of data."""
-    where, paper = PAPER.get(result["kind"], ("", {}))
+    """The scores in percent; those of a file stand beside the paper's for that kind of data."""
+    ours = result["dataset"].partition(" ")[0] in SCENES
+    where, paper = ("", {}) if ours else PAPER.get(result["kind"], ("", {}))
     columns = ["%", *([where] if where else [])]
     made = table(f"{bundle} on {result['dataset']}, {result['cases']} cases", "score", *columns, right=tuple(columns))
     for name, value in result["scores"].items():

@@ -15,6 +15,8 @@ JETPACK = {
     "36.4.3": "6.2",
     "36.4.4": "6.2.1",
     "38.2": "7.0",
+    "38.4": "7.1",
+    "39.2": "7.2",
 }
 # Compute capability by chip.
 CAPABILITIES = {"tegra264": "sm_110", "tegra234": "sm_87", "tegra194": "sm_72"}
