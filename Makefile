@@ -4,6 +4,7 @@
 #
 # The first target that needs it makes .venv and installs the package with its pinned dependencies. It is reused until
 # pyproject.toml or constraints.txt changes. Another Python: make test PYTHON=python3.12
+# llama.cpp is compiled; a wheel that fits this machine saves the time: make LLAMA_WHEEL=llama_cpp_python-....whl
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,6 +17,8 @@ BUNDLE := build/demo/llava.bundle
 ifeq ($(shell uname -sm),Linux x86_64)
 LLAMA_FLAGS := CXXFLAGS="$(CXXFLAGS) -fno-tree-dse -fno-dse"
 endif
+
+COMMA := ,
 
 .PHONY: demo test lint bench clean
 .DELETE_ON_ERROR:
@@ -50,8 +53,12 @@ $(STAMP):
 	@command -v c++ >/dev/null || { echo "error: there is no C++ compiler; install g++ (Debian, Ubuntu: apt install g++)" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import llama_cpp' 2>/dev/null || { \
-	  echo; echo "Compiling llama.cpp, once: 5 to 10 minutes on 2 cores. Nothing is printed meanwhile."; echo; }
-	$(LLAMA_FLAGS) $(PIP) install -q --no-cache-dir --no-binary llama-cpp-python -c constraints.txt llama-cpp-python
+	  echo; echo "$(if $(LLAMA_WHEEL),Installing $(LLAMA_WHEEL).,Compiling llama.cpp$(COMMA) once: 5 to 10 minutes on 2 cores.)"; echo; }
+	@$(LLAMA_FLAGS) $(PIP) install -q -c constraints.txt \
+	  $(or $(LLAMA_WHEEL),--no-cache-dir --no-binary llama-cpp-python llama-cpp-python) & pid=$$!; \
+	  minutes=0; while sleep 60 >/dev/null 2>&1 && kill -0 $$pid 2>/dev/null; do \
+	    minutes=$$((minutes + 1)); echo "still compiling llama.cpp: $$minutes min"; done & said=$$!; \
+	  wait $$pid; code=$$?; kill $$said 2>/dev/null; exit $$code
 	@echo; echo "Installing PyTorch, ONNX Runtime and the rest: 1 to 3 minutes, more on a slow connection."; echo
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	rm -f $(VENV)/installed-*
