@@ -221,6 +221,20 @@ def test_unloading_parts_changes_no_answer(
             assert keep_language_model or tight.language_model._engine is None  # type: ignore[attr-defined]
 
 
+def test_questions_that_need_no_wording(glamm: Path) -> None:
+    with mllm_edge.load(glamm, threads=1) as model:
+        assert model.question("describe") == GROUNDED_QUESTION
+        assert model.question("segment", " the ring ") == "Please segment the ring in this image."
+        assert model.question("region").count("<bbox>") == 1
+        for name, what, message in [
+            ("edit", "", "no question 'edit'; it has describe, segment, region"),
+            ("segment", "", "segment needs what it is about"),
+            ("describe", "it", "describe does not take"),
+        ]:
+            with pytest.raises(BadInput, match=message):
+                model.question(name, what)
+
+
 def test_a_budget_that_cannot_be_kept_is_refused_at_once(glamm: Path, scene: Path, call: Call) -> None:
     said = call("run", glamm, "What?", "--image", scene, "--memory-budget", "20M")
     assert said.code == 2

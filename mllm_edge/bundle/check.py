@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mllm_edge.bundle.answers import AnswerEntry, BoxesAnswer, MasksAnswer, PicturesAnswer, RetrievedAnswer
-from mllm_edge.bundle.manifest import MANIFEST, Manifest, StageEntry, TensorSpec
+from mllm_edge.bundle.manifest import MANIFEST, Manifest, Prompt, StageEntry, TensorSpec
 from mllm_edge.bundle.sources import Boxes, Labels, Pixels, States, Task, Text
 from mllm_edge.errors import BadInput, look_up
 from mllm_edge.targets import BUNDLES
@@ -23,6 +23,7 @@ MOST_PIXELS = 4096  # along a side of what an encoder reads
 MOST_TOKENS = 1 << 22  # of a context, a text, a vocabulary
 MOST_STEPS = 1000
 LONGEST_PATTERN = 200
+QUESTIONS = ("describe", "segment", "region")
 AGAIN = "export the bundle again"
 
 
@@ -202,6 +203,7 @@ def _prompt(manifest: Manifest, made: dict[str, tuple[TensorSpec | None, str]], 
         raise BadInput(f"{where}: the prompt's placeholders are not all different; {AGAIN}")
     if len(prompt.slots_of("pixels")) > 1:
         raise BadInput(f"{where}: pictures have several placeholders; give one all the tensors; {AGAIN}")
+    _questions(prompt, manifest.tool_version, where)
     for slot in prompt.slots:
         if slot.of not in ("pixels", "boxes", "constant") or not slot.tensors:
             raise BadInput(
@@ -215,6 +217,15 @@ def _prompt(manifest: Manifest, made: dict[str, tuple[TensorSpec | None, str]], 
                     f"{maker} gives {name} of width {spec.shape[-1]} but {file} takes {lm.width}; "
                     "export both from the same checkpoint"
                 )
+
+
+def _questions(prompt: Prompt, version: str, where: str) -> None:
+    boxes = sum(prompt.questions.get("region", "").count(slot.placeholder) for slot in prompt.slots_of("boxes"))
+    for name, text in prompt.questions.items():
+        if name not in QUESTIONS:
+            raise BadInput(f"{where}: there is a question {name!r}; install mllm-edge >= {version}")
+        if ("{what}" in text) != (name == "segment") or (name == "region" and boxes != 1):
+            raise BadInput(f"{where}: the question {name} is {text!r}, with a wrong place for what is asked; {AGAIN}")
 
 
 def _answer(entry: AnswerEntry, manifest: Manifest, made: dict[str, tuple[TensorSpec | None, str]], where: str) -> None:

@@ -95,7 +95,10 @@ class Slot:
 @dataclass(frozen=True)
 class Prompt:
     """A chat template as data. `first` and `next` open a user turn with {system}, {text} and the fields of `Labels`;
-    `answer` closes the assistant's turn with {text}. Text between placeholders is tokenized piece by piece."""
+    `answer` closes the assistant's turn with {text}. Text between placeholders is tokenized piece by piece.
+
+    `questions` are those that a user need not word: "describe", "segment" (of {what}) and "region" (of one box).
+    """
 
     name: str
     system: str
@@ -104,6 +107,7 @@ class Prompt:
     answer: str
     stop: list[str]
     slots: list[Slot] = field(default_factory=list)
+    questions: dict[str, str] = field(default_factory=dict)
 
     def slots_of(self, of: str) -> list[Slot]:
         """The slots for "pixels", "boxes" or constants."""

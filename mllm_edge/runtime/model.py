@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from mllm_edge.bundle.manifest import Manifest, Slot
+from mllm_edge.errors import BadInput
 from mllm_edge.runtime.answer import Answer
 from mllm_edge.runtime.decoding.loop import Decoding, script_embeds
 from mllm_edge.runtime.engines.interface import Floats, LanguageModel
@@ -132,6 +133,20 @@ class Model:
     def chat(self, **options: Unpack[DecodingOptions]) -> Chat:
         """A dialogue of several turns, each decoded with `options`. Pictures are read once."""
         return Chat(self._pipeline, self._pipeline.decoding(False, **options))
+
+    def question(self, name: str, what: str = "") -> str:
+        """One of the bundle's own questions, for `generate`: "describe", "segment" (`what`) or "region" (of one box).
+
+        Raises:
+            BadInput: the bundle has no such question, or `what` is missing or of no use.
+        """
+        questions = self.manifest.prompt.questions
+        if name not in questions:
+            has = f"it has {', '.join(questions)}" if questions else "ask it in words"
+            raise BadInput(f"this bundle has no question {name!r}; {has}")
+        if bool(what.strip()) != ("{what}" in questions[name]):
+            raise BadInput(f"the question {name} {'does not take' if what.strip() else 'needs'} what it is about")
+        return questions[name].replace("{what}", what.strip())
 
     def look(self, image: ImageSource) -> list[Floats]:
         """A picture's embeddings in the language model's space, one float32 [N,D] for each placeholder that a picture

@@ -46,4 +46,9 @@ PROMPT = replace(
         ),
         Slot(BOX, "boxes", ["region_embeds"]),
     ],
+    questions={
+        "describe": GROUNDED_QUESTION,
+        "segment": SEGMENT_TURNS[0][0].format("{what}"),
+        "region": REGION_QUESTIONS[0],
+    },
 )

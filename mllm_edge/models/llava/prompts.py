@@ -18,7 +18,7 @@ _LLAMA_2 = (
 
 
 def _prompt(name: str, system: str, first: str, following: str, answer: str, stop: list[str]) -> Prompt:
-    return Prompt(name, system, first, following, answer, stop, [PICTURE])
+    return Prompt(name, system, first, following, answer, stop, [PICTURE], {"describe": "Describe the picture."})
 
 
 # llava/conversation.py. `first` opens the dialogue, `following` later turns, `answer` closes the assistant's turn.
