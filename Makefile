@@ -33,7 +33,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy mllm_edge
+	$(BIN)/mypy mllm_edge examples benchmarks
 
 bench: $(BUNDLE)/bundle.json
 	$(BIN)/mllm-edge bench $(BUNDLE)

@@ -21,6 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 import mllm_edge
+from mllm_edge.bundle.sources import Pixels
 from mllm_edge.scenes import SHORT, Question, Scene, held_out_questions, questions, render, sample_scene
 
 Asker = Callable[[Scene, np.random.Generator], list[Question]]
@@ -45,7 +46,7 @@ def measure(bundle: str, split: str, ask: Asker, number: int, console: Console) 
     """Share of exact answers, over all and by kind of question."""
     right: dict[str, list[bool]] = defaultdict(list)
     with mllm_edge.load(bundle) as model:
-        size = model.manifest.preprocessing[0].size
+        size = next(source.size for source in model.manifest.sources if isinstance(source, Pixels))
         title = f"{bundle}: {split}"
         for scene, question in track(cases(split, ask, number), title, total=number, console=console):
             answer = model.generate(question.question + SHORT, image=render(scene, size), max_tokens=16)

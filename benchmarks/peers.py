@@ -56,12 +56,15 @@ def prepare(folder: Path) -> None:
     import transformers
 
     import mllm_edge
+    from mllm_edge.export.export import export as make_bundle
+    from mllm_edge.models.blocks.vit import VitDims
     from mllm_edge.models.llava.model import CONFIGS
     from mllm_edge.models.resolve import shipped
 
     dims = CONFIGS["1b"]
     checkpoint = folder / "checkpoint"
     vision, language = dims.vision, dims.language
+    assert isinstance(vision, VitDims)
     if not (checkpoint / "config.json").is_file():
         image_id = _tokenizer(shipped("llava") / "tiny" / "tokenizer.model", checkpoint, vision.image_size)
         config = transformers.LlavaConfig(
@@ -94,7 +97,7 @@ def prepare(folder: Path) -> None:
         bundle = folder / f"{name}.bundle"
         if not bundle.is_dir():
             print(f"{bundle} ...", file=sys.stderr)
-            mllm_edge.export("llava", str(checkpoint), out=bundle, check=False, **options)
+            make_bundle("llava", str(checkpoint), out=bundle, check=False, **options)
     with mllm_edge.load(folder / "q8_0.bundle") as model:
         (folder / "prompt.json").write_text(
             json.dumps(_prompt(model, json.loads((checkpoint / "config.json").read_text())["image_token_index"]))
@@ -163,7 +166,7 @@ class Worker:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"the worker {' '.join(self._process.args[2:])} died; see above")  # type: ignore[index]
+            raise SystemExit(f"the worker {self._process.args!r} died; see above")
         answer: dict[str, float] = json.loads(line)
         return answer
 

@@ -56,7 +56,7 @@ def transformers_encoder(dims: SamDims, state: dict[str, torch.Tensor]) -> torch
         window_size=dims.window,
         global_attn_indexes=list(dims.global_layers),
         mlp_dim=dims.mlp_width,
-        attn_implementation="eager",
+        attn_implementation="eager",  # type: ignore[call-arg]
     )
     model = SamVisionEncoder(config).eval()
     renamed = {}

@@ -19,7 +19,7 @@ from rich.text import Text
 import mllm_edge
 from mllm_edge.cli import main as mllm_edge_command
 from mllm_edge.models.glamm.prompts import GROUNDED_QUESTION
-from mllm_edge.runtime.answers.write import COLORS, write_pictures
+from mllm_edge.runtime.answers.write import COLORS, write
 from mllm_edge.scenes import SHORT, Question, Scene, questions, render, sample_scene
 
 FOLDER = Path("build/demo")
@@ -81,7 +81,7 @@ def show_masks(console: Console, picture: Image.Image) -> None:
     """GLaMM's answer: its phrases in the colors of their masks, and the picture under them."""
     with mllm_edge.load(GLAMM) as model:
         answer = model.generate(GROUNDED_QUESTION, image=picture)
-    overlay, *_ = write_pictures(answer, picture, ANSWER)
+    overlay, *_ = write(answer, ANSWER)
     text = Text(answer.text)
     for number, mask in enumerate(answer.masks):
         red, green, blue = COLORS[number % len(COLORS)]

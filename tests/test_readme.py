@@ -74,6 +74,17 @@ def test_readme_command_runs(line: str, folder: Path) -> None:
     assert call(line, folder, question).strip()
 
 
+def test_the_demo_runs(folder: Path) -> None:
+    """`make demo`, with bundles that are there."""
+    demo = folder / "build" / "demo"
+    demo.mkdir(parents=True)
+    for system in ("llava", "glamm"):
+        (demo / f"{system}.bundle").symlink_to(folder / f"{system}.bundle")
+    said = run([sys.executable, str(ROOT / "examples" / "demo.py")], folder)
+    assert "GLaMM, asked for a description with masks (4 of them)" in said
+    assert (demo / "answer" / "overlay.png").is_file()
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_readme_script_runs(script: str, folder: Path) -> None:
     assert run([sys.executable, "-c", script], folder).strip()
