@@ -79,6 +79,7 @@ def test_no_sensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert power.sensor(tmp_path) is None
 
 
+@pytest.mark.alone
 def test_joules_are_the_integral_of_watts() -> None:
     started = time.perf_counter()
     ramp = power.Sensor("ramp", lambda: 100 * (time.perf_counter() - started))
