@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mllm_edge.bundle.read import sha256
+from mllm_edge.bundle.read import read_text, sha256
 from mllm_edge.errors import BadInput, MissingPackage, first_line
 
 Shape = tuple[int, ...]
 WEIGHT_FILES = ("*.safetensors", "*.bin")
-HUB_FILES = ["*.json", "*.model", "*.txt", "*.safetensors", "*.bin"]
+HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors", "*.bin", "README.md"]
 
 
 class Tensors(Mapping[str, Tensor]):
-    """Names to tensors, each created on access; `shape` does not load."""
+    """Names to tensors, each created on access; `shape` does not load, `origin` says where a tensor stands."""
 
-    def __init__(self, names: list[str], get: Callable[[str], Tensor], shape: Callable[[str], Shape]):
-        self._names, self._get, self.shape = dict.fromkeys(names), get, shape
+    def __init__(
+        self,
+        names: list[str],
+        get: Callable[[str], Tensor],
+        shape: Callable[[str], Shape],
+        origin: Callable[[str], str] = str,
+    ):
+        self._names, self._get, self.shape, self.origin = dict.fromkeys(names), get, shape, origin
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
@@ -44,18 +51,25 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def open_folder(folder: Path) -> Tensors:
-    """The weights of a checkpoint's folder: safetensors or `.bin`, single or sharded with an index.
+    """The weights of a checkpoint's folder: safetensors or `.bin`, single or sharded with an index. A whole file is
+    taken before an index beside it, which is stale then (transformers' order).
 
     Raises:
         BadInput: no weights, a missing or damaged shard, an index that points outside, a pickle that runs code.
     """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
-        if index.is_file():
-            return merged([open_file(path) for path in _shards(folder, index)])
         if single.is_file():
             return open_file(single)
+        if index.is_file():
+            return merged([open_file(path) for path in _shards(folder, index)])
     raise BadInput(f"{folder} has no weights (model.safetensors or pytorch_model.bin); give a checkpoint's folder")
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether `open_folder` finds something to open."""
+    names = ("model.safetensors", "pytorch_model.bin")
+    return any((folder / f"{name}{end}").is_file() for name in names for end in ("", ".index.json"))
 
 
 def open_file(path: Path) -> Tensors:
@@ -66,13 +80,33 @@ def open_file(path: Path) -> Tensors:
 def merged(sources: list[Tensors]) -> Tensors:
     """One mapping over several; for duplicate names the later one wins."""
     owner = {name: source for source in sources for name in source}
-    return Tensors(list(owner), lambda name: owner[name][name], lambda name: owner[name].shape(name))
+    return Tensors(
+        list(owner),
+        lambda name: owner[name][name],
+        lambda name: owner[name].shape(name),
+        lambda name: owner[name].origin(name),
+    )
 
 
 def renamed(source: Tensors, rename: Callable[[str], str | None]) -> Tensors:
-    """The source under other names; names that become None are left out."""
-    old = {new: name for name in source if (new := rename(name)) is not None}
-    return Tensors(list(old), lambda name: source[old[name]], lambda name: source.shape(old[name]))
+    """The source under other names; names that become None are left out.
+
+    Raises:
+        BadInput: two tensors get the same name.
+    """
+    old: dict[str, str] = {}
+    for name in source:
+        new = rename(name)
+        if new in old:
+            raise BadInput(f"{source.origin(name)} and {old[new]} are the same tensor; keep one of them")
+        if new is not None:
+            old[new] = name
+    return Tensors(
+        list(old),
+        lambda name: source[old[name]],
+        lambda name: source.shape(old[name]),
+        lambda name: source.origin(old[name]),
+    )
 
 
 def random_weights(shapes: Mapping[str, Shape], seed: int = 0) -> Tensors:
@@ -91,53 +125,6 @@ def random_weights(shapes: Mapping[str, Shape], seed: int = 0) -> Tensors:
     return Tensors(list(shapes), make, lambda name: shapes[name])
 
 
-def merge_lora(base: Tensors, adapter: Path) -> Tensors:
-    """`base` with a peft LoRA added: W + scale * B @ A, tensor by tensor (peft's `merge_and_unload`).
-
-    Args:
-        base: weights under the names used by the adapter's model.
-        adapter: a folder with `adapter_config.json` and `adapter_model.safetensors` or `.bin`.
-
-    Raises:
-        BadInput: the configuration or weights are missing, or weights (named) match no tensor of `base`.
-    """
-    config = read_json(adapter / "adapter_config.json")
-    found = [adapter / f"adapter_model.{suffix}" for suffix in ("safetensors", "bin")]
-    path = next((path for path in found if path.is_file()), None)
-    if path is None:
-        raise BadInput(f"{adapter} has no adapter_model.safetensors; copy the whole adapter")
-    if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise BadInput(f"{adapter} is a LoRA with DoRA or rank patterns; merge it with peft first")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank < 1:
-        raise BadInput(f"{adapter}/adapter_config.json has no usable r and lora_alpha; copy it again")
-    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    weights = open_file(path)
-    pairs: dict[str, dict[str, str]] = {}
-    for name in weights:
-        module, _, kind = name.removeprefix("base_model.model.").partition(".lora_")
-        pairs.setdefault(f"{module}.weight", {})[kind[:1]] = name
-    unknown = [name for name, pair in pairs.items() if name not in base or pair.keys() != {"A", "B"}]
-    if unknown:
-        raise BadInput(f"{path} fits no weight of the base model ({_some(unknown)}); give the base it was made for")
-
-    for name, pair in pairs.items():
-        shape = (weights.shape(pair["B"])[0], weights.shape(pair["A"])[-1])
-        if shape != base.shape(name):
-            raise BadInput(
-                f"{path}: the LoRA of {name} is for {shape}, the base has {base.shape(name)}; give its own base"
-            )
-
-    def get(name: str) -> Tensor:
-        tensor = base[name]
-        if name not in pairs:
-            return tensor
-        a, b = weights[pairs[name]["A"]].float(), weights[pairs[name]["B"]].float()
-        return (tensor.float() + scale * (b @ a)).to(tensor.dtype)
-
-    return Tensors(list(base), get, base.shape)
-
-
 def check_shapes(tensors: Tensors, shapes: Mapping[str, Shape], where: str) -> None:
     """Compare names and shapes with what a model needs, without loading.
 
@@ -146,10 +133,49 @@ def check_shapes(tensors: Tensors, shapes: Mapping[str, Shape], where: str) -> N
     """
     missing = [name for name in shapes if name not in tensors]
     if missing:
-        raise BadInput(f"{where} lacks {len(missing)} tensors ({_some(missing)}); give the complete checkpoint")
+        raise BadInput(f"{where} lacks {len(missing)} tensors ({some(missing)}); give the complete checkpoint")
     for name, shape in shapes.items():
         if tensors.shape(name) != tuple(shape):
             raise BadInput(f"{where}: {name} is {tensors.shape(name)}, the config says {tuple(shape)}; they do not fit")
+
+
+def check_all_used(tensors: Tensors, used: Container[str], unused: Mapping[str, str], where: str) -> None:
+    """Account for every tensor: it is used, or on the list of those that are known to have no effect.
+
+    Args:
+        tensors: canonical names; what has none keeps its own.
+        used: the names that the model is built of.
+        unused: patterns of whole names, each with the reason why such a tensor has no effect.
+        where: for the message.
+
+    Raises:
+        BadInput: names the tensors that would be dropped in silence.
+    """
+    known = re.compile("|".join(unused) or "(?!)")
+    left = [tensors.origin(name) for name in tensors if name not in used and not known.fullmatch(name)]
+    if left:
+        raise BadInput(
+            f"{where} has {len(left)} tensors that the model of its config has no place for ({some(left)}); "
+            "they would be lost, so give a checkpoint of a supported model"
+        )
+
+
+def check_finite(tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    """Read every tensor once, before anything is made of them.
+
+    Raises:
+        BadInput: names the first tensor that holds codes instead of numbers, or values that are NaN or infinite.
+    """
+    for name in names:
+        if name not in tensors:  # a tied head
+            continue
+        tensor = tensors[name]
+        origin = tensors.origin(name) if isinstance(tensors, Tensors) else name
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise BadInput(f"{origin} holds {kind} codes, not weights; give the checkpoint that was not quantized")
+        if not torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all():
+            raise BadInput(f"{origin} has values that are NaN or infinite; download or train the checkpoint again")
 
 
 def resolve_folder(weights: str) -> Path:
@@ -160,8 +186,8 @@ def resolve_folder(weights: str) -> Path:
     """
     path = Path(weights).expanduser()
     if path.is_dir():
-        return path
-    if path.exists() or weights.count("/") != 1 or weights.startswith((".", "/", "~")):
+        return path.absolute()  # a bundle remembers it, and is verified from elsewhere
+    if path.exists() or weights.count("/") != 1 or weights.startswith((".", "/", "~")) or path.parent.is_dir():
         raise BadInput(f"{weights} is neither a checkpoint's folder nor a hub id (org/name); check the path")
     try:
         from huggingface_hub import snapshot_download
@@ -191,8 +217,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise BadInput(f"{path} is missing; copy the whole checkpoint")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        data = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not valid JSON ({error}); copy it again") from None
     if not isinstance(data, dict):
         raise BadInput(f"{path} must hold a JSON object; copy it again")
@@ -213,7 +239,7 @@ def _shards(folder: Path, index: Path) -> list[Path]:
     held = {name for shard in shards for name in open_file(shard)}
     absent = [name for name in names if name not in held]
     if absent:
-        raise BadInput(f"{index} names tensors that no shard holds ({_some(absent)}); copy all shards")
+        raise BadInput(f"{index} names tensors that no shard holds ({some(absent)}); copy all shards")
     return shards
 
 
@@ -229,7 +255,7 @@ def _open_safetensors(path: Path) -> Tensors:
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
-    return Tensors(list(shapes), get, lambda name: shapes[name])
+    return Tensors(list(shapes), get, lambda name: shapes[name], lambda name: f"{name} of {path}")
 
 
 def _open_bin(path: Path) -> Tensors:
@@ -243,7 +269,7 @@ def _open_bin(path: Path) -> Tensors:
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise BadInput(f"{path} does not hold named tensors; give a checkpoint's weights")
     shapes = {str(name): tuple(tensor.shape) for name, tensor in state.items()}
-    return Tensors(list(shapes), lambda name: state[name], lambda name: shapes[name])
+    return Tensors(list(shapes), lambda name: state[name], lambda name: shapes[name], lambda name: f"{name} of {path}")
 
 
 def _is_zip(path: Path) -> bool:
@@ -252,5 +278,6 @@ def _is_zip(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first few of many names."""
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -11,19 +11,18 @@ import importlib
 import json
 import re
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mllm_edge.checkpoints.byte_level import check_byte_level, pre_tokenizer, steps_of
 from mllm_edge.errors import BadInput
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
 
-# The split patterns of byte-level BPE tokenizers, and llama.cpp's name for each.
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PATTERNS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
+_MOST_TOKENS = 1 << 24
+_ENDS = ("eos", "eot", "eom")  # the roles of end tokens in a GGUF file
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,8 @@ class Added:
 class Tokenizer:
     """A tokenizer as stored in GGUF.
 
-    `special` maps roles (bos, eos, unk, pad) to ids; `space_prefix`: whether every piece of text gets a leading space;
+    `special` maps roles (bos, eos, unk, pad; eot and eom for more end tokens) to ids; `space_prefix`: whether every
+    piece of text gets a leading space;
     `normalized`: whether the checkpoint's tokenizer composes Unicode first (llama.cpp does not).
     """
 
@@ -73,7 +73,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     _check_added(folder, added, data)
     _check_prefix(folder, data)
     if (folder / "tokenizer.model").is_file():
-        return _from_sentencepiece(folder, config, data, added)
+        return _with_ends(folder, _from_sentencepiece(folder, config, data, added))
     if not data:
         raise BadInput(
             f"{folder} has neither tokenizer.model nor tokenizer.json; copy the checkpoint's tokenizer there"
@@ -83,7 +83,50 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         raise BadInput(f"{folder}/tokenizer.json is a {model.get('type')} tokenizer; llama.cpp's LLaMA needs BPE")
     if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
         raise BadInput(f"{folder}/tokenizer.json has no vocabulary or no merges; copy it again")
-    return _from_bpe(folder, config, data, added)
+    return _with_ends(folder, _from_bpe(folder, config, data, added))
+
+
+def fitting_tokenizer(folder: Path, rows: int) -> Tokenizer:
+    """The tokenizer without the added tokens that the model has no rows for, such as a <pad> that only training needed.
+
+    Raises:
+        BadInput: as `read_tokenizer`, or trained tokens or an end token are beyond the model's last row.
+    """
+    tokenizer = read_tokenizer(folder)
+    beyond = tokenizer.tokens[rows:]
+    if not beyond:
+        return tokenizer
+    kept = {role: token for role, token in tokenizer.special.items() if token < rows or role != "pad"}
+    if any(kind not in (CONTROL, USER_DEFINED, UNUSED) for kind in tokenizer.types[rows:]) or any(
+        token >= rows for token in kept.values()
+    ):
+        raise BadInput(
+            f"{folder} has {len(tokenizer.tokens)} tokens but the model {rows} rows; use the model's tokenizer"
+        )
+    warnings.warn(
+        f"{folder}: {', '.join(beyond[:5])} {'is' if len(beyond) == 1 else 'are'} left out: the model has no row there",
+        stacklevel=2,
+    )
+    return replace(
+        tokenizer,
+        tokens=tokenizer.tokens[:rows],
+        types=tokenizer.types[:rows],
+        scores=tokenizer.scores[:rows],
+        special=kept,
+    )
+
+
+def _with_ends(folder: Path, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with the end tokens of generation_config.json, which the tokenizer's own eos may not be among."""
+    where = folder / "generation_config.json"
+    ends = _json(where).get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
+    for end in ends:
+        if not isinstance(end, int) or not 0 <= end < len(tokenizer.tokens):
+            raise BadInput(f"{where} has the eos_token_id {end!r}, which the tokenizer has not; copy both again")
+    if len(ends) > len(_ENDS):
+        raise BadInput(f"{where} has {len(ends)} end tokens, a GGUF file {len(_ENDS)}; leave the unusual ones out")
+    return replace(tokenizer, special={**tokenizer.special, **dict(zip(_ENDS, ends))})
 
 
 def lead(folder: Path) -> str:
@@ -92,6 +135,14 @@ def lead(folder: Path) -> str:
     llama.cpp prefixes every piece of text or none, so such a tokenizer is written without prefix.
     """
     return " " if read_tokenizer(folder).first_space else ""
+
+
+def require_tokens(folder: Path, tokens: Iterable[str]) -> None:
+    """Raise BadInput that names the first of `tokens` that the tokenizer in `folder` lacks."""
+    known = set(read_tokenizer(folder).tokens)
+    lacking = next((token for token in tokens if token not in known), None)
+    if lacking:
+        raise BadInput(f"{folder} has no token {lacking}, which its prompts need; give the model's own tokenizer")
 
 
 def checkpoint_tokenizer(folder: Path) -> Callable[[str], list[int]]:
@@ -145,7 +196,14 @@ def _added(number: int, entry: dict[str, Any]) -> Added:
 
 
 def _check_added(folder: Path, added: dict[int, Added], data: dict[str, Any]) -> None:
-    """Refuse added tokens that are not matched literally: llama.cpp supports no other match."""
+    """Refuse added tokens that are not matched literally, llama.cpp supports no other match, and those on which it
+    aborts."""
+    texts = [token.text for token in added.values()]
+    for token in added.values():
+        if not isinstance(token.text, str) or not token.text or texts.count(token.text) > 1:
+            raise BadInput(f"{folder}: added token {token.id} has the text {token.text!r}, empty or twice; mend it")
+        if not 0 <= token.id < _MOST_TOKENS:
+            raise BadInput(f"{folder}: added token {token.text!r} has the id {token.id}, which no model has; mend it")
     prefixed = _normalizer(data, "Prepend")  # a normalized token would only match after the prepended space
     moved = {entry["content"] for entry in data.get("added_tokens", []) if prefixed and entry.get("normalized")}
     for token in added.values():
@@ -159,7 +217,7 @@ def _check_added(folder: Path, added: dict[int, Added], data: dict[str, Any]) ->
 
 def _check_prefix(folder: Path, data: dict[str, Any]) -> None:
     """Refuse a space prefix only for pieces that have none yet: llama.cpp prefixes every piece or none."""
-    for step in _steps(data.get("pre_tokenizer"), "pretokenizers"):
+    for step in steps_of(data.get("pre_tokenizer"), "pretokenizers"):
         older = "always" if step.get("add_prefix_space", True) else "never"  # the setting's equivalent in older files
         if step.get("type") == "Metaspace" and step.get("prepend_scheme", older) == "always":
             raise BadInput(
@@ -169,13 +227,7 @@ def _check_prefix(folder: Path, data: dict[str, Any]) -> None:
 
 
 def _normalizer(data: dict[str, Any], kind: str) -> bool:
-    return any(step.get("type") == kind for step in _steps(data.get("normalizer"), "normalizers"))
-
-
-def _steps(spec: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, which may be one step, a sequence or None."""
-    steps: list[dict[str, Any]] = spec.get(key, [spec]) if spec else []
-    return steps
+    return any(step.get("type") == kind for step in steps_of(data.get("normalizer"), "normalizers"))
 
 
 def _roles(config: dict[str, Any], folder: Path, ids: dict[str, int]) -> dict[str, int]:
@@ -281,8 +333,9 @@ def _from_bpe(folder: Path, config: dict[str, Any], data: dict[str, Any], added:
         return Tokenizer(
             model="llama", scores=scores or [], space_prefix=_prefixes_all(data), first_space=first, **common
         )
-    pre = _pre_tokenizer(data.get("pre_tokenizer"), folder)
-    _check_byte_level(folder, data, pre, tokens, types, merges)
+    pre = pre_tokenizer(data.get("pre_tokenizer"), folder)
+    trained = [text for text, kind in zip(tokens, types) if kind == NORMAL]
+    check_byte_level(folder, data, pre, trained, merges)
     return Tokenizer(model="gpt2", merges=merges, pre=pre, space_prefix=False, **common)
 
 
@@ -299,41 +352,3 @@ def _prefixes_all(data: dict[str, Any]) -> bool:
 
 def _prefixes_first_only(data: dict[str, Any]) -> bool:
     return '"prepend_scheme": "first"' in json.dumps(data.get("pre_tokenizer"))
-
-
-def _check_byte_level(
-    folder: Path, data: dict[str, Any], pre: str, tokens: list[str], types: list[int], merges: list[str]
-) -> None:
-    """Refuse what llama.cpp's byte-level BPE does not do."""
-    others = [step.get("type") for step in _steps(data.get("normalizer"), "normalizers") if step.get("type") != "NFC"]
-    if others:
-        raise BadInput(f"{folder}/tokenizer.json has the normalizer {others[0]}, which llama.cpp has not")
-    if bool(data["model"].get("ignore_merges")) == (pre == "llama-bpe"):
-        return  # only with llama-bpe llama.cpp takes whole-word tokens without merging
-    made = {merge.replace(" ", "", 1) for merge in merges}
-    words = (text for text, kind in zip(tokens, types) if kind == NORMAL and len(text) > 1 and text not in made)
-    word = next(words, None)
-    if word is not None:
-        raise BadInput(
-            f"{folder}/tokenizer.json has tokens that no merge makes ({word!r}) and an ignore_merges other than "
-            f"llama.cpp's {pre}; there is no GGUF for it"
-        )
-
-
-def _pre_tokenizer(spec: dict[str, Any] | None, folder: Path) -> str:
-    """llama.cpp's name of a byte-level pre-tokenizer, deduced from its structure."""
-    steps = _steps(spec, "pretokenizers")
-    if any(step.get("type") == "ByteLevel" and step.get("add_prefix_space") for step in steps):
-        raise BadInput(f"{folder}/tokenizer.json has ByteLevel with add_prefix_space, which llama.cpp has not")
-    kinds = [step.get("type") for step in steps]
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
-        return "smollm"
-    if kinds == ["Split", "ByteLevel"]:
-        pattern = steps[0].get("pattern", {}).get("Regex")
-        whole = steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
-        if pattern in PATTERNS and whole and not steps[1].get("use_regex", True):
-            return PATTERNS[pattern]
-        kinds = [f"Split({pattern}, {steps[0].get('behavior')})", f"ByteLevel(use_regex={steps[1].get('use_regex')})"]
-    raise BadInput(f"{folder}/tokenizer.json has a pre-tokenizer that is not known: {' + '.join(map(str, kinds))}")

@@ -77,6 +77,9 @@ def export(
         int | None, typer.Option(metavar="N", help="Merge a picture's most similar tokens until N are left.")
     ] = None,
     mmproj: Annotated[bool, typer.Option("--mmproj", help="Also write llama.cpp's projector file.")] = False,
+    template: Annotated[
+        str, typer.Option(metavar="NAME", help="Of the prompt; by default the checkpoint's own.", show_default=False)
+    ] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
 ) -> None:
     """Make a bundle, verified against PyTorch. It gets its name when it is complete."""
@@ -89,13 +92,17 @@ def export(
     screen.kept = "finished steps are kept, the same command continues where it stopped"
     started = time.monotonic()
     options: dict[str, Any] = {"target": target, "precision": precision, "quant": quant, "out": out, "force": force}
-    options |= {"merge_tokens": merge_tokens, "mmproj": mmproj, "devices": [name for name in device.split(",") if name]}
+    options |= {"template": template, "merge_tokens": merge_tokens, "mmproj": mmproj}
+    options |= {"devices": [name for name in device.split(",") if name]}
     with screen.steps() as report:
         folder = write_bundle(system, weights, config, **options, report=report)
     seconds, manifest = time.monotonic() - started, _manifest(folder)
     count = sum(entry.bytes for entry in manifest.files())
     parity = [dataclasses.asdict(row) for row in manifest.parity]
     screen.aside(parity_table(manifest.parity))
+    reason = manifest.source.get("prompt")
+    other = "" if template else "; --template chooses another"
+    screen.aside(f"prompt: {manifest.prompt.name}" + (f" ({reason}{other})" if reason else ""))
     then = f"ask it: mllm-edge run {folder} 'What is this?' --image FILE"
     if manifest.build.devices:
         then = f"on the board: mllm-edge build {folder}"

@@ -28,9 +28,11 @@ from mllm_edge.bundle.manifest import (
 )
 from mllm_edge.bundle.read import graph_of, write_manifest
 from mllm_edge.bundle.sources import Constant, FileEntry
+from mllm_edge.checkpoints.tensors import check_finite
 from mllm_edge.errors import BadInput, look_up
 from mllm_edge.export.cost import stage_flops
-from mllm_edge.export.gguf.writer import export_language_model
+from mllm_edge.export.gguf.chat_template import chat_template
+from mllm_edge.export.gguf.writer import About, export_language_model
 from mllm_edge.export.onnx.footprint import activation_bytes
 from mllm_edge.export.onnx.lower import export_stage
 from mllm_edge.export.onnx.merging import with_merged_tokens
@@ -72,6 +74,7 @@ def export(
     devices: Sequence[str] = (),
     merge_tokens: int | None = None,
     mmproj: bool = False,
+    template: str = "",
     check: bool = True,
     drawing: Drawing | None = None,
     report: Report | None = None,
@@ -97,6 +100,7 @@ def export(
         merge_tokens: how many tokens a picture takes, fewer than the checkpoint's: the most similar ones become their
             mean (`kernels/token_merge.py`).
         mmproj: also write llama.cpp's multimodal projector file.
+        template: the prompt's name; by default the one that the checkpoint says.
         check: compare the bundle with PyTorch before it gets its name.
         drawing: how pictures of answers are made in that comparison; an answer that retrieves needs an index.
         report: called when a step begins (`seconds` None), with the `part` that is done of a long one, and when it has
@@ -115,7 +119,7 @@ def export(
     capabilities = ahead(devices)
     how = settings(devices)
     module = models.get(system).load_module()
-    checkpoint = resolve(system, weights, config)
+    checkpoint = resolve(system, weights, config, template)
     plan = module.plan(checkpoint)
     if mmproj and "mmproj" not in plan.extras:
         raise BadInput(f"{system} has no multimodal projector in llama.cpp; export without --mmproj")
@@ -126,6 +130,8 @@ def export(
     varying = {size for stage in plan.stages for spec in stage.inputs for size in spec.shape if isinstance(size, str)}
     how = dataclasses.replace(how, axes=dict.fromkeys(sorted(varying), AXIS))
     final = Path(out or f"{system}-{checkpoint.config}.bundle")
+    if checkpoint.source["kind"] != "random":
+        check_finite(checkpoint.tensors, module.tensor_shapes(checkpoint.dims))
     with disk_full_explained(final.parent), Workplace(final, force) as place:
         clock = _Clock(
             report,
@@ -206,7 +212,7 @@ class _Job:
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             tool_version=__version__,
             licences=plan.licences,
-            source=self.checkpoint.source,
+            source={**self.checkpoint.source, **({"prompt": plan.prompt_from} if plan.prompt_from else {})},
             tasks=plan.tasks,
             sources=[*plan.sources, *constants],
             stages=stages,
@@ -289,7 +295,14 @@ class _Job:
 
     def _decoder(self, lm: LanguageModelExport) -> LanguageModelEntry:
         """A causal language model: one GGUF file."""
-        key = self._made_from(quant=self.quant)
+        source = self.checkpoint.source
+        about = About(
+            f"{self.checkpoint.system} {self.checkpoint.config}",
+            source.get("licence", ""),
+            source.get("base_model", ""),
+            chat_template(self.plan.prompt),
+        )
+        key = self._made_from(quant=self.quant, about=asdict(about))
 
         def build() -> Finished:
             entry = export_language_model(
@@ -298,6 +311,7 @@ class _Job:
                 self.quant,
                 lambda done, total: progress(done / total),
                 made_from=json.dumps(key, sort_keys=True, default=repr),
+                about=about,
             )
             return Finished([FileEntry(file.file, file.bytes, file.sha256) for file in entry.files()], asdict(entry))
 

@@ -1,5 +1,7 @@
 """The folder in which a bundle is built: `<name>.partial`, beside its final name, until everything is verified.
 
+It carries a mark of ours, without which it is not touched. The lock is the system's and ends with its process, in
+whatever container that ran.
 Each finished step is recorded in `progress.json` with a key of all its inputs, so that a second run after a crash, a
 full disk or Ctrl-C redoes only steps that are missing or whose inputs changed.
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -22,9 +24,10 @@ from mllm_edge.bundle.manifest import MANIFEST
 from mllm_edge.bundle.read import file_entry, sha256
 from mllm_edge.bundle.sources import FileEntry
 from mllm_edge.errors import BadInput, MllmEdgeError
+from mllm_edge.places import FULL, MARK, claim, is_ours, mark, no_link, writing
 
 PROGRESS = "progress.json"
-FULL = (errno.ENOSPC, errno.EDQUOT)
+UNFINISHED, REPLACED = "unfinished export", "replaced bundle"  # marks of `.partial` and `.old`
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Workplace:
     """
 
     def __init__(self, final: Path, force: bool):
+        if final.name in ("", ".."):
+            raise BadInput(f"-o {final} has no name of its own; give the bundle's folder one, as {final / 'my.bundle'}")
         self.final = final
         self.folder = _beside(final, "partial")
         self._force = force
@@ -53,22 +58,25 @@ class Workplace:
         """Take the lock and make the folder.
 
         Raises:
-            BadInput: another export is writing there, or the final name is taken.
+            BadInput: another export is writing there, the final name is taken, or a place is not ours or cannot be.
         """
-        self.final.parent.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        with writing(self.final.parent):
+            self.final.parent.mkdir(parents=True, exist_ok=True)
+        self._locked = self._take_lock()
         try:
-            if self._old.exists() and not self.final.exists():
-                self._old.rename(self.final)  # a process died between the two renames of `publish`
+            no_link(self.final)
+            if is_ours(self._old, REPLACED) and not self.final.exists():
+                self._put_back()  # a process died between the two renames of `publish`
             self._check_final()
-            self.folder.mkdir(exist_ok=True)
+            claim(self.folder, UNFINISHED)
         except BaseException:
-            self._lock.unlink()
+            self.__exit__()
             raise
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._lock.unlink(missing_ok=True)
+        os.close(self._locked)
 
     def step(self, name: str, made_from: dict[str, Any], build: Callable[[], Finished]) -> Finished:
         """The result of `build`, or of an earlier run of it with the same inputs whose files are intact."""
@@ -98,24 +106,33 @@ class Workplace:
 
     def publish(self, files: Iterable[FileEntry]) -> Path:
         """Give the folder its final name; files other than the manifest and `files` are deleted."""
-        keep = {MANIFEST, *(entry.file for entry in files)}
+        keep = {MANIFEST, MARK, *(entry.file for entry in files)}
         for path in sorted(self.folder.rglob("*"), reverse=True):
-            if path.is_dir() and not any(path.iterdir()):
+            is_folder = path.is_dir() and not path.is_symlink()
+            if is_folder and not any(path.iterdir()):
                 path.rmdir()
-            elif not path.is_dir() and path.relative_to(self.folder).as_posix() not in keep:
+            elif not is_folder and path.relative_to(self.folder).as_posix() not in keep:
                 path.unlink()
-        if self._old.exists():
-            shutil.rmtree(self._old)
+        self._forget_old()
         try:
             if self.final.exists():
+                mark(self.final, REPLACED)
                 self.final.rename(self._old)
             self.folder.rename(self.final)
         finally:
-            if self._old.exists() and not self.final.exists():
-                self._old.rename(self.final)
-        if self._old.exists():
-            shutil.rmtree(self._old)
+            if is_ours(self._old, REPLACED) and not self.final.exists():
+                self._put_back()
+        (self.final / MARK).unlink()
+        self._forget_old()
         return self.final
+
+    def _put_back(self) -> None:
+        self._old.rename(self.final)
+        (self.final / MARK).unlink()
+
+    def _forget_old(self) -> None:
+        if is_ours(self._old, REPLACED):
+            shutil.rmtree(self._old)
 
     def _check_final(self) -> None:
         if not self.final.exists() or (self.final.is_dir() and not any(self.final.iterdir())):
@@ -124,21 +141,33 @@ class Workplace:
             raise BadInput(f"{self.final} exists and is not a bundle; choose another name with -o")
         if not self._force:
             raise BadInput(f"{self.final} exists; use --force to replace it or choose another name with -o")
+        if self._old.exists() and not is_ours(self._old, REPLACED):
+            raise BadInput(f"{self._old} is not ours, and the replaced bundle would be moved there; move it away first")
 
-    def _take_lock(self) -> None:
-        for _ in range(2):
+    def _take_lock(self) -> int:
+        """Lock the file beside the final name; returns its descriptor."""
+        no_link(self._lock)
+        with writing(self._lock):
+            lock = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        try:
+            if os.read(lock, 20).strip(b"0123456789"):  # locks of before hold a process number
+                raise BadInput(f"{self._lock} is no lock of ours; move it away or choose another name with -o")
             try:
-                with self._lock.open("x", encoding="ascii") as stream:
-                    stream.write(str(os.getpid()))
-                return
-            except FileExistsError:
-                holder = _holder(self._lock)
-                if holder is not None:
-                    raise BadInput(
-                        f"process {holder} is exporting to {self.final}; wait for it (else delete {self._lock})"
-                    ) from None
-                self._lock.unlink(missing_ok=True)  # its process died
-        raise BadInput(f"another export to {self.final} has just started; wait for it")
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Its last holder may have deleted the file between our two steps.
+                taken = self._lock.exists() and os.path.samestat(os.fstat(lock), self._lock.stat())
+            except BlockingIOError:
+                taken = False
+            except OSError as error:
+                raise BadInput(
+                    f"{self._lock} cannot be locked ({error.strerror}); choose another disk with -o"
+                ) from None
+            if not taken:
+                raise BadInput(f"another process is exporting to {self.final}; wait for it")
+            return lock
+        except BaseException:
+            os.close(lock)
+            raise
 
     def _progress(self) -> dict[str, Any]:
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
@@ -172,15 +201,3 @@ def disk_full_explained(place: Path) -> Iterator[None]:
 
 def _beside(final: Path, suffix: str) -> Path:
     return final.with_name(f"{final.name}.{suffix}")
-
-
-def _holder(lock: Path) -> int | None:
-    """The running process that holds the lock."""
-    try:
-        pid = int(lock.read_text(encoding="ascii"))
-        os.kill(pid, 0)
-    except (ValueError, ProcessLookupError, FileNotFoundError):
-        return None
-    except PermissionError:
-        pass  # it is running, as another user
-    return pid

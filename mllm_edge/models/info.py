@@ -13,6 +13,7 @@ from mllm_edge.errors import MissingPackage
 if TYPE_CHECKING:
     from torch import nn
 
+    from mllm_edge.bundle.manifest import Prompt
     from mllm_edge.models.plan import Checkpoint, ExportPlan
 
 
@@ -20,10 +21,12 @@ class SystemModule(Protocol):
     """What `models/<system>/plan.py` offers to training, export and verification.
 
     `CONFIGS` maps a config's name to its dims; weights of those in `SHIPPED` come with the package, the default first.
+    `PROMPTS` are what a user may choose from (`--template`).
     """
 
     CONFIGS: Mapping[str, Any]
     SHIPPED: Sequence[str]
+    PROMPTS: Mapping[str, Prompt]
     tensor_shapes: Callable[[Any], dict[str, tuple[int, ...]]]
     load: Callable[[Path], Checkpoint]
     build: Callable[[Checkpoint], nn.Module]

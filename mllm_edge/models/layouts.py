@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_edge.checkpoints.tensors import Tensors, fingerprint
+from mllm_edge.errors import BadInput
 from mllm_edge.models.plan import Checkpoint
 
 if TYPE_CHECKING:
     import torch
+
+    from mllm_edge.bundle.manifest import Prompt
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -34,13 +37,45 @@ def canonical_name(name: str, rules: tuple[tuple[str, str], ...]) -> str | None:
 
 
 def opened(
-    system: str, folder: Path, config: Mapping[str, Any], dims: Any, tensors: Tensors, folders: Sequence[Path]
+    system: str,
+    folder: Path,
+    config: Mapping[str, Any],
+    dims: Any,
+    tensors: Tensors,
+    folders: Sequence[Path],
+    tokenizer: Path,
+    prompt: Callable[[], tuple[Prompt, str]] | None = None,
 ) -> Checkpoint:
     """The checkpoint in `folder`, whose weights come from `folders`."""
     source = {"kind": "checkpoint", "path": str(folder), "sha256": fingerprint(*folders)}
     if "licence" in config:
         source["licence"] = config["licence"]
-    return Checkpoint(system, config.get("name", folder.resolve().name), dims, tensors, folder, source)
+    source = {**_card(folder), **source}
+    return Checkpoint(system, config.get("name", folder.resolve().name), dims, tensors, tokenizer, source, prompt)
+
+
+def _card(folder: Path) -> dict[str, str]:
+    """Licence and base model, as the model card's head names them."""
+    path = folder / "README.md"
+    head = (
+        re.match(r"---\n(.*?)\n---", path.read_text(encoding="utf-8", errors="replace"), re.S)
+        if path.is_file()
+        else None
+    )
+    keys = {
+        "licence": r"^license:\s*([\w.-]{1,60})",
+        "base_model": r"^base_model:\s*(?:- *)?([\w.-]{1,96}/[\w.-]{1,96})",
+    }
+    found = {key: re.search(pattern, head[1] if head else "", re.M) for key, pattern in keys.items()}
+    return {key: match[1] for key, match in found.items() if match}
+
+
+def tokenizer_of(folders: Sequence[Path]) -> Path:
+    """The first of a checkpoint's folders with a tokenizer. Raises BadInput where none has one."""
+    for folder in folders:
+        if any((folder / file).is_file() for file in TOKENIZER_FILES[:2]):
+            return folder
+    raise BadInput(f"{folders[0]} has no tokenizer.model or tokenizer.json; copy the checkpoint's tokenizer there")
 
 
 def save(

@@ -23,7 +23,9 @@ class Checkpoint:
     """Weights of a system under our canonical names, read lazily.
 
     `tensors[name]` loads one tensor; nothing else is held in memory. `tokenizer` is a folder with `tokenizer.model`
-    (SentencePiece) or `tokenizer.json`. `source` says where the weights came from (kind, path, sha256).
+    (SentencePiece) or `tokenizer.json`. `source` says where the weights came from (kind, path, sha256). `prompt()` is
+    what its dialogues look like, and how that is known; without it the system's own is taken. It raises BadInput where
+    that cannot be known.
     """
 
     system: str
@@ -32,6 +34,7 @@ class Checkpoint:
     tensors: Mapping[str, torch.Tensor]
     tokenizer: Path
     source: dict[str, str]
+    prompt: Callable[[], tuple[Prompt, str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class ExportPlan:
         examples: inputs of stages that neither pictures nor stages nor constants give: what the sources may give.
         question: one whose answer has all that the system can answer with.
         extras: write files that belong to no stage, by the option that asks for them.
+        prompt_from: how it is known that the prompt is the checkpoint's, for people.
     """
 
     tasks: list[str]
@@ -101,6 +105,7 @@ class ExportPlan:
     examples: dict[str, np.ndarray] = field(default_factory=dict)
     question: str = "What is in the picture?"
     extras: dict[str, Callable[[Path], None]] = field(default_factory=dict)
+    prompt_from: str = ""
 
     @property
     def pictured(self) -> list[StageExport]:

@@ -26,7 +26,7 @@ from mllm_edge.runtime.decoding.sampling import check_settings
 from mllm_edge.runtime.engines.interface import Floats, LanguageModel
 from mllm_edge.runtime.engines.lazy import LazyLanguageModel, LazyStage
 from mllm_edge.runtime.images import ImageSource, load_image, pixel_hash
-from mllm_edge.runtime.prompt import Span, answer_parts, ids_of, render, render_raw, tokenized
+from mllm_edge.runtime.prompt import WORDS, Span, answer_parts, ids_of, render, render_raw, tokenized
 from mllm_edge.runtime.sources import Held
 from mllm_edge.runtime.tensors import Tensors
 from mllm_edge.runtime.turn import Drawing, InputPicture, Rows, Turn
@@ -252,7 +252,9 @@ class Pipeline:
                 named = ", ".join(placeholders)
                 raise BadInput(f"the forced answer has {named}, which only a question can have; leave it out")
             opening, _ = answer_parts(self.manifest.prompt)
-            forced = tokenized([Span(opening + given, True)], self.tokenizer, self._entry.added)
+            # As the rest of the whole turn: no space of its own before it.
+            span = Span(opening + given, True, continues=self.manifest.prompt.first)
+            forced = tokenized([span], self.tokenizer, self._entry.added)
             given = cast("list[int]", forced[0])
         given = [int(token) for token in given]
         if any(not 0 <= token < self._language_model.vocabulary for token in given):
@@ -304,7 +306,7 @@ class Pipeline:
             return completion.ids  # the model closed it itself, token by token
         if not completion.rest:
             return completion.kept + self._after
-        ending = [Span(completion.rest, False), Span(after, True)]
+        ending = [Span(completion.rest, False, continues=WORDS), Span(after, True)]
         (run,) = tokenized(ending, self.tokenizer, self._entry.added)
         return completion.kept + cast("list[int]", run)
 

@@ -1,7 +1,8 @@
 """From a user's words to token ids: the manifest's template, placeholders, and pieces tokenized one by one.
 
 The rule of Liu et al. 2023 (mm_utils.py `tokenizer_image_token`): the text is split at the placeholders, every piece is
-tokenized as a fresh string, BOS stands once at the very start, and embeddings go between the pieces.
+tokenized as a fresh string, BOS stands once at the very start, and embeddings go between the pieces. The end of an
+answer and a later turn are the rest of such a piece, not a new one, so that they get no space of their own.
 
 Control strings count as control tokens only where the template has them. In a user's words `</s>` is four letters, so
 that a question cannot end the turn or open another role; with `raw` the whole text is the caller's own template.
@@ -19,6 +20,7 @@ from mllm_edge.bundle.manifest import Prompt, Slot
 from mllm_edge.errors import BadInput
 
 WHAT = {"pixels": "picture", "boxes": "box"}  # what a user gives for each placeholder of such a slot
+WORDS = "\n"  # stands for the words of an answer
 PLURAL = {"pixels": "pictures; leave them out (--image)", "boxes": "boxes; leave them out (--box)"}
 
 
@@ -33,10 +35,12 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of text; only in a trusted one do control strings mean control tokens."""
+    """A stretch of text; only in a trusted one do control strings mean control tokens. `continues` is the text of the
+    template that stands before the first one of a later turn."""
 
     text: str
     trusted: bool
+    continues: str = ""
 
 
 Part = Span | Slot
@@ -69,7 +73,7 @@ def render(
         if slot.of == "pixels" and slot.placeholder not in text:
             text = slot.joint * counts.get("pixels", 0) + text
     words = {"system": prompt.system, **(fields or {})}
-    spans = [Span(lead if first else "", True)]
+    spans = [Span(lead, True) if first else Span("", True, answer_parts(prompt)[1])]
     for literal, name, _, _ in string.Formatter().parse(prompt.first if first else prompt.next):
         spans.append(Span(literal, True))
         if name is not None:
@@ -100,7 +104,7 @@ def _split(spans: Sequence[Span], prompt: Prompt, counts: Mapping[str, int]) -> 
     parts: list[Part] = []
     for span in spans:
         for text, placeholder in _cut(span.text, slots if span.trusted else given_by_users):
-            parts.append(Span(text, span.trusted))
+            parts.append(Span(text, span.trusted, span.continues))
             if placeholder:
                 slot = slots[placeholder]
                 parts += [Span(slot.open, True), slot, Span(slot.close, True)]
@@ -134,6 +138,7 @@ def tokenized(parts: Sequence[Part], vocabulary: Vocabulary, added: Sequence[str
     a token of `added`.
     """
     result: list[list[int] | Slot] = [[]]
+    continued = bool(parts) and isinstance(parts[0], Span) and _is_open(parts[0].continues, vocabulary)
     fragments: list[tuple[str, int | Slot | None]] = [
         ("", None),
         *_fragments(parts, vocabulary.control_tokens),
@@ -142,23 +147,38 @@ def tokenized(parts: Sequence[Part], vocabulary: Vocabulary, added: Sequence[str
     for (before, _), (text, meaning), (after, _) in zip(fragments, fragments[1:], fragments[2:]):
         if isinstance(meaning, Slot):
             result += [meaning, []]
+            continued = False
             continue
         run = result[-1]
         assert isinstance(run, list)
         if meaning is not None:
             run.append(meaning)
+            continued = False
             continue
         text = text.lstrip() if before in added else text
         text = text.rstrip() if after in added else text
-        run += vocabulary.tokenize(text) if text else []
+        run += _continued(text, vocabulary) if continued else vocabulary.tokenize(text) if text else []
+        continued = False
     return result
 
 
 def ids_of(text: str, vocabulary: Vocabulary, added: Sequence[str] = (), trusted: bool = True) -> list[int]:
-    """Ids of a text without placeholders."""
-    (run,) = tokenized([Span(text, trusted)], vocabulary, added)
+    """Ids of a text without placeholders that stands after an answer's words."""
+    (run,) = tokenized([Span(text, trusted, continues=WORDS)], vocabulary, added)
     assert isinstance(run, list)
     return run
+
+
+def _is_open(text: str, vocabulary: Vocabulary) -> bool:
+    """Whether the tokenizer sees what follows a text as the rest of the same string."""
+    return bool(text) and not text.endswith(tuple(vocabulary.control_tokens))
+
+
+def _continued(text: str, vocabulary: Vocabulary) -> list[int]:
+    """Ids of a text after other words: without the space that a tokenizer may put before a fresh string. Nothing
+    merges with a line's end where there is such a space."""
+    before, ids = vocabulary.tokenize(WORDS), vocabulary.tokenize(WORDS + text)
+    return ids[len(before) :] if ids[: len(before)] == before else vocabulary.tokenize(text)
 
 
 def _fragments(parts: Sequence[Part], control: Mapping[str, int]) -> Iterator[tuple[str, int | Slot | None]]:

@@ -10,9 +10,11 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from mllm_edge.checkpoints.lora import merge_lora
 from mllm_edge.checkpoints.tensors import (
+    check_all_used,
+    check_finite,
     fingerprint,
-    merge_lora,
     open_file,
     open_folder,
     random_weights,
@@ -164,6 +166,42 @@ def test_neither_folder_nor_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(BadInput, match="no network"):
         resolve_folder("org/name")
+
+
+def test_a_stale_index_beside_a_whole_file_is_not_read(tmp_path: Path) -> None:
+    write(tmp_path, "safetensors", sharded=False)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    assert torch.equal(open_folder(tmp_path)["a.weight"], STATE["a.weight"])
+
+
+def test_a_relative_path_is_kept_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_folder("runs/mine") == tmp_path / "runs" / "mine"
+
+
+def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
+    write(tmp_path, "safetensors", sharded=False)
+    tensors = renamed(open_folder(tmp_path), lambda name: name.replace("a.", "A."))
+    check_all_used(tensors, {"A.weight", "b.bias"}, {}, "here")
+    check_all_used(tensors, {"b.bias"}, {r"A\..*": "a reason"}, "here")
+    with pytest.raises(BadInput, match=r"has 1 tensors .*\(a\.weight of .*model\.safetensors\)"):
+        check_all_used(tensors, {"b.bias"}, {"A": "only a part of the name"}, "here")
+    with pytest.raises(BadInput, match=r"b\.bias of .* and a\.weight are the same tensor"):
+        renamed(open_folder(tmp_path), lambda _: "one")
+
+
+def test_values_that_are_no_numbers_are_named_with_their_file(tmp_path: Path) -> None:
+    state = {**STATE, "nan": torch.tensor([0.0, float("nan")]), "inf": torch.tensor([float("-inf")]).half()}
+    state |= {"codes": torch.zeros(2, dtype=torch.int8), "small": torch.ones(3).to(torch.float8_e4m3fn)}
+    save_file(state, tmp_path / "model.safetensors")
+    tensors = renamed(open_folder(tmp_path), lambda name: f"our.{name}")
+    check_finite(tensors, ["our.a.weight", "our.b.bias", "our.small", "our.tied.away"])
+    for name in ("nan", "inf"):
+        with pytest.raises(BadInput, match=rf"^{name} of .*model\.safetensors has values that are NaN or infinite"):
+            check_finite(tensors, [f"our.{name}"])
+    with pytest.raises(BadInput, match=r"^codes of .* holds int8 codes"):
+        check_finite(tensors, ["our.codes"])
 
 
 def test_a_single_file(tmp_path: Path) -> None:

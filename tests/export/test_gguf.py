@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -15,7 +16,7 @@ from mllm_edge.checkpoints.tokenizer import lead, read_tokenizer
 from mllm_edge.errors import BadInput, OutOfTolerance
 from mllm_edge.export.gguf.maps import tensor_shapes
 from mllm_edge.export.gguf.same_tokens import assert_same_tokens
-from mllm_edge.export.gguf.writer import export_language_model
+from mllm_edge.export.gguf.writer import About, export_language_model
 from mllm_edge.models.language.llama import LlamaDims, llama
 from mllm_edge.models.language.llama_gguf import interleave_rotary
 from mllm_edge.models.plan import LanguageModelExport
@@ -23,6 +24,7 @@ from mllm_edge.quants import QUANTS
 from mllm_edge.runtime.engines.interface import Options
 from mllm_edge.runtime.engines.llama.library import library
 from mllm_edge.runtime.engines.llama.model import LlamaLanguageModel
+from mllm_edge.runtime.engines.llama.tokenizer import GgufTokenizer
 
 K_QUANTS = [name for name, quant in QUANTS.items() if quant.k]
 NARROW = LlamaDims(vocabulary=422, width=64, ffn_width=96, layers=2, heads=4, kv_heads=4, context=128)
@@ -139,6 +141,104 @@ def test_heads_narrower_than_the_width(tmp_path: Path, tokenizer: Path) -> None:
         expected = model(input_ids=torch.tensor([[1, 300, 17, 5]])).logits[0, -1].numpy()
     lm = causal(dims, model.state_dict(), tokenizer)
     np.testing.assert_allclose(run(tmp_path / "model.gguf", lm, "f32", [1, 300, 17, 5]), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"attention_bias": True, "mlp_bias": True, "tied": False, "head_width": 32},
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32.0,
+            }
+        },
+    ],
+    ids=["attention", "mlp", "both", "linear", "llama3"],
+)
+def test_biases_and_scaled_positions_equal_transformers(
+    tmp_path: Path, tokenizer: Path, change: dict[str, Any]
+) -> None:
+    dims = dataclasses.replace(WIDE, **change)
+    model, plain = random_llama(dims), random_llama(WIDE)
+    ids = [1, *range(280, 320)]
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids])).logits[0, -1].numpy()
+        without = plain(input_ids=torch.tensor([ids])).logits[0, -1].numpy()
+    assert np.abs(expected - without).max() > 0.05
+    lm = causal(dims, model.state_dict(), tokenizer)
+    np.testing.assert_allclose(run(tmp_path / "model.gguf", lm, "f32", ids), expected, atol=1e-4)
+    rounded = run(tmp_path / "model.gguf", lm, "q4_k_m", ids)
+    assert rounded @ expected / np.linalg.norm(rounded) / np.linalg.norm(expected) > 0.9
+
+
+def test_the_file_says_what_it_is(tmp_path: Path, tokenizer: Path) -> None:
+    lm = causal(NARROW, random_llama(NARROW).state_dict(), tokenizer)
+    about = About("llava small", "llama2", "lmsys/vicuna-7b-v1.5", "{{ messages }}")
+    export_language_model(lm, tmp_path / "model.gguf", "f32", about=about)
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    expected = {
+        "general.name": "llava small",
+        "general.license": "llama2",
+        "general.base_model.0.name": "vicuna-7b-v1.5",
+        "general.base_model.0.organization": "lmsys",
+        "general.base_model.0.repo_url": "https://huggingface.co/lmsys/vicuna-7b-v1.5",
+        "tokenizer.chat_template": "{{ messages }}",
+    }
+    assert {key: reader.get_field(key).contents() for key in expected} == expected
+
+
+def test_end_tokens_are_those_of_the_generation_config(tmp_path: Path) -> None:
+    folder = llama_sentencepiece(tmp_path)
+    assert read_tokenizer(folder).special["eos"] == 2
+    for ends, message in ((["</s>"], "has not"), ([420, 421, 2, 3], "4 end tokens"), (9999, "9999")):
+        write(folder / "generation_config.json", {"eos_token_id": ends})
+        read_tokenizer.cache_clear()
+        with pytest.raises(BadInput, match=rf"generation_config\.json has .*{message}"):
+            read_tokenizer(folder)
+    write(folder / "generation_config.json", {"eos_token_id": [421, 2]})
+    read_tokenizer.cache_clear()
+    tokenizer = GgufTokenizer(vocabulary_only(tmp_path, folder))
+    try:
+        assert [token for token in range(425) if tokenizer.is_end(token)] == [2, 421]
+        assert tokenizer.eos == 421
+    finally:
+        tokenizer.close()
+
+
+def test_an_added_token_beyond_the_last_row_is_left_out(tmp_path: Path) -> None:
+    folder = llama_sentencepiece(tmp_path)
+    dims = dataclasses.replace(NARROW, vocabulary=421)
+    state = random_llama(dims).state_dict()
+    with pytest.warns(UserWarning, match="<extra> is left out"):
+        export_language_model(causal(dims, state, folder), tmp_path / "model.gguf", "f32")
+    assert_same_tokens(tmp_path / "model.gguf", folder)
+    write(folder / "generation_config.json", {"eos_token_id": 421})
+    read_tokenizer.cache_clear()
+    with pytest.raises(BadInput, match="422 tokens but the model 421 rows"):
+        export_language_model(causal(dims, state, folder), tmp_path / "model.gguf", "f32")
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ({"": 420}, "added token 420 has the text ''"),
+        ({"<far>": 10**12}, "has the id 1000000000000"),
+        ({"<before>": -1}, "has the id -1"),
+    ],
+)
+def test_added_tokens_that_abort_llama_cpp_are_refused(tmp_path: Path, added: dict[str, int], message: str) -> None:
+    folder = llama_sentencepiece(tmp_path)
+    write(folder / "added_tokens.json", added)
+    read_tokenizer.cache_clear()
+    with pytest.raises(BadInput, match=message):
+        read_tokenizer(folder)
 
 
 def test_ctrl_c_in_the_quantizer_leaves_nothing(

@@ -8,7 +8,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from mllm_edge.checkpoints.tokenizer import PATTERNS
+from mllm_edge.checkpoints.byte_level import PATTERNS
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, 12 times in 2026.",

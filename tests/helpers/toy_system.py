@@ -70,6 +70,7 @@ class ToySystem(types.SimpleNamespace):
         return Encoder() if name == "vision_encoder" else nn.Linear(WIDTH, DIMS.width)
 
     CONFIGS: ClassVar = {"small": DIMS}
+    tensor_shapes = staticmethod(lambda _: {})
     SHIPPED: ClassVar = ("small",)
 
     def load(self, folder):

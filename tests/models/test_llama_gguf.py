@@ -44,6 +44,29 @@ def test_what_we_write_comes_back(tmp_path: Path, tied: bool) -> None:
         assert once(text) == again(text)
 
 
+def test_biases_come_back(tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    tokenizer = byte_level(tmp_path / "t", "smollm")
+    dims = LlamaDims(512, 64, 128, layers=1, heads=4, kv_heads=2, context=128, attention_bias=True, mlp_bias=True)
+    torch.manual_seed(0)
+    state = {name: torch.randn_like(tensor) for name, tensor in llama(dims).state_dict().items()}
+    export_language_model(causal(dims, state, tokenizer), tmp_path / "model.gguf", "f32")
+    found, tensors = open_gguf(tmp_path / "model.gguf")
+    assert found == dims
+    assert set(tensors) == set(state)
+    assert all(torch.equal(tensors[name], state[name]) for name in state)
+
+
+def test_scaled_positions_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    tokenizer = byte_level(tmp_path / "t", "smollm")
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    dims = LlamaDims(512, 64, 128, layers=1, heads=4, kv_heads=2, context=128, rope_scaling=scaling)
+    export_language_model(causal(dims, llama(dims).state_dict(), tokenizer), tmp_path / "model.gguf", "f32")
+    with pytest.raises(BadInput, match="has scaled rotary positions"):
+        open_gguf(tmp_path / "model.gguf")
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"not a model")

@@ -7,10 +7,14 @@ import pytest
 import torch
 import transformers
 from checkpoints_to_test import canonical, port, write_original, write_weights
+from safetensors.torch import save_file
+from tokenizers_to_test import llama_sentencepiece
 
+from mllm_edge.checkpoints.tokenizer import read_tokenizer
 from mllm_edge.errors import BadInput
 from mllm_edge.models.llava.layouts import load, save_llava
 from mllm_edge.models.llava.model import build, tensor_shapes
+from mllm_edge.models.llava.plan import plan
 from mllm_edge.models.plan import Checkpoint
 from mllm_edge.models.resolve import resolve
 
@@ -115,8 +119,13 @@ def test_the_reference_is_transformers(tmp_path: Path, model: transformers.Llava
         ({"image_aspect_ratio": "anyres"}, "anyres"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"mm_vision_select_feature": "cls_patch"}, "cls_patch"),
-        ({"mm_use_im_start_end": True}, "im_start"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "scaled rotary"),
+        ({"mm_use_im_start_end": "yes"}, r"config\.json has mm_use_im_start_end 'yes'"),
+        ({"mm_patch_merge_type": "spatial"}, r"config\.json has mm_patch_merge_type 'spatial'"),
+        ({"mm_vision_select_layer": 9}, r"config\.json has 3 vision layers, so that none is tapped at 9"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, r"config\.json has rope_scaling 'yarn'"),
+        ({"hidden_act": "relu"}, r"config\.json has hidden_act 'relu'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "codes of fp8"),
+        ({"attention_bias": True}, r"lacks 8 tensors .*q_proj\.bias"),
         ({"mm_vision_tower": "nowhere"}, "nowhere"),
         ({"hidden_size": 128}, "do not fit"),
         ({"mm_projector_type": "mlp3x_gelu"}, r"connector\.4"),
@@ -155,6 +164,165 @@ def test_a_missing_head_is_not_taken_for_a_tied_one(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     assert load(folder).dims.language.tied
+
+
+def change(folder: Path, **fields: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def test_a_projector_whose_kind_is_not_said_is_read_from_its_tensors(
+    tmp_path: Path, model: transformers.LlavaForConditionalGeneration
+) -> None:
+    folder = with_tokenizer(write_original(model, tmp_path / "llava", "bin"))
+    change(folder, mm_projector_type=None)
+    assert load(folder).dims.connector == "mlp2x_gelu"
+    change(folder, mm_projector_type="linear")
+    with pytest.raises(BadInput, match=r"model\.mm_projector\.2\.weight of .*pytorch_model\.bin"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.0.self_attn.q_proj.weight_scale",
+        "model.layers.2.mlp.up_proj.weight",
+        "model.image_newline",
+    ],
+)
+def test_a_tensor_without_a_place_is_named(
+    tmp_path: Path, model: transformers.LlavaForConditionalGeneration, name: str
+) -> None:
+    folder = with_tokenizer(write_original(model, tmp_path / "llava", "bin"))
+    state = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    torch.save({**state, name: torch.ones(64)}, folder / "pytorch_model.bin")
+    with pytest.raises(BadInput, match=rf"no place for \({name} of .*pytorch_model\.bin"):
+        load(folder)
+
+
+def test_a_projector_alone_on_its_base(tmp_path: Path, model: transformers.LlavaForConditionalGeneration) -> None:
+    base = with_tokenizer(write_original(model, tmp_path / "base", "bin"))
+    state = torch.load(base / "pytorch_model.bin", weights_only=True)
+    alone = tmp_path / "pretrained"
+    alone.mkdir()
+    torch.save(
+        {name: state.pop(name) + 1 for name in list(state) if "mm_projector" in name}, alone / "mm_projector.bin"
+    )
+    torch.save(state, base / "pytorch_model.bin")
+    (alone / "config.json").write_text((base / "config.json").read_text())
+    change(alone, mm_vision_tower=str(base / "clip"), _name_or_path=str(base))
+    checkpoint = load(alone)
+    assert checkpoint.tokenizer == base
+    expected = canonical(model)
+    assert torch.equal(checkpoint.tensors["connector.2.weight"], expected["connector.2.weight"] + 1)
+    norm = "language_model.model.norm.weight"
+    assert torch.equal(checkpoint.tensors[norm], expected[norm])
+
+
+def lora_folder(folder: Path, base: Path, extra: dict[str, torch.Tensor]) -> Path:
+    """What LLaVA's training leaves with --lora_enable: no tokenizer."""
+    folder.mkdir()
+    (folder / "config.json").write_text((base / "config.json").read_text())
+    change(folder, mm_vision_tower=str(base / "clip"))
+    adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    torch.save(
+        {f"{prefix}A.weight": torch.ones(2, 64), f"{prefix}B.weight": torch.ones(64, 2)}, folder / "adapter_model.bin"
+    )
+    torch.save(extra, folder / "non_lora_trainables.bin")
+    return folder
+
+
+def test_a_lora_with_a_trained_head_and_without_a_tokenizer(
+    tmp_path: Path, model: transformers.LlavaForConditionalGeneration
+) -> None:
+    base = with_tokenizer(write_original(model, tmp_path / "base", "bin"))
+    head = torch.randn(448, 64)
+    extra = {"base_model.model.model.mm_projector.0.bias": torch.zeros(64), "base_model.model.lm_head.weight": head}
+    checkpoint = load(lora_folder(tmp_path / "lora", base, extra))
+    assert checkpoint.tokenizer == base
+    assert torch.equal(checkpoint.tensors["language_model.lm_head.weight"], head)
+    query = "language_model.model.layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(checkpoint.tensors[query], canonical(model)[query] + 2 * 2)  # alpha / r times r ones
+    extra["base_model.model.model.new_part"] = head
+    with pytest.raises(BadInput, match=r"no place for \(base_model\.model\.model\.new_part of .*non_lora_trainables"):
+        load(lora_folder(tmp_path / "other", base, extra))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_an_adapter_of_transformers_layout(
+    tmp_path: Path, model: transformers.LlavaForConditionalGeneration, apart: bool
+) -> None:
+    model.save_pretrained(tmp_path / "base")
+    with_tokenizer(tmp_path / "base")
+    folder = tmp_path / ("adapter" if apart else "base")
+    folder.mkdir(exist_ok=True)
+    adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(tmp_path / "base")}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    prefix = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_"
+    save_file(
+        {f"{prefix}A.weight": torch.ones(2, 64), f"{prefix}B.weight": torch.ones(64, 2)},
+        folder / "adapter_model.safetensors",
+    )
+    checkpoint = load(folder)
+    query = "language_model.model.layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(checkpoint.tensors[query], canonical(model)[query] + 4)
+    assert checkpoint.tokenizer == tmp_path / "base"
+
+
+@pytest.mark.parametrize("name", ["llava-v1.5-dev01", "llava-llama-2", "rev02"])
+def test_no_letter_of_a_folders_name_chooses_the_prompt(
+    tmp_path: Path, model: transformers.LlavaForConditionalGeneration, name: str
+) -> None:
+    folder = write_original(model, tmp_path / name, "bin")
+    llama_sentencepiece(folder)
+    assert plan(load(folder)).prompt.name == "vicuna_v1"
+    change(folder, conv_mode="llava_llama_2")
+    made = plan(load(folder))
+    assert (made.prompt.name, made.prompt_from) == ("llava_llama_2", "conv_mode of config.json")
+    made = plan(resolve("llava", str(folder), template="llava_v0"))
+    assert (made.prompt.name, made.prompt_from) == ("llava_v0", "--template")
+    change(folder, conv_mode="mpt")
+    with pytest.raises(BadInput, match="has conv_mode 'mpt', which is not known; choose one with --template"):
+        plan(load(folder))
+    with pytest.raises(BadInput, match="unknown template 'v9'; use one of vicuna_v1"):
+        resolve("llava", str(folder), template="v9")
+
+
+def test_the_checkpoints_chat_template_is_the_prompt(
+    tmp_path: Path, model: transformers.LlavaForConditionalGeneration
+) -> None:
+    model.save_pretrained(tmp_path)
+    llama_sentencepiece(tmp_path)
+    text = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+    text += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    (tmp_path / "chat_template.jinja").write_text(text)
+    made = plan(load(tmp_path))
+    assert made.prompt_from == "the chat template in chat_template.jinja"
+    assert (made.prompt.first, made.prompt.next) == ("<user>{text}<end><assistant>",) * 2
+    assert (made.prompt.answer, made.prompt.stop) == ("{text}<end>", ["<end>"])
+
+
+def test_pictures_between_marks(tmp_path: Path, model: transformers.LlavaForConditionalGeneration) -> None:
+    folder = write_original(model, tmp_path / "llava", "bin")
+    llama_sentencepiece(folder)
+    change(folder, mm_use_im_start_end=True)
+    with pytest.raises(BadInput, match="has no token <im_start>"):
+        plan(load(folder))
+    (folder / "added_tokens.json").write_text(json.dumps({"<im_start>": 420, "<im_end>": 421}))
+    read_tokenizer.cache_clear()
+    made = plan(load(folder))
+    assert [(slot.open, slot.close) for slot in made.prompt.slots] == [("<im_start>", "<im_end>")]
+    assert made.tokenizers[0].added == ["<im_start>", "<im_end>"]
+
+
+def test_licence_and_base_of_the_model_card(tmp_path: Path, model: transformers.LlavaForConditionalGeneration) -> None:
+    folder = with_tokenizer(write_original(model, tmp_path / "llava", "bin"))
+    (folder / "README.md").write_text("---\nlicense: llama2\nbase_model:\n- lmsys/vicuna-7b-v1.5\n---\n# A model\n")
+    source = load(folder).source
+    assert (source["licence"], source["base_model"]) == ("llama2", "lmsys/vicuna-7b-v1.5")
 
 
 def test_missing_weights_are_named(tmp_path: Path, model: transformers.LlavaForConditionalGeneration) -> None:

@@ -215,7 +215,7 @@ def test_chat_takes_a_picture_in_a_later_turn(model: Model, calls: list[Any]) ->
     ("wanted", "text", "closed"),
     [
         (["▁red", "##", "#"], "red", ["▁red", "##", "#"]),  # closed by the model, token by token
-        (["▁red"], "red", ["▁red", "▁", "##", "#"]),  # ended otherwise: closed by the template
+        (["▁red"], "red", ["▁red", "##", "#"]),  # ended otherwise: closed by the template, without a space
     ],
 )
 def test_how_a_stopped_turn_is_remembered(

@@ -56,11 +56,12 @@ def assert_same_tokens(gguf_path: Path, folder: Path, corpus: Iterable[str] = NA
     tokenizer = read_tokenizer(folder)
     expected = checkpoint_tokenizer(folder)
     texts = list(corpus)
-    added = [t for t, kind in zip(tokenizer.tokens, tokenizer.types) if kind in (CONTROL, USER_DEFINED)]
-    for token in added:
-        texts += [f"a{token}b", f"a {token} b", f"a  {token}  b\n", f"{token}{token}"]
     lead = " " if tokenizer.first_space else ""
-    with _tokenizer_of(gguf_path) as tokenize:
+    with _tokenizer_of(gguf_path) as (tokenize, rows):
+        held = zip(tokenizer.tokens[:rows], tokenizer.types)
+        added = [token for token, kind in held if kind in (CONTROL, USER_DEFINED)]
+        for token in added:
+            texts += [f"a{token}b", f"a {token} b", f"a  {token}  b\n", f"{token}{token}"]
         for text in texts:
             if tokenizer.normalized:
                 text = unicodedata.normalize("NFC", text)
@@ -75,8 +76,8 @@ def assert_same_tokens(gguf_path: Path, folder: Path, corpus: Iterable[str] = NA
 
 
 @contextlib.contextmanager
-def _tokenizer_of(path: Path) -> Iterator[Callable[[str], list[int]]]:
-    """llama.cpp's tokenizer of a GGUF file, loaded without the weights."""
+def _tokenizer_of(path: Path) -> Iterator[tuple[Callable[[str], list[int]], int]]:
+    """llama.cpp's tokenizer of a GGUF file, loaded without the weights, and how many tokens it has."""
     llama = library()
     settings = llama.llama_model_default_params()
     settings.vocab_only = True
@@ -93,6 +94,6 @@ def _tokenizer_of(path: Path) -> Iterator[Callable[[str], list[int]]]:
         return list(ids[:count])
 
     try:
-        yield tokenize
+        yield tokenize, llama.llama_vocab_n_tokens(vocabulary)
     finally:
         llama.llama_model_free(model)

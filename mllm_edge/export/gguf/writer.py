@@ -16,6 +16,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -23,7 +24,7 @@ import numpy as np
 
 from mllm_edge.bundle.manifest import EmbeddingTable, GgufDetails, LanguageModelEntry
 from mllm_edge.bundle.read import file_entry
-from mllm_edge.checkpoints.tokenizer import UNUSED, Tokenizer, read_tokenizer
+from mllm_edge.checkpoints.tokenizer import UNUSED, Tokenizer, fitting_tokenizer
 from mllm_edge.errors import BadInput, look_up
 from mllm_edge.export.gguf.k_quants import chosen_types, quantize_rows
 from mllm_edge.export.gguf.maps import MAPS, Map
@@ -37,8 +38,24 @@ TYPE = gguf.GGMLQuantizationType
 Progress = Callable[[int, int], None]  # weights written so far, and in all
 
 
+@dataclass(frozen=True)
+class About:
+    """What the file tells other tools of its model: name, license, the model on the hub (org/name) that it was made
+    from, and a Jinja template of its dialogues."""
+
+    name: str = ""
+    licence: str = ""
+    base_model: str = ""
+    chat_template: str = ""
+
+
 def export_language_model(
-    lm: LanguageModelExport, path: Path, quant: str, progress: Progress | None = None, made_from: str = ""
+    lm: LanguageModelExport,
+    path: Path,
+    quant: str,
+    progress: Progress | None = None,
+    made_from: str = "",
+    about: About | None = None,
 ) -> LanguageModelEntry:
     """Write `lm` to `path` and describe it for the manifest. The file gets its name when it is complete; one that was
     started from the same weights is continued.
@@ -49,6 +66,7 @@ def export_language_model(
         quant: one of `quants.QUANTS`.
         progress: called after each tensor.
         made_from: stands for the weights and settings; a file started under the same name is continued.
+        about: for other tools.
 
     Raises:
         BadInput: an unknown quantization, a tokenizer with more tokens than the model, weights of wrong shape.
@@ -60,21 +78,24 @@ def export_language_model(
     for stale in path.parent.glob(f"{path.name}.*.partial"):
         if stale != partial or not made_from:
             stale.unlink()
-    write_gguf(lm, partial, quant, progress)
+    write_gguf(lm, partial, quant, progress, about)
     partial.replace(path)
     return _entry(lm, path, quant)
 
 
-def write_gguf(lm: LanguageModelExport, path: Path, quant: str, progress: Progress | None = None) -> None:
+def write_gguf(
+    lm: LanguageModelExport, path: Path, quant: str, progress: Progress | None = None, about: About | None = None
+) -> None:
     """Write `lm` in one pass, vectors as F32; tensors that stand in the file already are not written again.
 
     Raises:
         BadInput: see `export_language_model`.
     """
     form = look_up("architecture", lm.architecture, MAPS)
-    shapes = form.tensor_shapes(lm.dims)
+    made = form.made(lm.dims)
+    shapes = {**form.tensor_shapes(lm.dims), **{name: array.shape for name, array in made.items()}}
     types = _types(form, lm.dims, shapes, quant)
-    head = _head(form, lm, shapes, types, quant, path)
+    head = _head(form, lm, shapes, types, quant, path, about or About())
     sizes = [_bytes(shape, types[name]) for name, shape in shapes.items()]
     padded = [gguf.GGUFWriter.ggml_pad(size, gguf.GGUF_DEFAULT_ALIGNMENT) for size in sizes]
     ends = [len(head) + end for end in itertools.accumulate(padded)]
@@ -86,7 +107,7 @@ def write_gguf(lm: LanguageModelExport, path: Path, quant: str, progress: Progre
         if done and progress:
             progress(weights[done - 1], weights[-1])
         for number, (name, shape) in itertools.islice(enumerate(shapes.items()), done, None):
-            file.write(_tensor(form, lm, name, shape, types[name]).data)
+            file.write(made[name].data if name in made else _tensor(form, lm, name, shape, types[name]).data)
             file.write(bytes(padded[number] - sizes[number]))
             if progress:
                 progress(weights[number], weights[-1])
@@ -113,6 +134,7 @@ def _head(
     types: dict[str, TYPE],
     quant: str,
     path: Path,
+    about: About,
 ) -> bytes:
     """All that stands before the tensors."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -121,7 +143,8 @@ def _head(
         try:
             _write_about(writer, form, lm.dims, gguf.LlamaFileType[QUANTS[quant].file_type])
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-            _write_tokenizer(writer, read_tokenizer(lm.tokenizer), lm.dims.vocabulary, lm.tokenizer)
+            _write_origin(writer, about)
+            _write_tokenizer(writer, fitting_tokenizer(lm.tokenizer, lm.dims.vocabulary), lm.dims.vocabulary)
             for name, gguf_name in form.names(lm.dims, shapes).items():
                 shape, kind = shapes[name], types[name]
                 size = _bytes(shape, kind)
@@ -175,18 +198,27 @@ def _tensor(form: Map, lm: LanguageModelExport, name: str, shape: tuple[int, ...
 
 
 def _write_about(writer: gguf.GGUFWriter, form: Map, dims: DecoderDims, file_type: gguf.LlamaFileType) -> None:
-    writer.add_name("mllm-edge language model")
     writer.add_string("general.mllm_edge_version", __version__)
     writer.add_file_type(file_type)
     form.write_dims(writer, dims)
 
 
-def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocabulary: int, folder: Path) -> None:
+def _write_origin(writer: gguf.GGUFWriter, about: About) -> None:
+    writer.add_name(about.name or "mllm-edge language model")
+    if about.licence:
+        writer.add_license(about.licence)
+    if about.base_model:
+        organization, _, name = about.base_model.partition("/")
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, name)
+        writer.add_base_model_organization(0, organization)
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{about.base_model}")
+    if about.chat_template:
+        writer.add_chat_template(about.chat_template)
+
+
+def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocabulary: int) -> None:
     missing = vocabulary - len(tokenizer.tokens)
-    if missing < 0:
-        raise BadInput(
-            f"{folder} has {len(tokenizer.tokens)} tokens but the model {vocabulary} rows; use the model's tokenizer"
-        )
     # Published tables are padded to round sizes: rows that no token uses.
     filler = [f"[PAD{len(tokenizer.tokens) + i}]" for i in range(missing)]
     writer.add_tokenizer_model(tokenizer.model)

@@ -95,10 +95,14 @@ def verify_bundle(folder: Path, weights: str | None = None) -> list[Parity]:
     manifest = read_manifest(folder)
     module = models.get(manifest.system).load_module()
     source = manifest.source
-    weights = weights or source.get("path") or source["kind"]  # "random" and the shipped ones have no path
+    made_from = source.get("path")
+    if made_from and not weights and not Path(made_from).exists():
+        raise BadInput(f"{made_from}, which the bundle was made from, is not there; say where it is with --weights")
+    weights = weights or made_from or source.get("kind", "")  # "random" and the shipped ones have no path
     checkpoint = resolve(manifest.system, weights, manifest.config if weights == "random" else None)
     if checkpoint.source.get("sha256") != source.get("sha256"):
         raise BadInput(f"{folder} was made from other weights ({source}); say where those are with --weights")
+    checkpoint = dataclasses.replace(checkpoint, prompt=lambda: (manifest.prompt, ""))  # --template may have chosen it
     plan = merged_like(manifest, module.plan(checkpoint))
     rows = verify(folder, checkpoint, plan, pictures(PICTURES))
     write_manifest(dataclasses.replace(manifest, parity=with_rows(manifest.parity, rows)), folder)

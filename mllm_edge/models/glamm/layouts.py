@@ -10,18 +10,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllm_edge.checkpoints.tensors import Tensors, check_shapes, open_file, open_folder, read_json, renamed
+from mllm_edge.checkpoints.tensors import (
+    Tensors,
+    check_all_used,
+    check_shapes,
+    open_file,
+    open_folder,
+    read_json,
+    renamed,
+)
 from mllm_edge.errors import BadInput
 from mllm_edge.models.blocks.encoders import encoder_dims, encoder_settings
 from mllm_edge.models.blocks.region import RegionDims
 from mllm_edge.models.blocks.sam import SamDims
 from mllm_edge.models.blocks.sam_decoder import MaskDecoderDims
 from mllm_edge.models.blocks.vit import VitDims
+from mllm_edge.models.fields import refuse_quantized
 from mllm_edge.models.glamm.model import ADDED, GlammDims, tensor_shapes
 from mllm_edge.models.language.llama import LlamaDims
-from mllm_edge.models.layouts import OURS, canonical_name, copy_tokenizer, opened, save
-from mllm_edge.models.llava.layouts import open_original
+from mllm_edge.models.layouts import OURS, canonical_name, copy_tokenizer, opened, save, tokenizer_of
+from mllm_edge.models.llava.dims import without_effect
 from mllm_edge.models.llava.model import LlavaDims
+from mllm_edge.models.llava.original import open_original
 from mllm_edge.models.plan import Checkpoint
 
 if TYPE_CHECKING:
@@ -29,6 +39,12 @@ if TYPE_CHECKING:
 
 # What GLaMM does not use of SAM: masks as prompts, the IoU head, the other masks of the multi-mask output.
 _UNUSED = r"(?!.*(?:mask_downscaling|iou_prediction_head|output_hypernetworks_mlps\.[1-9]))"
+_WITHOUT_EFFECT = {
+    r"model\.grounding_encoder\..*mask_downscaling\..*": "masks as prompts",
+    r"model\.grounding_encoder\..*iou_prediction_head\..*": "how good SAM thinks its mask is",
+    r"model\.grounding_encoder\..*output_hypernetworks_mlps\.[1-9]\..*": "the other masks of the multi-mask output",
+    r"model\.grounding_encoder\.pixel_(?:mean|std)": "stands in the preprocessing",
+}
 _SAM = (
     (_UNUSED + r"(?:image|mask)_encoder\.", "mask_encoder."),
     (_UNUSED + r"(prompt_encoder|mask_decoder)\.", r"mask_head.\1."),
@@ -48,13 +64,16 @@ def load(folder: Path) -> Checkpoint:
         BadInput: not GLaMM (what it is instead is named), missing or misfit tensors.
     """
     config = read_json(folder / "config.json")
-    folders = [folder]
+    refuse_quantized(config, folder / "config.json")
+    folders, unused = [folder], dict[str, str]()
     if OURS in config:
         dims, tensors = _ours(folder, config)
     else:
         dims, tensors, folders = _published(folder, config)
+        unused = {**without_effect(dims.llava.vision), **_WITHOUT_EFFECT}
     check_shapes(tensors, tensor_shapes(dims), str(folder))
-    return opened("glamm", folder, config, dims, tensors, folders)
+    check_all_used(tensors, tensor_shapes(dims), unused, str(folder))
+    return opened("glamm", folder, config, dims, tensors, folders, tokenizer_of(folders))
 
 
 def save_glamm(
@@ -119,7 +138,8 @@ def _published(folder: Path, config: dict[str, Any]) -> tuple[GlammDims, Tensors
             f"{folder} is a {kind} checkpoint without a grounding encoder, not GLaMM; give a GLaMM checkpoint"
         )
     settings = {**config, "mm_vision_tower": tower, "mm_projector_type": "mlp2x_gelu", "mm_use_im_start_end": False}
-    llava, tensors, folders = open_original(folder, settings, _GROUNDING)
+    found = open_original(folder, settings, _GROUNDING)
+    llava, tensors, folders = found.dims, found.tensors, [*found.folders, found.tower]
     assert isinstance(llava.vision, VitDims)
     last = llava.vision.layers - 1  # hidden state -2, and every third before it
     taps = tuple(range(last - 9, last + 1, 3))

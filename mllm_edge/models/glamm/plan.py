@@ -10,8 +10,7 @@ from torch import nn
 from mllm_edge.bundle.answers import MasksAnswer
 from mllm_edge.bundle.manifest import Generation, TensorSpec, Tokenizer
 from mllm_edge.bundle.sources import Boxes, Pixels, States
-from mllm_edge.checkpoints.tokenizer import lead, read_tokenizer
-from mllm_edge.errors import BadInput
+from mllm_edge.checkpoints.tokenizer import lead, require_tokens
 from mllm_edge.models.blocks.region import RegionEncoder
 from mllm_edge.models.blocks.sam import SamImageEncoder
 from mllm_edge.models.blocks.vit import VitDims
@@ -27,6 +26,7 @@ from mllm_edge.models.llava.plan import preprocessing as clip_preprocessing
 from mllm_edge.models.parts import Part, filled
 from mllm_edge.models.plan import Checkpoint, ExportPlan, StageExport
 
+PROMPTS = {PROMPT.name: PROMPT}
 SAM_MEAN = (123.675, 116.28, 103.53)  # on 0..255
 SAM_STD = (58.395, 57.12, 57.375)
 EXAMPLE_BOXES = np.array([[0.1, 0.2, 0.5, 0.7], [0.0, 0.0, 1.0, 1.0], [0.6, 0.55, 0.9, 0.8]], np.float32)
@@ -63,10 +63,7 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
     mask_pixels = TensorSpec("mask_pixel_values", "float32", [1, 3, side, side])
     embedding = TensorSpec("image_embedding", "float32", [1, channels, grid, grid])
     states = TensorSpec("seg_states", "float32", ["masks", width])
-    known = set(read_tokenizer(checkpoint.tokenizer).tokens)
-    lacking = [token for token in ADDED if token not in known]
-    if lacking:
-        raise BadInput(f"{checkpoint.tokenizer} has no {lacking[0]}; give GLaMM's own tokenizer")
+    require_tokens(checkpoint.tokenizer, ADDED)
 
     def part(prefix: str, make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
         weights = Part(checkpoint.tensors, list(tensor_shapes(dims)), prefix)

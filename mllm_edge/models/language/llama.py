@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LlamaDims:
-    """Shape of a LLaMA-architecture decoder (widths in channels, context in tokens)."""
+    """Shape of a LLaMA-architecture decoder (widths in channels, context in tokens).
+
+    `attention_bias` and `mlp_bias` say whether those projections have biases. `rope_scaling` are transformers'
+    `rope_parameters` beside the base, where positions are scaled.
+    """
 
     vocabulary: int
     width: int
@@ -27,6 +31,9 @@ class LlamaDims:
     rope_theta: float = 10000.0
     tied: bool = False
     head_width: int | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope_scaling: dict[str, Any] | None = None
 
     @property
     def head_dim(self) -> int:
@@ -70,7 +77,9 @@ def llama(dims: LlamaDims) -> nn.Module:
         head_dim=dims.head_dim,
         max_position_embeddings=dims.context,
         rms_norm_eps=dims.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": dims.rope_theta},
+        attention_bias=dims.attention_bias,
+        mlp_bias=dims.mlp_bias,
+        rope_parameters={"rope_type": "default", **(dims.rope_scaling or {}), "rope_theta": dims.rope_theta},
         tie_word_embeddings=dims.tied,
         bos_token_id=1,
         eos_token_id=2,

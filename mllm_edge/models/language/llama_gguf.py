@@ -48,7 +48,7 @@ def open_gguf(path: Path) -> tuple[LlamaDims, Tensors]:
 
     reader = _read(path)
     dims = _dims(path, reader)
-    found = {_name(path, tensor.name): tensor for tensor in reader.tensors if tensor.name != "rope_freqs.weight"}
+    found = {_name(path, tensor.name): tensor for tensor in reader.tensors}
 
     def get(name: str) -> Tensor:
         tensor = found[name]
@@ -126,6 +126,10 @@ def _dims(path: Path, reader: Any) -> LlamaDims:
         raise BadInput(f"{path} is of architecture {architecture}; llama is supported")
     heads = _value(reader, "llama.attention.head_count")
     width = _value(reader, "llama.embedding_length")
+    scaling = _value(reader, "llama.rope.scaling.type", "none")
+    names = [tensor.name for tensor in reader.tensors]
+    if scaling != "none" or "rope_freqs.weight" in names:
+        raise BadInput(f"{path} has scaled rotary positions, which are read from Hugging Face's layout; give that")
     return LlamaDims(
         vocabulary=len(_value(reader, "tokenizer.ggml.tokens")),
         width=width,
@@ -136,7 +140,9 @@ def _dims(path: Path, reader: Any) -> LlamaDims:
         context=_value(reader, "llama.context_length"),
         norm_eps=round(float(_value(reader, "llama.attention.layer_norm_rms_epsilon")), 9),
         rope_theta=float(_value(reader, "llama.rope.freq_base", 10000.0)),
-        tied=all(tensor.name != "output.weight" for tensor in reader.tensors),
+        tied="output.weight" not in names,
+        attention_bias="blk.0.attn_q.bias" in names,
+        mlp_bias="blk.0.ffn_up.bias" in names,
     )
 
 
@@ -145,21 +151,20 @@ def _name(path: Path, name: str) -> str:
         return _OUTER[name]
     prefix, _, rest = name.partition(".")
     number, _, inner = rest.partition(".")
-    module = _INNER.get(inner.removesuffix(".weight"))
-    if prefix != "blk" or module is None:
+    part, _, kind = inner.rpartition(".")
+    if prefix != "blk" or part not in _INNER or kind not in ("weight", "bias"):
         raise BadInput(f"{path} has a tensor {name}, which a LLaMA has not")
-    return f"model.layers.{number}.{module}.weight"
+    return f"model.layers.{number}.{_INNER[part]}.{kind}"
 
 
 def interleave_rotary(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder the rows of a q or k projection [H*d,D] from Hugging Face's half-rotation to llama.cpp's pairs."""
-    rows, width = weight.shape
+    """Reorder the rows of a q or k projection [H*d,D], or its bias [H*d], from Hugging Face's half-rotation to
+    llama.cpp's pairs."""
     # [H,2,d/2,D] -> [H,d/2,2,D]
-    return weight.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
+    return weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
 def half_rotary(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undo `interleave_rotary`, [H*d,D]: pairs (i, i + half) are adjacent in a GGUF file."""
-    rows, width = weight.shape
+    """Undo `interleave_rotary`: pairs (i, i + half) are adjacent in a GGUF file."""
     # [H,d/2,2,D] -> [H,2,d/2,D]
-    return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
+    return weight.reshape(heads, len(weight) // heads // 2, 2, -1).swapaxes(1, 2).reshape(weight.shape)

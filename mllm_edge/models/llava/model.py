@@ -26,8 +26,9 @@ IMAGE_INDEX = -200  # placeholder id for a picture's embeddings (llava/constants
 class LlavaDims:
     """The whole system's shape.
 
-    `merge` is the side of the square of neighbouring features whose embeddings are averaged into one; `fit` is how a
-    picture is made square; `template` names an entry of `PROMPTS`.
+    `merge` is the side of the square of neighbouring features whose embeddings are averaged into one; `fit` and
+    `resample` are how a picture is made square; `template` names an entry of `PROMPTS`; `marked` pictures stand between
+    two tokens in the prompt.
     """
 
     vision: EncoderDims
@@ -38,6 +39,8 @@ class LlavaDims:
     template: str = "vicuna_v1"
     mean: tuple[float, ...] = IMAGE_MEAN
     std: tuple[float, ...] = IMAGE_STD
+    resample: str = "bicubic"
+    marked: bool = False
 
     @property
     def image_tokens(self) -> int:

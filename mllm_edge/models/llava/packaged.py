@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mllm_edge.checkpoints.lora import merge_lora
 from mllm_edge.checkpoints.packages import PackagedFile, locate
-from mllm_edge.checkpoints.tensors import Tensors, merge_lora, merged, open_file, renamed
+from mllm_edge.checkpoints.tensors import Tensors, merged, open_file, renamed
 from mllm_edge.machine.facts import cache_folder
 from mllm_edge.models.blocks.mobilenet import from_torchvision_order
 from mllm_edge.models.language.llama_gguf import open_gguf, write_tokenizer

@@ -6,16 +6,18 @@ from pathlib import Path
 
 from mllm_edge.bundle.manifest import Generation, TensorSpec, Tokenizer
 from mllm_edge.bundle.sources import Pixels
-from mllm_edge.checkpoints.tokenizer import lead
+from mllm_edge.checkpoints.tokenizer import fitting_tokenizer, lead, require_tokens
 from mllm_edge.models.blocks.encoders import float32_modules, vision_encoder
 from mllm_edge.models.language.llama import LlamaDims, LlamaReference, llama
+from mllm_edge.models.llava.conversation import marked
 from mllm_edge.models.llava.layouts import load as load
 from mllm_edge.models.llava.model import CONFIGS as CONFIGS
 from mllm_edge.models.llava.model import SHIPPED as SHIPPED
 from mllm_edge.models.llava.model import LlavaDims
 from mllm_edge.models.llava.model import build as build
 from mllm_edge.models.llava.model import tensor_shapes as tensor_shapes
-from mllm_edge.models.llava.prompts import EMBEDS, PROMPTS
+from mllm_edge.models.llava.prompts import EMBEDS, MARKS
+from mllm_edge.models.llava.prompts import PROMPTS as PROMPTS
 from mllm_edge.models.parts import Decoder, Part, filled
 from mllm_edge.models.plan import Checkpoint, ExportPlan, LanguageModelExport, StageExport
 
@@ -30,6 +32,11 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
     pixels = TensorSpec("pixel_values", "float32", [1, 3, size, size])
     features = TensorSpec("image_features", "float32", [1, patches, dims.vision.width])
     embeds = TensorSpec(EMBEDS, "float32", [1, dims.image_tokens, dims.language.width])
+    prompt, prompt_from = checkpoint.prompt() if checkpoint.prompt else (PROMPTS[dims.template], "")
+    if dims.marked:
+        prompt = marked(prompt)
+        require_tokens(checkpoint.tokenizer, MARKS)
+    added = list(MARKS) if dims.marked else []
     return ExportPlan(
         tasks=["chat"],
         sources=[preprocessing(dims)],
@@ -52,17 +59,21 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
                 precisions=("fp32", "fp16"),
             ),
         ],
-        tokenizers=[Tokenizer("language_model", "gguf", "language_model.gguf", lead(checkpoint.tokenizer))],
+        tokenizers=[
+            Tokenizer("language_model", "gguf", "language_model.gguf", lead(checkpoint.tokenizer), added=added)
+        ],
         language_model=language_model(checkpoint, dims.language, names),
-        prompt=PROMPTS[dims.template],
+        prompt=prompt,
         generation=Generation(),
         licences={"weights": checkpoint.source.get("licence", "see the checkpoint's own licence")},
+        prompt_from=prompt_from,
         extras={"mmproj": lambda path: _write_mmproj(checkpoint, path)},
     )
 
 
 def language_model(checkpoint: Checkpoint, dims: LlamaDims, names: list[str]) -> LanguageModelExport:
-    """The decoder of a checkpoint whose tensors have `names`."""
+    """The decoder of a checkpoint whose tensors have `names`. Raises BadInput where its tokenizer does not fit."""
+    fitting_tokenizer(checkpoint.tokenizer, dims.vocabulary)
     tensors = Part(checkpoint.tensors, names, "language_model.")
     return LanguageModelExport(
         dims,
@@ -78,7 +89,7 @@ def preprocessing(dims: LlavaDims) -> Pixels:
         "pixel_values",
         size=dims.vision.image_size,
         fit=dims.fit,
-        resample="bicubic",
+        resample=dims.resample,
         pad_color=[int(255 * value) for value in dims.mean],
         mean=list(dims.mean),
         std=list(dims.std),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mllm_edge.bundle.manifest import Prompt, Slot
 
 EMBEDS = "image_embeds"  # a picture in the decoder's space
+MARKS = ("<im_start>", "<im_end>")  # around a picture, where a checkpoint has mm_use_im_start_end
 PICTURE = Slot("<image>", "pixels", [EMBEDS], joint="<image>\n")
 
 _ASSISTANT = "gives helpful, detailed, and polite answers to the {0}'s questions."
@@ -41,7 +42,7 @@ PROMPTS: dict[str, Prompt] = {
             "llava_llama_2",
             _LLAMA_2,
             "[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{text} [/INST]",
-            "[INST] {text} [/INST]",
+            "<s>[INST] {text} [/INST]",
             " {text} </s>",
             ["</s>"],
         ),

@@ -1,0 +1,85 @@
+"""Fields of a config.json that change the computation: each is read, or equal to what is built, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mllm_edge.errors import BadInput
+
+Fields = Mapping[str, Any]
+_NEEDED = object()
+
+
+def whole(config: Fields, key: str, where: Path, default: Any = _NEEDED) -> int:
+    """A count from a config; `default` where it is left out or null.
+
+    Raises:
+        BadInput: it is no positive whole number, or is needed and lacking.
+    """
+    value = config.get(key)
+    if value is None and default is not _NEEDED:
+        return int(default)
+    if value is None:
+        raise BadInput(f"{where} lacks {key}; copy the checkpoint's own config")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+        raise BadInput(f"{where} has {key} {value!r}, which is no count; copy it again")
+    return value
+
+
+def real(config: Fields, key: str, where: Path, default: Any = _NEEDED) -> float:
+    """A positive number from a config; `default` where it is left out or null. Raises BadInput as `whole` does."""
+    value = config.get(key)
+    if value is None and default is not _NEEDED:
+        return float(default)
+    if value is None:
+        raise BadInput(f"{where} lacks {key}; copy the checkpoint's own config")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
+        raise BadInput(f"{where} has {key} {value!r}, which is no positive number; copy it again")
+    return float(value)
+
+
+def flag(config: Fields, key: str, where: Path, default: bool = False) -> bool:
+    """A truth value from a config. Raises BadInput where it is another thing."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise BadInput(f"{where} has {key} {value!r}, which is neither true nor false; copy it again")
+    return value
+
+
+def check_fixed(config: Fields, fixed: Mapping[str, tuple[Any, ...]], where: Path) -> None:
+    """Refuse values other than those that are built.
+
+    Args:
+        config: the fields.
+        fixed: a field and its possible values; a field that is left out is as if it had one of them.
+        where: the file, for the message.
+
+    Raises:
+        BadInput: names the field, its value and the file.
+    """
+    for key, allowed in fixed.items():
+        if key in config and config[key] not in allowed:
+            supported = " or ".join(repr(value) for value in allowed if value is not None)
+            only = f"{supported} is" if supported else "none is"
+            raise BadInput(
+                f"{where} has {key} {config[key]!r}, which is not supported ({only}); use another checkpoint"
+            )
+
+
+def refuse_quantized(config: Fields, where: Path) -> None:
+    """Refuse a checkpoint whose weights are codes of some format. Raises BadInput that names the format."""
+    for inner in (config, config.get("text_config"), config.get("vision_config")):
+        found = (
+            (inner.get("quantization_config") or inner.get("compression_config")) if isinstance(inner, dict) else None
+        )
+        if found:
+            details = found if isinstance(found, dict) else {}
+            form = " ".join(str(details[key]) for key in ("quant_method", "format") if details.get(key)) or str(found)
+            raise BadInput(
+                f"{where} has a quantization_config: its weights are codes of {form}; give the checkpoint that was not "
+                "quantized, export quantizes it with --quant"
+            )
