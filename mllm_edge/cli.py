@@ -1,88 +1,17 @@
-"""The app, and `main`, the one place where errors are shown. The commands are in `commands/`."""
+"""`main`, the one place where errors are shown. The app is in `commands/app.py`, the commands beside it."""
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
-
-import typer
-
-from mllm_edge.commands import ask, look, make, measure
-from mllm_edge.commands.frame import VERBS, Common
-from mllm_edge.commands.screen import Interrupted, Screen
-from mllm_edge.errors import BadInput
-from mllm_edge.version import __version__
-
-# What typer raises for a wrong command line. Its home moved between typer's versions, its place above BadParameter not.
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-
-
-app = typer.Typer(
-    name="mllm-edge",
-    help="Multimodal LLMs from a recipe or a public checkpoint to the machine they must run on.",
-    epilog="Every command takes --json, --quiet and --debug. Exit codes: 0 done, 1 failed or out of tolerance, 2 bad "
-    "usage or input.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: drawing boxes with rich would double the time of --help
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for _group in (look, make, ask, measure):
-    for _verb in VERBS[_group.__name__]:
-        app.command(name=_verb.name, epilog=_verb.epilog)(_verb.command)
-
-
-@app.callback(invoke_without_command=True)
-def root(
-    ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    if version:
-        typer.echo(f"mllm-edge {__version__}")
-    elif ctx.invoked_subcommand is None:
-        typer.echo(ctx.get_help())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code. The only place where any error is caught."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    options = words[: words.index("--")] if "--" in words else words
-    screen = Screen(**{field.name: f"--{field.name}" in options for field in dataclasses.fields(Common)})
-    try:
-        code = typer.main.get_command(app).main(words, "mllm-edge", standalone_mode=False, obj=screen)
-        sys.stdout.flush()
-        return code if isinstance(code, int) else 0
-    except UsageError as error:
-        return screen.error(BadInput(_usage(error)))
-    except KeyboardInterrupt:  # before or after the command itself
-        return screen.error(Interrupted("interrupted"))
-    except BrokenPipeError:  # the reader of stdout has gone, as `head` does
-        _drop_stdout()
-        return 1
-    except Exception as error:  # noqa: BLE001  the boundary: whatever it is becomes one line
-        try:
-            sys.stdout.flush()
-        except OSError:  # stdout is a file on a full disk
-            _drop_stdout()
-        return screen.error(error)
-
-
-def _drop_stdout() -> None:
-    """What is still buffered cannot be written; Python would try once more at its end, with a traceback."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _usage(error: Exception) -> str:
-    """Typer's message as one line in our form: what is wrong; what to do."""
-    what = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
-    what, question, near = what.partition(". Did you mean ")
-    context = getattr(error, "ctx", None)
-    hint = (
-        f"did you mean {near.partition('?')[0]}?"
-        if question
-        else f"see: {context.command_path if context else 'mllm-edge'} --help"
-    )
-    return f"{what[:1].lower()}{what[1:]}; {hint}"
+    """Run the command line; returns the exit code."""
+    try:  # importing takes long enough for Ctrl-C
+        from mllm_edge.commands.run import run
+    except KeyboardInterrupt:
+        if sys.stderr is not None:
+            print("interrupted; nothing was changed", file=sys.stderr)
+        return 130
+    return run(list(sys.argv[1:] if arguments is None else arguments))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import shutil
 import sys
 import warnings
@@ -204,7 +205,52 @@ def test_chat_shows_another_picture(folder: Path, picture: Path, call: Call) -> 
     words = ["chat", folder, "--max-tokens", 3, "--json"]
     turns = call(*words, text=f"the\n/image {picture}\nred\n").document["turns"]
     assert [turn["tokens"]["image"] for turn in turns] == [0, 4]
-    assert call(*words, text="the\n/image nowhere.png\nred\n").code == 2
+
+
+def test_what_was_answered_is_shown_before_the_turn_that_fails(folder: Path, call: Call) -> None:
+    words, text = ["chat", folder, "--max-tokens", 3], "the\nred\n/image nowhere.png\nblue\n"
+    said = call(*words, "--json", text=text)
+    assert said.code == said.document["exit_code"] == 2
+    assert [turn["prompt"] for turn in said.document["turns"]] == ["the", "red"]
+    assert said.document["error"] == "nowhere.png does not exist; check the path"
+    assert call(*words, text=text).out == call(*words, text="the\nred\n").out
+
+
+def test_text_is_bounded(folder: Path, call: Call) -> None:
+    assert "over 1048576 characters" in call("run", folder, text="a" * (1 << 21)).error
+    assert "stop strings are over" in call("run", folder, "the", "--stop", "a" * 20_000).error
+    assert "threads is 100000; it must be" in call("run", folder, "the", "--threads", 100_000).error
+
+
+def test_nothing_of_a_file_commands_the_terminal(folder: Path, tmp_path: Path, call: Call) -> None:
+    evil = tmp_path / "evil.bundle"
+    shutil.copytree(folder, evil)
+    manifest = json.loads((evil / "bundle.json").read_text())
+    manifest["licences"] = {"code": "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp"}
+    (evil / "bundle.json").write_text(json.dumps(manifest))
+    shown = call("inspect", evil)
+    assert r"\x1b]0;owned" in shown.out and r"\x1b[2J\x9b31m\u202egnp" in shown.out
+    document = call("inspect", evil, "--json")
+    assert document.document["licences"] == manifest["licences"]
+    error = call("run", "\x1b[2J", "the")
+    for text in (shown.out, document.out, error.err):
+        assert not set(text) & {"\x1b", "\x07", "\x9b", "\u202e"}
+
+
+@pytest.mark.parametrize("place", ["afile", "afile/below", "link"])
+def test_out_that_cannot_be_is_found_before_the_bundle_is_loaded(
+    place: str, folder: Path, tmp_path: Path, call: Call
+) -> None:
+    (tmp_path / "afile").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for verb in (["run", tmp_path / "no.bundle", "the"], ["chat", tmp_path / "no.bundle"]):
+        said = call(*verb, "--out", tmp_path / place)
+        assert said.code == 2 and place in said.error
+
+
+def test_a_path_that_the_system_refuses_is_one_line(call: Call) -> None:
+    said = call("compare", "a" * 300, "b.json")
+    assert said.code == 2 and "debug" not in said.error
 
 
 def test_chat_answers_on_stdout(folder: Path, call: Call) -> None:
@@ -258,8 +304,11 @@ def test_export_passes_its_options_and_reports_steps(
 
     stub_export(export)
     words = ["export", "llava", "--target", "cuda", "--weights", "random", "--config", "1b", "--precision", "fp16"]
-    said = call(*words, "--quant", "q4_k_m", "-o", "x.bundle", "--merge-tokens", "10", "--mmproj", "--force")
+    said = call(
+        *words, "--quant", "q4_k_m", "-o", "x.bundle", "--merge-tokens", "10", "--mmproj", "--force", "--template", "x"
+    )
     assert given == {
+        "template": "x",
         "devices": [],
         "system": "llava",
         "weights": "random",

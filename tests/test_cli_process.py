@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +20,7 @@ def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_importing_the_command_line_loads_nothing_heavy() -> None:
     heavy = ["torch", "transformers", "onnx", "onnxruntime", "llama_cpp", "gguf", "numpy", "PIL", "yaml", "rich"]
-    code = f"import sys, mllm_edge, mllm_edge.cli; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, mllm_edge.commands.run; print([name for name in {heavy} if name in sys.modules])"
     assert python(code).stdout == "[]\n"
 
 
@@ -66,4 +68,57 @@ def test_stdout_on_a_full_disk_is_one_line(words: list[str]) -> None:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "No space left" in done.stderr
+    assert "(No space left on device); " in done.stderr and "--debug" not in done.stderr
+
+
+EDGE = f"{sys.executable} -m mllm_edge"
+
+
+def shell(command: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["bash", "-c", command], capture_output=True, env={**os.environ, **variables}, check=False)
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "line"),
+    [
+        ("systems >&-", 2, b"error: stdout is closed"),
+        ("run nowhere <&-", 2, b"error: there is no prompt"),
+        ("run nowhere < /dev/zero", 2, b"error: stdin has over"),
+        ("run nowhere 0> /dev/null", 2, b"error: stdin cannot be read"),
+        ("systems --json 2>&- | head -c 1", 0, b""),
+        ("run nowhere x 2> /dev/full", 2, b""),
+    ],
+)
+def test_closed_and_broken_streams_are_one_line(command: str, code: int, line: bytes) -> None:
+    done = shell(f"{EDGE} {command}")
+    assert done.returncode == code
+    assert done.stderr.startswith(line) and done.stderr.count(b"\n") == bool(line)
+
+
+def test_an_error_with_json_and_closed_stderr_is_a_document_alone() -> None:
+    assert json.loads(shell(f"{EDGE} run nowhere x --json 2>&-").stdout)["exit_code"] == 2
+
+
+def test_bytes_that_are_no_text_are_replaced(folder: Path) -> None:
+    text = shell(f"printf 'caf\\xe9\\n' | {EDGE} run {folder} --max-tokens 2", PYTHONIOENCODING="utf-8:strict")
+    assert text.returncode == 0, text.stderr
+    words = f"printf 'the\\ncaf\\xe9\\n' | {EDGE} chat {folder} --max-tokens 2 --json"
+    assert [turn["prompt"] for turn in json.loads(shell(words, PYTHONIOENCODING="ascii:strict").stdout)["turns"]] == [
+        "the",
+        "caf\ufffd",
+    ]
+
+
+def test_ctrl_c_while_the_command_line_is_imported() -> None:
+    code = """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Finder())
+from mllm_edge.cli import main
+sys.exit(main(["systems"]))
+"""
+    said = python(code)
+    assert (said.returncode, said.stderr) == (130, "interrupted; nothing was changed\n")

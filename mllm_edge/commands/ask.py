@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,9 @@ import typer
 
 from mllm_edge.commands.frame import Boxes, BundleFolder, Decoding, Drawing, Loading, Pictures, TaskName, verb
 from mllm_edge.commands.screen import Screen
+from mllm_edge.commands.streams import read_all
 from mllm_edge.errors import BadInput
+from mllm_edge.places import can_be_made
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -47,6 +50,8 @@ def run(
     """Ask a bundle once. The answer goes to stdout, its times to stderr."""
     question = prompt if prompt is not None else _piped()
     pictures, boxes = _pictures(image), _boxes(box)
+    if out:
+        can_be_made(out)
     with loading.open(bundle) as model:
         if out and not model.manifest.answers:
             raise BadInput(f"{bundle} ({', '.join(model.manifest.tasks)}) answers with text alone; leave out --out")
@@ -80,7 +85,12 @@ def chat(
     screen.kept = "the dialogue is not kept"
     pictures, boxes = _pictures(image), _boxes(None)
     turns: list[dict[str, Any]] = []
+    screen.finished = {"turns": turns}
+    if out:
+        can_be_made(out)
     with loading.open(bundle) as model:
+        if out:
+            _forget_turns(out)
         dialogue = model.chat(**vars(decoding))
         while (line := screen.question("> ")) is not None and (text := line.strip()) != "/quit":
             command, _, argument = text.partition(" ")
@@ -97,7 +107,7 @@ def chat(
                     _write(screen, answer, out and out / f"turn_{len(turns)}")
                     screen.times(answer)
     if screen.as_json:
-        screen.result({"turns": turns})
+        screen.result(screen.finished)
 
 
 def _boxes(texts: list[str] | None) -> list[list[float]]:
@@ -123,6 +133,16 @@ def _write(screen: Screen, answer: Answer, out: Path | None) -> None:
         )
 
 
+def _forget_turns(out: Path) -> None:
+    """Take away what an earlier dialogue left, so that none of it looks like a part of this one."""
+    from mllm_edge.runtime.answers.write import clear
+
+    for folder in out.glob("turn_*"):
+        clear(folder)
+        with contextlib.suppress(OSError):  # something else is in it
+            folder.rmdir()
+
+
 def _pictures(paths: list[Path] | None) -> list[PIL.Image.Image]:
     """Read pictures before anything large is loaded."""
     from mllm_edge.runtime.images import load_image
@@ -131,7 +151,7 @@ def _pictures(paths: list[Path] | None) -> list[PIL.Image.Image]:
 
 
 def _piped() -> str:
-    text = "" if sys.stdin.isatty() else sys.stdin.read().strip()
+    text = "" if sys.stdin.isatty() else read_all().strip()
     if not text:
         raise BadInput("there is no prompt; write it after the bundle, or pipe it in")
     return text

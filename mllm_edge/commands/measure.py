@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from mllm_edge.commands.frame import BundleFolder, Loading, needs, verb
+from mllm_edge.commands.frame import BundleFolder, Loading, verb
 from mllm_edge.commands.screen import Screen
 from mllm_edge.errors import BadInput, OutOfTolerance
 from mllm_edge.machine import devices
+from mllm_edge.places import file_can_be_made, writing
 from mllm_edge.quants import KV_TYPES, PRECISIONS, QUANTS
 from mllm_edge.targets import TARGETS
 
@@ -53,8 +54,8 @@ def bench(
 
     form = form or (out.suffix.removeprefix(".") if out else "md")
     measuring.check_form(form)
-    if out and not out.parent.is_dir():
-        raise BadInput(f"{out.parent} is no folder; make it, or write elsewhere")
+    for file in filter(None, (out, plot, curve)):
+        file_can_be_made(file)
     measuring.check_quality(quality, cases, curve, bundles)
     draw = measuring.plotter(plot) if plot else None
     draw_curve = measuring.plotter(curve, measuring.draw_curve) if curve else None
@@ -71,17 +72,28 @@ def bench(
     else:
         options |= {**vars(loading), "quality": quality, "cases": cases}
         options |= {"quiet": screen.quiet, "debug": screen.debug}
-        results = [measuring.measure_apart(bundle, options) for bundle in bundles]
+        results = []
+        try:
+            for bundle in bundles:
+                results.append(measuring.measure_apart(bundle, options))
+                screen.finished = measuring.document(results)
+        except BaseException:
+            if results and not screen.as_json:  # what is measured is not lost by the next bundle's failure
+                screen.result({}, measuring.render(results, form))
+            raise
     shown = measuring.render(results, form)
+    screen.result(measuring.document(results), shown, paint=measuring.colored if form == "md" else None)
     if out:
-        out.write_text(shown + "\n", encoding="utf-8")
+        with writing(out):
+            out.write_text(shown + "\n", encoding="utf-8")
         screen.aside(f"results: {out}")
-    screen.result(measuring.document(results), measuring.colored(shown) if form == "md" and screen.in_color else shown)
-    if draw:
-        draw(results)
+    if draw and plot:
+        with writing(plot):
+            draw(results)
         screen.aside(f"times by stage: {plot}")
-    if draw_curve:
-        draw_curve(results)
+    if draw_curve and curve:
+        with writing(curve):
+            draw_curve(results)
         screen.aside(f"scores and times over tokens: {curve}")
 
 

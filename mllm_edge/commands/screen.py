@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
 import traceback
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mllm_edge.commands.shown import timing_table
+from mllm_edge.commands.streams import document_text, escaped, read_line
 from mllm_edge.errors import MllmEdgeError
 from mllm_edge.progress import Pace, PlainSteps, PlainTraining, Report, TrainReport, metrics_line
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.progress import Progress, ProgressColumn
 
     from mllm_edge.runtime import Answer
@@ -42,37 +42,41 @@ class Screen:
 
     Attributes:
         kept: what remains when the command is interrupted.
+        finished: the part of the document that is done; an error's document holds it too.
     """
 
     def __init__(self, json: bool = False, quiet: bool = False, debug: bool = False):
         self.as_json, self.quiet, self.debug = json, quiet, debug
         self.kept = "nothing was changed"
+        self.finished: dict[str, Any] = {}
         self._out, self._err = sys.stdout, sys.stderr
         self._answered = False
         self._live: Progress | None = None
 
-    def result(self, document: Any, *shown: RenderableType) -> None:
-        """The command's result: `document` with `--json`, else `shown`."""
-        if self.as_json:
-            self._out.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-        else:
-            for part in shown:
-                if isinstance(part, str):
-                    self._out.write(part + "\n")
-                else:
-                    _console(self._out).print(part)
-        self._out.flush()
+    def result(self, document: Any, *shown: RenderableType, paint: Callable[[str], str] | None = None) -> None:
+        """The command's result: `document` with `--json`, else `shown`, whose texts a terminal gets in colors."""
+        with _writing_stdout():
+            if self.as_json:
+                self._out.write(document_text(document, self._out) + "\n")
+            else:
+                for part in shown:
+                    if isinstance(part, str):
+                        text = escaped(part)
+                        self._out.write((paint(text) if paint and self._in_color else text) + "\n")
+                    else:
+                        _console(self._out).print(_Escaped(part))
+            self._out.flush()
         self._answered = True
 
     @property
-    def in_color(self) -> bool:
-        """Whether people read stdout on a terminal that shows colors."""
+    def _in_color(self) -> bool:
         return self._out.isatty() and not os.environ.get("NO_COLOR")
 
     def text(self, piece: str) -> None:
         """A piece of an answer, on stdout as it comes."""
-        self._out.write(piece)
-        self._out.flush()
+        with _writing_stdout():
+            self._out.write(escaped(piece))
+            self._out.flush()
 
     def times(self, answer: Answer) -> None:
         """What an answer cost, beside it."""
@@ -87,20 +91,20 @@ class Screen:
         """Say in one line what went wrong; returns the exit code."""
         code = error.exit_code if isinstance(error, MllmEdgeError) else 1
         if self.debug:
-            traceback.print_exception(type(error), error, error.__traceback__, file=self._err)
+            self._err.write(escaped("".join(traceback.format_exception(error))))
         line = " ".join(str(error).split())
         if not isinstance(error, MllmEdgeError):
             line = f"{type(error).__name__}: {line}; run it again with --debug for the traceback"
-        print(line if isinstance(error, Interrupted) else f"error: {line}", file=self._err)
+        print(escaped(line if isinstance(error, Interrupted) else f"error: {line}"), file=self._err)
         if self.as_json and not self._answered:
-            with contextlib.suppress(OSError):  # stdout itself may be what failed
-                self.result({"error": line, "exit_code": code})
+            with contextlib.suppress(OSError, MllmEdgeError):  # stdout itself may be what failed
+                self.result({**self.finished, "error": line, "exit_code": code})
         return code
 
     def question(self, prompt: str) -> str | None:
         """The next line of stdin, asked for with `prompt` on a terminal; None at its end."""
         if not sys.stdin.isatty():
-            return sys.stdin.readline() or None
+            return read_line() or None
         # input() edits lines only where stdout is the terminal
         with contextlib.redirect_stdout(self._err if self.as_json else self._out):
             try:
@@ -117,7 +121,7 @@ class Screen:
             if not sys.stdin.isatty():
                 raise
             line = "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
-            print(f"\n{line}", file=self._err)
+            print(f"\n{escaped(line)}", file=self._err)
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
@@ -152,7 +156,7 @@ class Screen:
             task, paces = bar.add_task("preparing", total=None), defaultdict[str, Pace](Pace)
 
             def report(step: str, number: int, total: int, seconds: float | None, part: float = 0.0) -> None:
-                text = step + (f" {part:.0%}{paces[step].left(part)}" if part else "")
+                text = escaped(step) + (f" {part:.0%}{paces[step].left(part)}" if part else "")
                 bar.update(task, description=text, total=total, completed=number - (seconds is None))
 
             yield report
@@ -194,7 +198,8 @@ class Screen:
         return _console(self._err)
 
     def _note(self, part: RenderableType) -> None:
-        (self._live.console if self._live else self._console_err).print(part, soft_wrap=isinstance(part, str))
+        shown = escaped(part) if isinstance(part, str) else _Escaped(part)
+        (self._live.console if self._live else self._console_err).print(shown, soft_wrap=isinstance(part, str))
 
     def _warning(
         self,
@@ -210,6 +215,28 @@ class Screen:
             self._note(f"warning: {message}")
         elif self.debug:
             self._note(warnings.formatwarning(message, category, filename, lineno, line).rstrip())
+
+
+@contextlib.contextmanager
+def _writing_stdout() -> Iterator[None]:
+    """What the system says against stdout as one line; a reader that has gone is no error, see `run`."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise MllmEdgeError(f"stdout cannot be written ({error.strerror}); send it elsewhere") from error
+
+
+class _Escaped:
+    """A table whose texts, which may come from anybody's files, do nothing to the terminal."""
+
+    def __init__(self, part: RenderableType):
+        self._part = part
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self._part, options):
+            yield segment if segment.control else segment._replace(text=escaped(segment.text))
 
 
 class _Lines(logging.Handler):

@@ -20,6 +20,11 @@ def usable_cores() -> int:
     return max(1, min(cores, math.ceil(quota)) if quota else cores)
 
 
+def most_threads() -> int:
+    """Threads that may be asked for: more than cores, for those who measure, but not so many that the machine hangs."""
+    return max(16, 4 * (os.cpu_count() or 1))
+
+
 def _allowed_cpus() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_edge.errors import MissingPackage, look_up
@@ -45,12 +46,14 @@ def train(recipe: str, overrides: list[str], resume: bool, report: Report) -> di
         The run's report (the content of `report.json`) and `out`, its folder.
 
     Raises:
-        BadInput: unknown recipe, key or value; missing parts; nothing to resume from.
+        BadInput: unknown recipe, key or value; missing parts; `out` is taken, or has nothing to resume from.
         MissingPackage: the `train` extra is not installed.
     """
+    from mllm_edge.recipes.folder import begin
     from mllm_edge.recipes.recipe import load
 
     settings = load(recipe, overrides)
+    begin(Path(settings.out), resume)
     try:
         from mllm_edge.recipes.trainer import run
 

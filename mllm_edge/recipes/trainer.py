@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from mllm_edge.errors import BadInput, MllmEdgeError
+from mllm_edge.places import writing
+from mllm_edge.recipes import folder
 from mllm_edge.recipes.recipe import Recipe
 
 Batch = dict[str, Tensor]
@@ -90,7 +92,7 @@ def run(recipe: Recipe, task: Task, resume: bool, report: Report) -> dict[str, A
     `report.json`.
 
     Args:
-        recipe: the settings.
+        recipe: the settings; `folder.begin` has taken `recipe.out`.
         task: the task to train.
         resume: resume from `state/`, with the same losses as an uninterrupted run.
         report: called with (step, steps, metrics) during training.
@@ -99,7 +101,7 @@ def run(recipe: Recipe, task: Task, resume: bool, report: Report) -> dict[str, A
         The content of `report.json`: seed, steps, seconds, metrics.
 
     Raises:
-        BadInput: nothing to resume from, or a batch that does not divide over processes and accumulation.
+        BadInput: a batch that does not divide over processes and accumulation.
         MllmEdgeError: the loss became NaN or infinite.
     """
     if recipe.precision not in ("auto", "fp32", "bf16"):
@@ -125,7 +127,6 @@ def run(recipe: Recipe, task: Task, resume: bool, report: Report) -> dict[str, A
     if resume:
         progress.restore()
     elif accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
         progress.log.write_text("")
     batches = accelerator.prepare(
         DataLoader(
@@ -221,30 +222,24 @@ class Progress:
                 stream.write(json.dumps(line) + "\n")
 
     def save(self) -> None:
-        """Save the state so that a kill between two saves loses only the steps since the last."""
-        fresh, final = self.out / "state.new", self.out / "state"
-        self.accelerator.save_state(str(fresh))
+        """Save the state so that a kill, whenever it comes, loses only the steps since the last save."""
         if self.accelerator.is_main_process:
-            _replace(fresh, final)
+            folder.fresh_state(self.out)
+        self.accelerator.wait_for_everyone()
+        with writing(self.out):
+            self.accelerator.save_state(str(self.out / "state.new"))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            folder.keep_state(self.out)
         self.accelerator.wait_for_everyone()
 
     def restore(self) -> None:
-        """Load `state/` and drop log lines after its step."""
-        state = self.out / "state"
-        if not state.is_dir():
-            raise BadInput(f"{self.out} has nothing to resume from; run without --resume")
-        self.accelerator.load_state(str(state))
+        """Load the last state and drop log lines after its step."""
+        self.accelerator.load_state(str(folder.last_state(self.out)))
         if self.accelerator.is_main_process:
             lines = [line for line in self.log.read_text(encoding="utf-8").splitlines() if line]
             kept = [line for line in lines if json.loads(line)["step"] <= self.step]
-            self.log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-
-def _replace(fresh: Path, final: Path) -> None:
-    import shutil
-
-    shutil.rmtree(final, ignore_errors=True)
-    fresh.replace(final)
+            folder.replace_text(self.log, "".join(line + "\n" for line in kept))
 
 
 def _finish(

@@ -21,7 +21,8 @@ RESAMPLE = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 _STRIP_PIXELS = 1 << 22  # a padded picture is resized in strips of about this many pixels
-_WHOLE_PIXELS = 100_000_000  # a resized picture with more pixels is computed only inside the crop
+_WHOLE_PIXELS = 100_000_000  # a padded or resized picture with more pixels is computed only where it is needed
+_REACH = {"bilinear": 1, "bicubic": 2, "lanczos": 3}  # result pixels that a filter looks at on each side
 
 
 def preprocess(image: Image.Image, spec: Pixels) -> NDArray[np.float32]:
@@ -60,17 +61,25 @@ def _pad(image: Image.Image, spec: Pixels) -> Image.Image:
     """Centre on a square of `pad_color` and resize it, strip by strip.
 
     Pillow resizes rows first and columns second; rows are independent, so the square, which would be huge for a long
-    picture, is never created.
+    picture, is never created. Of the square of a very tall picture, only the columns that hold some of it are computed,
+    which may differ by one gray level.
     """
     side, size, color = max(image.size), spec.size, (spec.pad_color[0], spec.pad_color[1], spec.pad_color[2])
     left, top = (side - image.width) // 2, (side - image.height) // 2
     narrow = Image.new("RGB", (size, side), color)
-    rows = max(1, _STRIP_PIXELS // side)
+    first, last, start, end = 0, size, 0, side  # columns of the result, and what they are made of
+    if side * image.height > _WHOLE_PIXELS:
+        scale, reach = side / size, _REACH[spec.resample] + 1
+        first, last = max(0, int(left / scale) - reach), min(size, int((left + image.width) / scale) + reach + 1)
+        start, end = max(0, int((first - reach) * scale)), min(side, int((last + reach) * scale) + 1)
+    box = (first * side / size - start, last * side / size - start)
+    rows = max(1, _STRIP_PIXELS // (end - start))
     for row in range(0, image.height, rows):
         height = min(rows, image.height - row)
-        strip = Image.new("RGB", (side, height), color)
-        strip.paste(image.crop((0, row, image.width, row + height)), (left, 0))
-        narrow.paste(strip.resize((size, height), RESAMPLE[spec.resample]), (0, top + row))
+        strip = Image.new("RGB", (end - start, height), color)
+        strip.paste(image.crop((0, row, image.width, row + height)), (left - start, 0))
+        part = strip.resize((last - first, height), RESAMPLE[spec.resample], box=(box[0], 0, box[1], height))
+        narrow.paste(part, (first, top + row))
     return narrow.resize((size, size), RESAMPLE[spec.resample])
 
 

@@ -1,14 +1,14 @@
 import errno
+import fcntl
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 from toy_system import ToySystem, fake_gguf, register
 
 import mllm_edge
+from mllm_edge import places
 from mllm_edge.bundle.manifest import Parity
 from mllm_edge.bundle.read import read_manifest
 from mllm_edge.errors import BadInput, MllmEdgeError, OutOfTolerance
@@ -233,28 +233,66 @@ def test_old_bundle_survives_a_failed_replacement(toy, out, monkeypatch):
 
 def test_death_between_the_two_renames_is_repaired(toy, out):
     export("toy", out=out)
+    places.mark(out, workplace.REPLACED)
     out.rename(out.with_name("toy.bundle.old"))
     with pytest.raises(BadInput, match="--force"):
         export("toy", out=out)
     read_manifest(out)
+    assert not (out / places.MARK).exists()
 
 
 def test_second_export_to_the_same_place_is_refused(toy, out):
     out.parent.mkdir()
     lock = out.with_name("toy.bundle.lock")
-    lock.write_text(str(os.getpid()))
-    with pytest.raises(BadInput, match=f"process {os.getpid()} is exporting"):
-        export("toy", out=out)
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(BadInput, match="another process is exporting"):
+            export("toy", out=out)
     assert lock.exists()  # it is not ours
 
 
-def test_lock_of_a_dead_process_is_taken_over(toy, out):
+@pytest.mark.parametrize("left", ["", "1", str(os.getpid())])  # numbers of processes mean nothing in another container
+def test_lock_of_a_dead_process_is_taken_over(toy, out, left):
     out.parent.mkdir()
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    out.with_name("toy.bundle.lock").write_text(str(dead.pid))
+    out.with_name("toy.bundle.lock").write_text(left)
     export("toy", out=out)
     assert names(out.parent) == ["toy.bundle"]
+
+
+@pytest.mark.parametrize("suffix", ["partial", "lock", "old"])
+def test_places_of_others_beside_the_bundle_are_not_touched(toy, out, suffix):
+    export("toy", out=out)
+    place = out.with_name(f"toy.bundle.{suffix}")
+    if suffix == "lock":
+        place.write_text("my thesis")
+        thesis = place
+    else:
+        thesis = place / "bundle.json"
+        place.mkdir()
+        thesis.write_text("my thesis")
+    with pytest.raises(BadInput, match=f"toy.bundle.{suffix} .*move it away"):
+        export("toy", out=out, quant="f16", force=True)
+    assert thesis.read_text() == "my thesis"
+    assert read_manifest(out).language_model.precision == "q8_0"
+
+
+@pytest.mark.parametrize("suffix", ["", ".partial", ".lock"])
+def test_links_are_not_followed(toy, out, suffix):
+    precious = out.parent / "precious"
+    precious.mkdir(parents=True)
+    (precious / "thesis.tex").write_text("years of work")
+    out.with_name(f"toy.bundle{suffix}").symlink_to(precious)
+    with pytest.raises(BadInput, match="is a link"):
+        export("toy", out=out, force=True)
+    assert names(precious) == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("place", [".", "..", "afile/x.bundle", "a" * 300])
+def test_places_that_cannot_be_are_bad_input(toy, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "afile").write_text("")
+    with pytest.raises(BadInput, match=r"give the bundle's folder one|choose another place"):
+        export("toy", out=place)
 
 
 @pytest.mark.parametrize(

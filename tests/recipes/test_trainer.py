@@ -55,6 +55,41 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
         train("encoder-pretrain", [*SMALL, f"out={tmp_path / 'new'}", "steps=1"], True, quiet)
 
 
+def test_a_kill_at_any_rename_loses_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(Exception):
+        pass
+
+    for number in (1, 2):  # of the second save: state to state.old, state.new to state
+        out, left, whole = tmp_path / str(number), iter(range(number, -1, -1)), Path.rename
+
+        def rename(self: Path, target: Path) -> Path:
+            if next(left) == 0:  # noqa: B023
+                raise Killed
+            return whole(self, target)  # noqa: B023
+
+        settings = [*SMALL, f"out={out}", "steps=3", "evaluate=0", "save_every=1"]
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", rename)
+            with pytest.raises(Killed):
+                train("encoder-pretrain", settings, False, quiet)
+        train("encoder-pretrain", settings, True, quiet)
+        assert len(losses(out)) == 3
+        assert not (out / "state.new").exists() and not (out / "state.old").exists()
+
+
+def test_a_run_takes_no_place_of_others(tmp_path: Path) -> None:
+    theirs, link, old = tmp_path / "theirs", tmp_path / "link", tmp_path / "old"
+    theirs.mkdir()
+    (theirs / "report.json").write_text("mine")
+    link.symlink_to(theirs)
+    (old / "state").mkdir(parents=True)
+    file = theirs / "report.json"
+    for place, reason in [(theirs, "move it away"), (link, "is a link"), (old, "--resume"), (file, "cannot be")]:
+        with pytest.raises(BadInput, match=reason):
+            train("lm-pretrain", [f"out={place}"], False, quiet)
+    assert (theirs / "report.json").read_text() == "mine"
+
+
 def test_accumulation_equals_a_large_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Texts alone: all samples then have as many labels, and the mean of two means is the mean of all.
     monkeypatch.setattr("mllm_edge.recipes.tasks.language.FORMS", {"text": 1.0})

@@ -1,11 +1,15 @@
 import io
+import os
 import struct
+import sys
+import types
+import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mllm_edge.errors import BadInput
 from mllm_edge.runtime.images import load_image, pixel_hash
@@ -123,6 +127,101 @@ def test_exif_orientation() -> None:
     upright = load_image(encode(image, "PNG", exif=exif))
     assert upright.size == (20, 40)
     assert upright.getpixel((10, 5)) == RED and upright.getpixel((10, 35)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        (0x11A, 10, 1, struct.pack("<I", 38), struct.pack("<ii", -1, 0)),  # XResolution -1/0
+        (0x100, 11, 1, struct.pack("<f", float("nan")), b""),  # ImageWidth as NaN
+        (0x111, 4, 1 << 30, struct.pack("<I", 1 << 30), b""),  # points out of the file
+        (0x110, 99, 1, b"abcd", b""),  # no such type
+    ],
+)
+def test_an_odd_entry_does_not_cost_the_rotation(entry: tuple[int, int, int, bytes, bytes]) -> None:
+    image = Image.new("RGB", (40, 20), (0, 0, 255))
+    image.paste(RED, (0, 0, 20, 20))
+    rotation = (0x112, 3, 1, struct.pack("<HH", 6, 0))
+    entries = b"".join(struct.pack("<HHI", *tag[:3]) + tag[3] for tag in sorted([entry[:4], rotation]))
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0) + entry[4]
+    jpeg = encode(image, "JPEG")
+    photograph = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
+    upright = load_image(photograph)
+    assert upright.size == (20, 40)
+    assert upright.getpixel((10, 35)) == pytest.approx((0, 0, 255), abs=3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_pillows(orientation: int) -> None:
+    image = Image.effect_noise((7, 5), 90).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(image, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert pixel_hash(load_image(data)) == pixel_hash(expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        (np.array([[0.0, 0.5, 1.0]], np.float32), (0, 128, 255)),
+        (np.array([[-10.0, 0.0, 30.0]], np.float32), (0, 64, 255)),
+        (np.array([[np.nan, np.inf, 2.0, 4.0]], np.float32), (0, 255, 0, 255)),
+        (np.array([[0, 1 << 30, 1 << 31 - 1]], np.int32), (0, 255, 255)),
+        (np.array([[7.0, 7.0]], np.float32), (128, 128)),
+    ],
+)
+def test_float_and_32_bit_are_scaled_by_their_range_with_a_warning(values: np.ndarray, shown: tuple[int, ...]) -> None:
+    with pytest.warns(UserWarning, match="is shown as black"):
+        image = load_image(encode(Image.fromarray(values), "TIFF"))
+    assert [image.getpixel((x, 0)) for x in range(len(shown))] == [(value,) * 3 for value in shown]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "L", "1", "CMYK", "I;16", "F"])
+def test_strips_make_the_whole_picture(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gray = Image.effect_noise((9, 11), 90)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    else:
+        image = gray.convert(mode if mode != "P" else "RGB")
+        image = image.convert("P", palette=Image.Palette.ADAPTIVE) if mode == "P" else image
+        if mode in ("RGBA", "LA"):
+            image.putalpha(Image.effect_noise((9, 11), 120))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = load_image(image)
+        monkeypatch.setattr("mllm_edge.runtime.images._STRIP_PIXELS", 20)
+        assert pixel_hash(load_image(image)) == pixel_hash(whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_what_never_ends_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with (tmp_path / "sparse.webp").open("wb") as stream:
+        stream.write(b"RIFF\0\0\0\0WEBP")
+        stream.truncate(40 << 30)
+    for path, reason in [
+        (tmp_path / "pipe.png", "no plain file"),
+        (Path("/dev/zero"), "no plain file"),
+        (tmp_path / "sparse.webp", "over 1 GB"),
+    ]:
+        with pytest.raises(BadInput, match=reason):
+            load_image(path)
+
+
+def test_heic_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(BadInput, match="pip install pillow-heif"):
+        load_image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+
+
+def test_heic_is_read_where_its_package_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    package = types.SimpleNamespace(register_heif_opener=lambda: told.append("registered"))
+    monkeypatch.setitem(sys.modules, "pillow_heif", package)
+    with pytest.raises(BadInput, match="not a picture that can be read"):
+        load_image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    assert told == ["registered"]
 
 
 @pytest.mark.parametrize(

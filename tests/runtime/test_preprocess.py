@@ -74,6 +74,17 @@ def test_a_very_long_picture_is_resized_where_it_is_needed(
     np.testing.assert_allclose(preprocess(picture(*size), spec), whole, atol=1.01)  # one gray level
 
 
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear", "lanczos"])
+@pytest.mark.parametrize("width", [1, 40, 299])
+def test_a_very_tall_picture_is_padded_where_it_is_needed(
+    width: int, resample: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = replace(SPEC, resample=resample, mean=[0.0] * 3, std=[1 / 255] * 3)
+    whole = preprocess(picture(width, 500), spec)
+    monkeypatch.setattr(module, "_WHOLE_PIXELS", 0)
+    np.testing.assert_allclose(preprocess(picture(width, 500), spec), whole, atol=1.01)  # one gray level
+
+
 def test_the_longest_pictures_need_little_memory() -> None:
     for size in [(65_535, 1), (1, 15_000)]:
         for fit in ("pad", "crop"):

@@ -1,10 +1,12 @@
 """An answer as files: masks over the picture with the text below, its phrases in the colors of their masks; and the
-pictures that it holds."""
+pictures that it holds. A list of them, `.mllm-edge-answer`, tells the next answer which files are ours to take away."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from mllm_edge.errors import BadInput
+from mllm_edge.places import no_link, writing
 from mllm_edge.runtime.answer import Answer, Mask
 
 # Far apart for most eyes and readable on white (Okabe & Ito 2008, the yellow left out, then darker relatives).
@@ -26,13 +30,17 @@ COLORS = (
     (190, 50, 60),
 )
 TINT = 0.5  # share of a mask's color in the pixels that it covers
-SMALLEST = 640  # pixels of the shorter picture's longest side; smaller ones are enlarged, so that text fits below
+SMALLEST = 640  # pixels of an overlay's longest side, and of the text's width; smaller pictures are enlarged
+LARGEST = 4096  # pixels of an overlay's longest side; it is for people, the masks have the picture's own size
+LIST = ".mllm-edge-answer"
+_OURS = re.compile(r"overlay\.(png|txt)|(mask|image)_\d+\.png")
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 
 
 def write(answer: Answer, folder: Path) -> list[Path]:
-    """Write what an answer holds beside text: `overlay.png` and a black and white `mask_N.png` for each mask, in the
-    picture's own size, and `image_N.png` for each picture.
+    """Write what an answer holds beside text: `overlay.png`, a black and white `mask_N.png` in the picture's own size
+    for each mask, `image_N.png` for each picture, and `overlay.txt` where the overlay's font lacks a character of the
+    text. The files of the answer before are taken away first.
 
     Args:
         answer: the answer.
@@ -40,31 +48,61 @@ def write(answer: Answer, folder: Path) -> list[Path]:
 
     Returns:
         The files, the overlay first; none for an answer of text alone.
+
+    Raises:
+        BadInput: the folder cannot be written, is a link, or holds files of such names that no answer of ours left.
     """
+    clear(folder)
     files: list[Path] = []
 
-    def save(picture: Image.Image, name: str) -> None:
+    def put(name: str, write_to: Callable[[Path], object]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        picture.save(folder / name)
+        if (folder / name).exists() or (folder / name).is_symlink():
+            raise BadInput(f"{folder / name} is not from an answer of ours; move it away or give another --out")
+        with (folder / LIST).open("a", encoding="utf-8") as names:  # first, so that nothing unlisted stays behind
+            names.write(f"{name}\n")
+        write_to(folder / name)
         files.append(folder / name)
 
-    if answer.masks and answer.picture is not None:
-        save(overlay(answer.picture, answer.masks, answer.text), "overlay.png")
-    for number, mask in enumerate(answer.masks):
-        save(Image.fromarray(mask.pixels), f"mask_{number}.png")
-    for number, part in enumerate(answer.images):
-        save(part.image, f"image_{number}.png")
+    with writing(folder):
+        if answer.masks and answer.picture is not None:
+            put("overlay.png", overlay(answer.picture, answer.masks, answer.text).save)
+            if any(map(_cannot_be_drawn, answer.text)):
+                warnings.warn("the overlay's font lacks characters of the answer; overlay.txt has them", stacklevel=2)
+                put("overlay.txt", lambda path: path.write_text(answer.text + "\n", encoding="utf-8"))
+        for number, mask in enumerate(answer.masks):
+            put(f"mask_{number}.png", Image.fromarray(mask.pixels).save)
+        for number, part in enumerate(answer.images):
+            put(f"image_{number}.png", part.image.save)
     return files
+
+
+def clear(folder: Path) -> None:
+    """Take away the files of an earlier answer, which its list names. Nothing else is touched."""
+    no_link(folder)
+    listed = folder / LIST
+    if listed.is_symlink() or not listed.is_file():
+        return
+    with writing(folder):
+        for name in listed.read_text(encoding="utf-8", errors="replace").splitlines():
+            if _OURS.fullmatch(name):
+                (folder / name).unlink(missing_ok=True)
+        listed.unlink()
 
 
 def overlay(picture: Image.Image, masks: Sequence[Mask], text: str) -> Image.Image:
     """The picture under its tinted and outlined masks, and the text below it."""
     scale = max(1, -(-SMALLEST // max(picture.size)))
-    pixels = np.asarray(picture.convert("RGB")).astype(np.float32)
-    pixels = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
-    reach = max(1, round(max(pixels.shape[:2]) / 400))
+    size = picture.width * scale, picture.height * scale
+    if max(size) > LARGEST:
+        longest = max(size)
+        size = max(1, size[0] * LARGEST // longest), max(1, size[1] * LARGEST // longest)
+    # Copies of pixels where it is enlarged or kept, which is exact; a mask never gets gray borders.
+    filter_ = Image.Resampling.NEAREST if scale > 1 or size == picture.size else Image.Resampling.BOX
+    pixels = np.asarray(picture.convert("RGB").resize(size, filter_)).astype(np.float32)
+    reach = max(1, round(max(size) / 400))
     for number, mask in enumerate(masks):
-        covered = mask.pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+        covered = np.asarray(Image.fromarray(mask.pixels).resize(size, Image.Resampling.NEAREST))
         color = np.array(COLORS[number % len(COLORS)], np.float32)
         pixels[covered] = pixels[covered] * (1 - TINT) + color * TINT
         edge = covered & ~_shrunk(covered, reach)
@@ -87,19 +125,22 @@ def _shrunk(mask: NDArray[np.bool_], reach: int) -> NDArray[np.bool_]:
 
 
 def _with_text(picture: Image.Image, masks: Sequence[Mask], text: str) -> Image.Image:
-    size = max(16, picture.width // 36)
+    """The picture with the text below, on paper that is wide enough to read it."""
+    across = max(picture.width, SMALLEST)
+    size = max(16, across // 36)
     font = ImageFont.load_default(size)
     space, pad, line = font.getlength(" "), size // 2, int(size * 1.45)
     places: list[tuple[float, int, str, tuple[int, int, int]]] = []
     x, y = float(pad), pad
     for word, color, apart in _colored(masks, text):
-        width = font.getlength(word)
         x += space * apart
-        if apart and x + width > picture.width - pad:
-            x, y = float(pad), y + line
-        places.append((x, y, word, color))
-        x += width
-    whole = Image.new("RGB", (picture.width, picture.height + y + line + pad), PAPER)
+        for piece in _pieces(word, font, across - 2 * pad):
+            width = font.getlength(piece)
+            if (apart or piece != word) and x > pad and x + width > across - pad:
+                x, y = float(pad), y + line
+            places.append((x, y, piece, color))
+            x += width
+    whole = Image.new("RGB", (across, picture.height + y + line + pad), PAPER)
     whole.paste(picture, (0, 0))
     draw = ImageDraw.Draw(whole)
     for x, y, word, color in places:
@@ -108,6 +149,21 @@ def _with_text(picture: Image.Image, masks: Sequence[Mask], text: str) -> Image.
             bottom = picture.height + y + int(size * 1.2)
             draw.line((x, bottom, x + font.getlength(word), bottom), fill=color, width=max(1, size // 12))
     return whole
+
+
+def _pieces(word: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, most: float) -> list[str]:
+    """A word, in pieces where it is longer than a line."""
+    if font.getlength(word) <= most:
+        return [word]
+    length = max(1, int(most / max(font.getlength(letter) for letter in set(word))))
+    return [word[at : at + length] for at in range(0, len(word), length)]
+
+
+@lru_cache(maxsize=4096)
+def _cannot_be_drawn(letter: str) -> bool:
+    """Whether the overlay's font shows its box for unknown characters there."""
+    font = ImageFont.load_default(16)
+    return not letter.isspace() and bytes(font.getmask(letter)) == bytes(font.getmask("\uffff"))
 
 
 def _colored(masks: Sequence[Mask], text: str) -> list[tuple[str, tuple[int, int, int], bool]]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
+from mllm_edge.errors import BadInput
+
+MOST_STOP = 10_000  # bytes of all stop strings together; each token is searched for them
 _PUNCTUATION = (b".", b",", b";", b":", b"!", b"?", b")")
 
 
@@ -19,10 +22,15 @@ class TextStream:
         text: what has been released so far.
         size: bytes of the answer that are certain, leading white space included and stop string excluded.
         stopped: whether a stop string was found.
+
+    Raises:
+        BadInput: the stop strings are too long.
     """
 
     def __init__(self, stop: Sequence[str], strip: bool):
         self._stop = [text.encode() for text in stop if text]
+        if sum(map(len, self._stop)) > MOST_STOP:
+            raise BadInput(f"the stop strings are over {MOST_STOP} bytes long together; give shorter ones")
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = b""
         self._strip = strip
@@ -64,8 +72,14 @@ class TextStream:
 
     def _doubtful(self) -> int:
         """Length of the longest end of what is held that could begin a stop string."""
-        lengths = (n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
-        return max(lengths, default=0)
+        return max((self._begun(stop) for stop in self._stop), default=0)
+
+    def _begun(self, stop: bytes) -> int:
+        """Length of the longest end of what is held that begins this stop string."""
+        at = self._held.find(stop[:1], max(0, len(self._held) - len(stop) + 1))
+        while at >= 0 and not stop.startswith(self._held[at:]):
+            at = self._held.find(stop[:1], at + 1)
+        return len(self._held) - at if at >= 0 else 0
 
     def _release(self, count: int, final: bool = False) -> str:
         data, self._held = self._held[:count], self._held[count:]

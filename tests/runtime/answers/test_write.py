@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mllm_edge.errors import BadInput
 from mllm_edge.runtime.answer import Answer, Mask, Tokens
-from mllm_edge.runtime.answers.write import COLORS, INK, overlay, write
+from mllm_edge.runtime.answers.write import COLORS, INK, LIST, clear, overlay, write
 
 
 def mask(phrase: str, span: tuple[int, int], left: int) -> Mask:
@@ -50,4 +51,73 @@ def test_files_of_an_answer(tmp_path: Path) -> None:
 def test_odd_pictures(size: tuple[int, int]) -> None:
     pixels = np.ones(size[::-1], np.bool_)
     whole = Mask("x", (0, 1), "x", 1.0, [0, 0, *size], pixels)
-    assert overlay(Image.new("RGB", size), [whole], "x " * 40).height > size[1]
+    drawn = overlay(Image.new("RGB", size), [whole], "x " * 40)
+    assert drawn.height > size[1] and drawn.width >= 640  # the text is readable
+
+
+def test_a_word_longer_than_a_line_is_broken() -> None:
+    drawn = np.asarray(overlay(Image.new("RGB", (64, 48)), [], "W" * 100))
+    assert drawn.shape[0] > 480 + 4 * 20
+    assert (drawn[480:, -4:] == 255).all()  # nothing runs out of the paper
+
+
+def test_an_overlay_is_bounded() -> None:
+    pixels = np.zeros((2000, 9000), np.bool_)
+    pixels[:, :4500] = True
+    drawn = np.asarray(
+        overlay(Image.new("RGB", (9000, 2000)), [Mask("x", (0, 1), "x", 1.0, [0, 0, 9, 9], pixels)], "x")
+    )
+    assert drawn.shape[1] == 4096
+    assert drawn[400, 1000].tolist() == [value // 2 for value in COLORS[0]]
+    assert drawn[400, 3000].tolist() == [0, 0, 0]
+
+
+def answer(masks: list[Mask], text: str = TEXT) -> Answer:
+    return Answer(text, Tokens(1, 0, 1, [1]), {}, {}, masks, Image.new("RGB", (64, 48)))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_files_of_the_answer_before_are_taken_away_and_no_others(tmp_path: Path) -> None:
+    (tmp_path / "mask_7.png").write_text("mine")
+    write(answer(MASKS), tmp_path)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    write(answer(MASKS[:1]), tmp_path)
+    assert names(tmp_path) == [LIST, "mask_0.png", "mask_7.png", "overlay.png", "thesis.tex"]
+    assert write(answer([]), tmp_path) == []
+    assert names(tmp_path) == ["mask_7.png", "thesis.tex"]
+
+
+def test_files_of_others_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "mask_1.png").write_text("mine")
+    with pytest.raises(BadInput, match=r"mask_1\.png is not from an answer of ours"):
+        write(answer(MASKS), tmp_path)
+    assert (tmp_path / "mask_1.png").read_text() == "mine"
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(BadInput, match="is a link"):
+        write(answer(MASKS), tmp_path / "link")
+
+
+def test_a_list_reaches_nothing_outside(tmp_path: Path) -> None:
+    thesis = tmp_path / "thesis.tex"
+    thesis.write_text("years of work")
+    folder = tmp_path / "answer"
+    folder.mkdir()
+    (folder / LIST).write_text("../thesis.tex\nmask_0.png\n")
+    clear(folder)
+    assert thesis.exists() and not names(folder)
+
+
+@pytest.mark.parametrize("text", ["一只猫", "قطة", "a cat 🐈"])
+def test_text_that_the_font_lacks_is_written_beside(text: str, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"overlay\.txt has them"):
+        files = write(answer([mask(text, (0, len(text)), 2)], text), tmp_path)
+    assert [file.name for file in files] == ["overlay.png", "overlay.txt", "mask_0.png"]
+    assert files[1].read_text(encoding="utf-8") == f"{text}\n"
+
+
+def test_text_that_the_font_has_is_drawn_alone(tmp_path: Path) -> None:
+    files = write(answer(MASKS[:1], "A star, “big”."), tmp_path)
+    assert [file.name for file in files] == ["overlay.png", "mask_0.png"]

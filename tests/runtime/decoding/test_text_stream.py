@@ -1,7 +1,9 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_edge.runtime.decoding.text_stream import TextStream
+from mllm_edge.errors import BadInput
+from mllm_edge.runtime.decoding.text_stream import MOST_STOP, TextStream
 
 
 def feed(stream: TextStream, *pieces: bytes) -> list[str]:
@@ -38,6 +40,18 @@ def test_what_only_began_like_a_stop_string_is_shown_after_all() -> None:
 def test_the_first_of_several_stop_strings_wins() -> None:
     stream = TextStream(["yz", "b"], strip=False)
     assert feed(stream, b"abyz") == ["a"]
+
+
+def test_long_stop_strings_are_refused() -> None:
+    TextStream(["a" * MOST_STOP], strip=False)
+    with pytest.raises(BadInput, match="stop strings are over"):
+        TextStream(["a" * MOST_STOP, "b"], strip=False)
+
+
+def test_what_overlaps_itself_is_held_back_as_long_as_it_may_stop() -> None:
+    stream = TextStream(["aab"], strip=False)
+    assert feed(stream, b"aa", b"a", b"a", b"b") == ["", "a", "a", ""]
+    assert stream.stopped
 
 
 def test_leading_space_is_dropped_but_counted() -> None:
