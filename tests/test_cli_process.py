@@ -43,9 +43,26 @@ def test_running_needs_no_pytorch(folder: Path, picture: Path) -> None:
     assert said.stdout
 
 
-@pytest.mark.parametrize("words", [["verify", "some.bundle"], ["export", "llava"]])
-def test_a_missing_package_comes_with_the_line_that_installs_it(words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["export", "lava"], "did you mean 'llava'"),
+        (["export", "llava", "--target", "gpu"], "unknown target 'gpu'"),
+        (["export", "llava", "--quant", "q3"], "unknown quantization 'q3'"),
+        (["export", "llava", "--precision", "bf16"], "unknown precision 'bf16'"),
+        (["export", "llava", "--config", "70b"], "unknown config of llava '70b'"),
+        (["verify", "nowhere.bundle"], "nowhere.bundle is not a bundle"),
+        (["plan", "llava", "--config", "70b"], "unknown config of llava '70b'"),
+    ],
+)
+def test_words_are_checked_before_packages(words: list[str], message: str) -> None:
     said = python(BLOCKED, *words)
+    assert (said.returncode, message in said.stderr) == (2, True), said.stderr
+
+
+@pytest.mark.parametrize("words", [["verify"], ["export", "llava"]])
+def test_a_missing_package_comes_with_the_line_that_installs_it(words: list[str], folder: Path) -> None:
+    said = python(BLOCKED, *words, *[folder][: words == ["verify"]])
     assert said.returncode == 1
     assert re.fullmatch(r"error: (torch|onnx) is not installed; run: pip install 'mllm-edge\[export\]'\n", said.stderr)
 

@@ -235,6 +235,48 @@ def test_questions_that_need_no_wording(glamm: Path) -> None:
                 model.question(name, what)
 
 
+def test_run_asks_in_the_bundles_own_words(glamm: Path, scene: Path, call: Call, tmp_path: Path) -> None:
+    shown = ("--image", scene, "--threads", 1, "--json", "--quiet")
+    said = call("run", glamm, "--segment", FIRST, *shown)
+    (mask,) = said.document["masks"]
+    assert mask["label"] == f"Please segment {FIRST} in this image."
+    described = call("run", glamm, "--describe", "--out", tmp_path / "answer", *shown)
+    assert described.document == call("run", glamm, GROUNDED_QUESTION, *shown).document | {
+        name: described.document[name] for name in ("timings_ms", "memory_mb")
+    }
+    x1, y1, x2, y2 = boxes(SCENE, SIZE)[0]
+    region = call("run", glamm, "--region", f"{x1},{y1},{x2},{y2}", *shown)
+    assert FIRST.removeprefix("the ") in region.document["text"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["What?", "--describe"], "there are several questions; give one of PROMPT, --describe,"),
+        (["--describe", "--segment", "it"], "there are several questions"),
+        (["--segment", " "], "the question segment needs what it is about"),
+        (["--region", "1,1,9,9", "--box", "1,1,9,9"], "leave out --box"),
+        (["--region", "900,900,950,950"], "lies outside the picture"),
+        (["What?", "--box", "1,1,9,9"], "write <bbox> in the question"),
+    ],
+)
+def test_questions_that_cannot_be(words: list[str], message: str, glamm: Path, scene: Path, call: Call) -> None:
+    said = call("run", glamm, *words, "--image", scene, "--threads", 1)
+    assert (said.code, message in said.error) == (2, True), said.error
+
+
+def test_chat_asks_in_the_bundles_own_words(glamm: Path, scene: Path, call: Call, tmp_path: Path) -> None:
+    lines = ["/help", f'/image "{scene}"', "/describe", f"/segment {FIRST}", "/region 1,1,90,90", "/box 1,1,90,90"]
+    text = "\n".join([*lines, "What is <bbox>?", "/quit"])
+    said = call("chat", glamm, "--json", "--threads", 1, text=text)
+    prompts = [turn["prompt"] for turn in said.document["turns"]]
+    assert prompts[:2] == [GROUNDED_QUESTION, f"Please segment {FIRST} in this image."]
+    assert len(prompts) == 4 and prompts[3] == "What is <bbox>?"
+    assert "/segment WHAT" in said.err
+    for line, message in [("/box 1,1,9,9", "no picture yet"), ("/sing", "there is no /sing; /help lists")]:
+        assert message in call("chat", glamm, "--threads", 1, text=line).error
+
+
 def test_a_budget_that_cannot_be_kept_is_refused_at_once(glamm: Path, scene: Path, call: Call) -> None:
     said = call("run", glamm, "What?", "--image", scene, "--memory-budget", "20M")
     assert said.code == 2

@@ -21,11 +21,20 @@ if TYPE_CHECKING:
 
     from mllm_edge.runtime import Answer
 
+HELP = """/image FILE              show another picture
+/describe                the bundle's own question for a description
+/segment WHAT            a mask, as in: /segment the red circle
+/region x1,y1,x2,y2      what is in this region, in pixels
+/box x1,y1,x2,y2         a region for the placeholder in the next question
+/quit, Ctrl-D            end"""
+
 
 @verb(
     'run my.bundle "What is in the picture?" --image scene.png',
     'run my.bundle "What differs?" --image a.png --image b.png --stream',
-    'run my.bundle "Please segment the red circle in this image." --image scene.png --out answer',
+    "run my.bundle --describe --image scene.png --out answer",
+    'run my.bundle --segment "the red circle" --image scene.png --out answer',
+    "run my.bundle --region 124,181,247,304 --image scene.png",
     'run my.bundle "USER: <image> Caption: ASSISTANT:" --image scene.png --raw --json',
 )
 def run(
@@ -37,6 +46,15 @@ def run(
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="By default what stdin says.")] = None,
     image: Pictures = None,
     box: Boxes = None,
+    describe: Annotated[
+        bool, typer.Option("--describe", help="Instead of PROMPT: the bundle's own question for a description.")
+    ] = False,
+    segment: Annotated[
+        str | None, typer.Option(metavar="WHAT", help="Instead of PROMPT: a mask of this, as 'the red circle'.")
+    ] = None,
+    region: Annotated[
+        str | None, typer.Option(metavar="x1,y1,x2,y2", help="Instead of PROMPT: what is in this region, in pixels.")
+    ] = None,
     task: TaskName = "",
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="DIR", help="Where pictures of the answer go.")
@@ -48,8 +66,14 @@ def run(
     raw: Annotated[bool, typer.Option("--raw", help="PROMPT is the whole text; no template.")] = False,
 ) -> None:
     """Ask a bundle once. The answer goes to stdout, its times to stderr."""
-    question = prompt if prompt is not None else _piped()
-    pictures, boxes = _pictures(image), _boxes(box)
+    own = [("describe", "")] * describe
+    own += [(name, what) for name, what in (("segment", segment), ("region", region)) if what is not None]
+    if len(own) + (prompt is not None) > 1:
+        raise BadInput("there are several questions; give one of PROMPT, --describe, --segment and --region")
+    if region is not None and box:
+        raise BadInput("--region asks about its own box; leave out --box")
+    question = prompt if prompt is not None or own else _piped()
+    pictures, boxes = _pictures(image), _boxes([region] if region is not None else box)
     if out:
         can_be_made(out)
     with loading.open(bundle) as model:
@@ -58,7 +82,10 @@ def run(
         if loading.memory_budget:
             screen.aside(str(model.memory))
         asked: dict[str, Any] = {"task": task, "raw": raw, "teacher_forced": teacher_forced, "drawing": drawing.open()}
-        pieces = model.stream(question, pictures, boxes, **asked, **vars(decoding))
+        if own:
+            name, what = own[0]
+            question = model.question(name, what if name == "segment" else "")
+        pieces = model.stream(question or "", pictures, boxes, **asked, **vars(decoding))
         stream = stream and not screen.as_json and teacher_forced is None
         answer = _shown(screen, pieces, stream)
     if not stream:
@@ -80,8 +107,7 @@ def chat(
         Path | None, typer.Option("-o", "--out", metavar="DIR", help="Where pictures of the answers go.")
     ] = None,
 ) -> None:
-    """Ask in turns about pictures. They are encoded once; /image FILE shows another, /box x1,y1,x2,y2 gives a region to
-    the next question, /quit or Ctrl-D ends."""
+    """Ask in turns about pictures. They are encoded once; /help lists what else can be typed."""
     screen.kept = "the dialogue is not kept"
     pictures, boxes = _pictures(image), _boxes(None)
     turns: list[dict[str, Any]] = []
@@ -92,14 +118,27 @@ def chat(
         if out:
             _forget_turns(out)
         dialogue = model.chat(**vars(decoding))
+        size = pictures[-1].size if pictures else None
         while (line := screen.question("> ")) is not None and (text := line.strip()) != "/quit":
             command, _, argument = text.partition(" ")
             with screen.turn():
+                if command == "/help":
+                    screen.aside(HELP)
+                    continue
                 if command == "/image":
-                    pictures += _pictures([Path(argument.strip())])
-                elif command == "/box":
-                    boxes += _boxes([argument.strip()])
-                elif text:
+                    pictures += _pictures([_typed_path(argument)])
+                    size = pictures[-1].size
+                    continue
+                if command == "/box":
+                    boxes += _checked(_boxes([argument.strip()]), size)
+                    continue
+                if command in ("/describe", "/segment"):
+                    text = model.question(command[1:], argument)
+                elif command == "/region":
+                    boxes, text = _checked(_boxes([argument.strip()]), size), model.question("region")
+                elif command.startswith("/"):
+                    raise BadInput(f"there is no {command}; /help lists what there is")
+                if text:
                     items = dialogue.stream(text, pictures, boxes, task, drawing.open())
                     answer = _shown(screen, items, not screen.as_json)
                     turns.append({"prompt": text, **answer.to_json()})
@@ -108,6 +147,24 @@ def chat(
                     screen.times(answer)
     if screen.as_json:
         screen.result(screen.finished)
+
+
+def _typed_path(text: str) -> Path:
+    """A path as people type it: perhaps quoted, perhaps with a ~."""
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    return Path(text).expanduser()
+
+
+def _checked(boxes: list[list[float]], size: tuple[int, int] | None) -> list[list[float]]:
+    """Boxes of the picture that is talked about. Raises BadInput where they cannot be."""
+    from mllm_edge.runtime.boxes import check_boxes
+
+    if size is None:
+        raise BadInput("there is no picture yet that a box could be of; show one with /image FILE")
+    check_boxes([tuple(box) for box in boxes], size)
+    return boxes
 
 
 def _boxes(texts: list[str] | None) -> list[list[float]]:

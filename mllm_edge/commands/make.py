@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mllm_edge import models
 from mllm_edge.commands.frame import BundleFolder, needs, verb
 from mllm_edge.commands.screen import Screen
-from mllm_edge.errors import OutOfTolerance
+from mllm_edge.errors import OutOfTolerance, look_up
 from mllm_edge.quants import PRECISIONS, QUANTS
 from mllm_edge.targets import BUNDLES
 
@@ -83,6 +84,14 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
 ) -> None:
     """Make a bundle, verified against PyTorch. It gets its name when it is complete."""
+    # Words first: a typing error should not send anyone to install PyTorch.
+    info = models.get(system)
+    look_up("target", target, BUNDLES)
+    look_up("quantization", quant, QUANTS)
+    if precision is not None:
+        look_up("precision", precision, PRECISIONS)
+    if config is not None:
+        look_up(f"config of {system}", config, info.configs)
     with needs("export"):
         from mllm_edge.export.export import export as write_bundle
 
@@ -137,6 +146,7 @@ def verify(
     weights: Annotated[str | None, typer.Option(metavar="PATH|HUB_ID", help="Where its weights are now.")] = None,
 ) -> None:
     """Compare a bundle with PyTorch. Per stage and end to end; exit code 1 when it is out of tolerance."""
+    _manifest(bundle)
     with needs("export"):
         from mllm_edge.export.verify.verify import verify_bundle
 

@@ -117,6 +117,8 @@ def _split(spans: Sequence[Span], prompt: Prompt, counts: Mapping[str, int]) -> 
         if (number := sum(slot.of == of for slot in found)) != given:
             none = ", or no placeholder at all" if of == "pixels" else ""
             mismatch = f"the prompt has {number} {placeholders[0]} placeholder(s) for {given} {what}(s)"
+            if not number and of == "boxes":
+                raise BadInput(f"{mismatch}; write {placeholders[0]} in the question where the box is meant")
             raise BadInput(f"{mismatch}; give one {what} for each{none}")
     return parts
 
