@@ -10,6 +10,8 @@ from typing import Any
 
 from mllm_edge.errors import BadInput
 
+LARGEST = 1 << 62  # what numpy and the engines can hold
+
 
 class UnknownKind(BadInput):
     """A record of a kind that this version does not have, perhaps a newer one's."""
@@ -41,6 +43,8 @@ def typed(kind: Any, value: Any, where: str) -> Any:
         return value
     if origin is types.UnionType and (records := [arg for arg in args if dataclasses.is_dataclass(arg)]):
         return None if value is None and type(None) in args else _one_of(records, value, where)
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        raise BadInput(f"{where} is too large a number; export the bundle again")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     allowed: Iterable[type] = args if origin is types.UnionType else (kind,)

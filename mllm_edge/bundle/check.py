@@ -6,8 +6,10 @@ here by its name. An input is given by an earlier stage, by a source, or by the 
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import string
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,7 @@ MOST_PIXELS = 4096  # along a side of what an encoder reads
 MOST_TOKENS = 1 << 22  # of a context, a text, a vocabulary
 MOST_STEPS = 1000
 LONGEST_PATTERN = 200
+LONGEST_PATH = 255
 QUESTIONS = ("describe", "segment", "region")
 AGAIN = "export the bundle again"
 
@@ -39,6 +42,12 @@ def check(manifest: Manifest, folder: Path) -> None:
     for number, (what, most) in _numbers(manifest):
         if not 0 < number <= most:
             raise BadInput(f"{where}: {what} is {number}; it must be 1 to {most}; {AGAIN}")
+    for what, number in _counts(manifest):
+        if number < 0:
+            raise BadInput(f"{where}: {what} is {number}; it must be 0 or more; {AGAIN}")
+    for source in manifest.sources:
+        if isinstance(source, Pixels):
+            _colors(source, where)
     look_up("target", manifest.target, BUNDLES)
     _build(manifest, where)
     made = _wiring(manifest, where)
@@ -51,6 +60,8 @@ def check(manifest: Manifest, folder: Path) -> None:
 def locate(folder: Path, file: str) -> Path:
     """The path of a bundle's file. Raises BadInput when it would lie outside the bundle's folder."""
     path = folder / file
+    if "\0" in file or len(file) > LONGEST_PATH:
+        raise BadInput(f"{folder / MANIFEST} names a file that no system can have ({file[:40]!r}...); {AGAIN}")
     inside = os.path.realpath(path).startswith(os.path.realpath(folder) + os.sep)
     if not file or Path(file).is_absolute() or not inside:
         raise BadInput(f"{folder / MANIFEST} points outside its folder ({file!r}); do not use this bundle")
@@ -85,6 +96,27 @@ def _numbers(manifest: Manifest) -> Iterator[tuple[float, tuple[str, int]]]:
             for size in spec.shape:
                 if isinstance(size, int):
                     yield size, (f"an axis of {stage.name}'s {spec.name}", 1 << 24)
+
+
+def _counts(manifest: Manifest) -> Iterator[tuple[str, float]]:
+    """Numbers that may be 0, with what each is."""
+    lm, generation = manifest.language_model, manifest.generation
+    yield from (("language_model.flops_per_token", lm.flops_per_token), ("bytes_per_token", lm.bytes_per_token))
+    yield from (("generation.temperature", generation.temperature), ("generation.top_k", generation.top_k))
+    yield from (("generation.top_p", generation.top_p), ("generation.min_tokens", generation.min_tokens))
+    for entry in manifest.files():
+        yield f"the size of {entry.file}", entry.bytes
+    for stage in (*manifest.stages, *lm.parts):
+        yield from ((f"{stage.name}.flops", stage.flops), (f"{stage.name}.activation_bytes", stage.activation_bytes))
+
+
+def _colors(source: Pixels, where: str) -> None:
+    """Raises BadInput where a picture cannot be padded and normalized as the manifest says."""
+    numbers = (*source.mean, *source.std)
+    if len(source.mean) != 3 or len(source.std) != 3 or not all(map(math.isfinite, numbers)) or 0 in source.std:
+        raise BadInput(f"{where}: mean {source.mean} and std {source.std} of {source.name} cannot be; {AGAIN}")
+    if len(source.pad_color) != 3 or not all(0 <= part <= 255 for part in source.pad_color):
+        raise BadInput(f"{where}: pad_color of {source.name} is {source.pad_color}, not three of 0 to 255; {AGAIN}")
 
 
 def _build(manifest: Manifest, where: str) -> None:
@@ -199,6 +231,13 @@ def _language_model(manifest: Manifest, folder: Path) -> None:
 def _prompt(manifest: Manifest, made: dict[str, tuple[TensorSpec | None, str]], where: str) -> None:
     prompt, lm = manifest.prompt, manifest.language_model
     file = lm.gguf.file if lm.gguf else lm.name
+    for template in (prompt.first, prompt.next):
+        try:
+            list(string.Formatter().parse(template))
+        except ValueError as error:
+            raise BadInput(
+                f"{where}: the prompt's template {template[:40]!r} cannot be read ({error}); {AGAIN}"
+            ) from None
     if len({slot.placeholder for slot in prompt.slots} - {""}) != len(prompt.slots):
         raise BadInput(f"{where}: the prompt's placeholders are not all different; {AGAIN}")
     if len(prompt.slots_of("pixels")) > 1:
@@ -212,9 +251,9 @@ def _prompt(manifest: Manifest, made: dict[str, tuple[TensorSpec | None, str]], 
             )
         for name in slot.tensors:
             spec, maker = _known(name, slot.placeholder, made, where)
-            if spec is not None and spec.shape[-1] != lm.width:
+            if spec is not None and (spec.shape[-1:] != [lm.width] or len(spec.shape) < 2):
                 raise BadInput(
-                    f"{maker} gives {name} of width {spec.shape[-1]} but {file} takes {lm.width}; "
+                    f"{maker} gives {name} of width {spec.shape[-1] if spec.shape else 0} but {file} takes {lm.width}; "
                     "export both from the same checkpoint"
                 )
 

@@ -17,6 +17,9 @@ from mllm_edge.bundle.upgrade import upgrade
 from mllm_edge.errors import BadInput
 from mllm_edge.typed_json import UnknownKind, typed
 
+LARGEST_TEXT = 64 << 20  # a tokenizer.json of 256,000 tokens has 34 MB
+LARGEST_MANIFEST = 16 << 20
+
 
 def graph_of(stage: StageEntry) -> str:
     """What names a stage's graph and weights: the SHA-256 of its file, or of those of all its files."""
@@ -32,9 +35,29 @@ def file_entry(folder: Path, file: str) -> FileEntry:
 
 
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
+    """Hex SHA-256 of a file, read in pieces. Raises BadInput for a pipe or a device, which may never end."""
+    if not path.is_file():
+        raise BadInput(f"{path} is missing, or no ordinary file; remove it, or copy it again")
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
+
+
+def read_text(path: Path, most: int = LARGEST_TEXT) -> str:
+    """A text in UTF-8 of at most so many bytes.
+
+    Raises:
+        BadInput: it is larger, not UTF-8, or no ordinary file.
+    """
+    if not path.is_file():
+        raise BadInput(f"{path} is missing, or no ordinary file; copy it again")
+    with path.open("rb") as stream:
+        data = stream.read(most + 1)
+    if len(data) > most:
+        raise BadInput(f"{path} is larger than {most >> 20} MB, which no such file is; check what it is")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is no text in UTF-8 ({error.reason}); copy it again") from None
 
 
 def _digest(stream: typing.BinaryIO) -> str:  # Python 3.10 has no hashlib.file_digest
@@ -68,7 +91,7 @@ def read_manifest(folder: Path, verify_hash: bool = True, engines: bool = True) 
     if not path.is_file():
         raise BadInput(f"{folder} is not a bundle (it has no {MANIFEST}); make one with: mllm-edge export")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path, LARGEST_MANIFEST))
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not valid JSON ({error}); export the bundle again") from None
     schema = data.get("schema") if isinstance(data, dict) else None

@@ -12,9 +12,13 @@ from typing import Any
 
 import yaml
 
-from mllm_edge.errors import BadInput, no_such
+from mllm_edge.bundle.read import read_text
+from mllm_edge.errors import BadInput, first_line, no_such
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+LARGEST = 1 << 20  # bytes of a recipe
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,7 @@ def load(name: str, overrides: list[str]) -> Recipe:
     path = Path(name) if name.endswith((".yaml", ".yml")) else _folder() / f"{name}.yaml"
     if not path.is_file():
         raise no_such("recipe", name, available(), "see: mllm-edge recipes")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise BadInput(f"{path} is not valid YAML ({str(error).splitlines()[0]}); correct it") from None
+    values = _parse(read_text(path, LARGEST), str(path))
     if not isinstance(values, dict):
         raise BadInput(f"{path} must hold `key: value` lines; see the shipped recipes")
     for override in overrides:
@@ -101,7 +102,17 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values = values[parent]
         if not isinstance(values, dict):
             raise BadInput(f"{key} reaches into {parent}, which holds a plain value; correct the key")
-    values[last] = yaml.safe_load(text) if text else text
+    values[last] = _parse(text, key) if text else text
+
+
+def _parse(text: str, where: str) -> Any:
+    """YAML without aliases: a few lines of them unfold to more than any memory."""
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise BadInput(f"{where} has an alias (*name), which recipes do not use; write the value out")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise BadInput(f"{where} is not valid YAML ({first_line(error)}); correct it") from None
 
 
 def _build(kind: type[Any], values: dict[str, Any], where: str) -> Any:

@@ -14,7 +14,7 @@ from mllm_edge.bundle.check import locate
 from mllm_edge.bundle.manifest import Manifest
 from mllm_edge.bundle.read import read_manifest
 from mllm_edge.errors import BadInput, MllmEdgeError, look_up
-from mllm_edge.machine.threads import usable_cores
+from mllm_edge.machine.threads import most_threads, usable_cores
 from mllm_edge.quants import KV_TYPES
 from mllm_edge.runtime.decoding.tokenizers import KINDS as TOKENIZERS
 from mllm_edge.runtime.engines.interface import LanguageModel, Options
@@ -128,8 +128,8 @@ def _options(
         raise MllmEdgeError(f"the bundle was made for {manifest.target}; export it with --target trt")
     if gpu_layers is not None and gpu_layers < 0:
         raise BadInput(f"gpu_layers is {gpu_layers}; it must be 0 or more")
-    if threads is not None and threads < 1:
-        raise BadInput(f"threads is {threads}; it must be at least 1")
+    if threads is not None and not 1 <= threads <= most_threads():
+        raise BadInput(f"threads is {threads}; it must be at least 1, and on this machine at most {most_threads()}")
     if context is not None and not 1 <= context <= longest:
         raise BadInput(f"context is {context}; this bundle takes 1 to {longest}")
     return Options(

@@ -138,6 +138,7 @@ def toy(tmp_path, monkeypatch):
 
     monkeypatch.setattr(stages_module, "STAGE_ENGINES", {"onnx": engine})
     monkeypatch.setattr(verify_module, "assert_same_tokens", lambda gguf, tokenizer: None)
+    monkeypatch.setattr(verify_module, "require_sound", lambda gguf: None)
     return toy
 
 
@@ -307,6 +308,18 @@ def test_result_is_written_into_the_manifest(toy):
     with pytest.raises(OutOfTolerance, match="connector cosine -1"):
         verify_bundle(toy.folder)
     assert [row.passed for row in read_manifest(toy.folder).parity] == [True, False, True, False]
+
+
+def test_a_checkpoint_that_is_gone_is_asked_of_no_hub(toy, monkeypatch):
+    def resolve(*args):
+        raise AssertionError("it was looked for elsewhere")
+
+    monkeypatch.setattr(verify_module, "resolve", resolve)
+    manifest = read_manifest(toy.folder)
+    gone = {**manifest.source, "path": "somebody/model"}
+    write_manifest(dataclasses.replace(manifest, source=gone), toy.folder)
+    with pytest.raises(BadInput, match=r"somebody/model, which the bundle was made from, is not there"):
+        verify_bundle(toy.folder)
 
 
 def test_other_weights_are_refused(toy):

@@ -42,3 +42,18 @@ def test_broken_yaml(tmp_path: Path) -> None:
     path.write_text("task: [encoder")
     with pytest.raises(BadInput, match="not valid YAML"):
         load(str(path), [])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [x, x]\nb: &b [*a, *a]\n", r"alias"),
+        ("[" * 5000, "not valid YAML"),
+        ("steps: " + "9" * 5000, "not valid YAML"),
+        ("#" * (2 << 20), "larger than 1 MB"),
+    ],
+)
+def test_recipes_that_unfold_without_end(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(BadInput, match=message):
+        load(str(tmp_path / "mine.yaml"), [])

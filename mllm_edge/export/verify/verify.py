@@ -32,6 +32,7 @@ from mllm_edge.models.plan import Checkpoint, ExportPlan, LanguageModelExport
 from mllm_edge.models.resolve import resolve
 from mllm_edge.runtime import load
 from mllm_edge.runtime.engines.interface import Options
+from mllm_edge.runtime.engines.llama.sound import require_sound
 from mllm_edge.runtime.turn import Drawing
 
 PICTURES = 4
@@ -64,6 +65,7 @@ def verify(
     manifest = read_manifest(folder)
     lm = plan.language_model
     if manifest.language_model.gguf:
+        require_sound(folder / manifest.language_model.gguf.file)
         assert_same_tokens(folder / manifest.language_model.gguf.file, lm.tokenizer)
     samples = Samples(plan, pictures)
     # Engines need their GPU; the graphs that they are made of do not.

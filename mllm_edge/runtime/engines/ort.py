@@ -11,6 +11,7 @@ import numpy as np
 from mllm_edge.bundle.manifest import StageEntry, TensorSpec
 from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError, first_line
 from mllm_edge.runtime.engines.interface import Array, Options, check_arrays
+from mllm_edge.runtime.engines.onnx_graph import check_graph_file
 from mllm_edge.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class OnnxStage:
     """A stage run by ONNX Runtime.
 
     Raises:
-        BadInput: ONNX Runtime cannot read the file, or it is not the graph that the manifest describes.
+        BadInput: ONNX Runtime cannot read the file, it reads files that are not its own, or it is not the graph that
+            the manifest describes.
         MllmEdgeError: the CUDA provider was requested and is not available.
         MissingPackage: onnxruntime is not installed.
     """
@@ -38,6 +40,7 @@ class OnnxStage:
     def __init__(self, path: Path, spec: StageEntry, options: Options):
         self.spec = spec
         self._failures = _failures()
+        check_graph_file(path, spec)
         self._session: onnxruntime.InferenceSession | None = _open(path, options, self._failures)
         _check_graph(path, "takes", self._session.get_inputs(), spec.inputs)
         _check_graph(path, "gives", self._session.get_outputs(), spec.outputs)
@@ -71,7 +74,8 @@ def _failures() -> tuple[type[Exception], ...]:
     except ModuleNotFoundError:
         raise MissingPackage("onnxruntime", "runtime") from None
     names = ["EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented"]
-    return tuple(getattr(state, name) for name in [*names, "RuntimeException"])
+    # UnicodeDecodeError: a message that quotes a graph's name which is no text.
+    return (*(getattr(state, name) for name in [*names, "RuntimeException"]), RuntimeError, UnicodeDecodeError)
 
 
 def _open(path: Path, options: Options, failures: tuple[type[Exception], ...]) -> onnxruntime.InferenceSession:
@@ -82,6 +86,8 @@ def _open(path: Path, options: Options, failures: tuple[type[Exception], ...]) -
     settings.inter_op_num_threads = 1
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     settings.log_severity_level = 3
+    # Whatever the file is called: of its own format, which a name ending in .ort chooses, nothing was checked.
+    settings.add_session_config_entry("session.load_model_format", "ONNX")
     # Spinning idle threads would take the cores from the language model, which runs next.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
     if options.lean:
@@ -89,7 +95,8 @@ def _open(path: Path, options: Options, failures: tuple[type[Exception], ...]) -
         settings.add_session_config_entry("session.disable_prepacking", "1")
     providers = _providers(options, ort.get_available_providers())
     try:
-        session = ort.InferenceSession(str(path), settings, providers=providers)
+        # With the CPU alone there is nothing to fall back to, and ONNX Runtime would print that it tries again.
+        session = ort.InferenceSession(str(path), settings, providers=providers, enable_fallback=len(providers) > 1)
     except failures as error:
         raise BadInput(f"{path}: ONNX Runtime cannot load it ({first_line(error)}); export it again") from None
     if providers[0] != session.get_providers()[0]:
@@ -115,7 +122,10 @@ def _on_the_cpu(options: Options, why: str) -> None:
 
 
 def _check_graph(path: Path, verb: str, nodes: list[Any], specs: list[TensorSpec]) -> None:
-    graph = {node.name: (_DTYPES.get(node.type, node.type), node.shape) for node in nodes}
+    try:
+        graph = {node.name: (_DTYPES.get(node.type, node.type), node.shape) for node in nodes}
+    except UnicodeDecodeError:
+        raise BadInput(f"{path} has a name that is no text; export it again") from None
     for spec in specs:
         dtype, shape = graph.get(spec.name, ("nothing", []))
         fixed = [(a, b) for a, b in zip(shape, spec.shape) if isinstance(a, int) and isinstance(b, int)]

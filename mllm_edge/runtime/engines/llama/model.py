@@ -22,6 +22,7 @@ from mllm_edge.runtime.engines.llama import gpu_layers, probe
 from mllm_edge.runtime.engines.llama.embedding import EmbeddingRows
 from mllm_edge.runtime.engines.llama.interrupt import interruptible
 from mllm_edge.runtime.engines.llama.library import library, recent_errors
+from mllm_edge.runtime.engines.llama.sound import require_sound
 from mllm_edge.targets import TARGETS
 
 # Whether attention is flash attention, by KV type: on a CPU it computes in f16 whatever the cache holds, so f32 does
@@ -49,6 +50,7 @@ class LlamaLanguageModel:
         self.context = options.context
         self._rows = EmbeddingRows(path, spec.gguf.embedding)
         self._llama = library()
+        require_sound(path)
         layers = gpu_layers.layers(self._llama, spec.gguf, options) if _gpu(self._llama, options) else 0
         self._on_gpu = layers > 0
         self._model = _load(self._llama, path, spec.precision, layers)

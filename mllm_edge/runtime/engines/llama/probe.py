@@ -8,11 +8,14 @@ loaded on such a CPU, a child process tries it. After a crash the model is loade
 On x86 CPUs without AMX K-quants are not repacked: llama.cpp's tiled products of the plain format take two thirds of the
 time of the repacked ones there (docs/performance.md), and the file stays memory-mapped.
 
-    python -m mllm_edge.runtime.engines.llama.probe MODEL.gguf      the child's command
+A model that crashes without repacked weights, too, is damaged and says nothing of AMX (`sound.py` tries that before).
+
+    python -m mllm_edge.runtime.engines.llama.probe MODEL.gguf [plain]      the child's command
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -34,7 +37,7 @@ REBUILD = (
     "llama-cpp-python"
 )
 TIMEOUT_S = 600
-_CRASHES = {signal.SIGSEGV, signal.SIGILL, signal.SIGABRT, *({signal.SIGBUS} if hasattr(signal, "SIGBUS") else ())}
+CRASHES = {signal.SIGSEGV, signal.SIGILL, signal.SIGABRT, *({signal.SIGBUS} if hasattr(signal, "SIGBUS") else ())}
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,9 @@ def verdict() -> Verdict:
     """Results of earlier probes of the installed llama.cpp; runs nothing."""
     if not has_amx():
         return Verdict(False, {})
-    prefix = _build_key() + "/"
-    known = {key.removeprefix(prefix): crashed for key, crashed in _read_cache().items() if key.startswith(prefix)}
-    return Verdict(True, known)
+    prefix = build_key() + "/"
+    tried = {key.removeprefix(prefix): crashed for key, crashed in _read_cache().items() if key.startswith(prefix)}
+    return Verdict(True, {key: crashed for key, crashed in tried.items() if "/" not in key})
 
 
 def use_extra_buffers(path: Path, precision: str) -> bool:
@@ -83,12 +86,12 @@ def use_extra_buffers(path: Path, precision: str) -> bool:
         return True
     if not has_amx():
         return not (is_x86() and quant and quant.k)
-    key = f"{_build_key()}/{precision}"
-    crashed = _read_cache().get(key)
+    key = f"{build_key()}/{precision}"
+    crashed = known(key)
     if crashed is None:
         crashed = _probe(path)
         if crashed is not None:
-            _write_cache({**_read_cache(), key: crashed})
+            remember(key, crashed)
     if crashed is False:
         return True
     found = "crashes" if crashed else "could not be tried"
@@ -105,19 +108,42 @@ def command(path: Path) -> list[str]:
     return [sys.executable, "-m", "mllm_edge.runtime.engines.llama.probe", str(path)]
 
 
+def plain_command(path: Path) -> list[str]:
+    """The same without repacked weights, and so without AMX: what crashes here is the file's fault."""
+    return [*command(path), "plain"]
+
+
 def _probe(path: Path) -> bool | None:
     """True after a crash, False when it ran, None when the child failed in another way (memory, time)."""
+    try:
+        code = try_in_child(command(path), TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return None
+    if code == 0:
+        return False
+    return True if code is not None and -code in CRASHES else None
+
+
+def try_in_child(command: list[str], timeout: float) -> int | None:
+    """A child's exit code, negative for a signal; None when it could not start. Raises TimeoutExpired."""
     environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
     try:
-        child = subprocess.run(command(path), capture_output=True, env=environment, timeout=TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, env=environment, timeout=timeout, check=False).returncode
+    except OSError:
         return None
-    if child.returncode == 0:
-        return False
-    return True if -child.returncode in _CRASHES else None
 
 
-def _build_key() -> str:
+def known(key: str) -> bool | None:
+    """An earlier verdict: whether it crashed."""
+    return _read_cache().get(key)
+
+
+def remember(key: str, crashed: bool) -> None:
+    """Keep a verdict for later processes."""
+    _write_cache({**_read_cache(), key: crashed})
+
+
+def build_key() -> str:
     """Identifies the installed build: version, size and time of llama.cpp's libraries."""
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or spec.origin is None:
@@ -153,13 +179,17 @@ def _write_cache(cache: dict[str, bool]) -> None:
         warnings.warn(f"the AMX verdict cannot be kept in {file} ({error.strerror})", RuntimeWarning, stacklevel=2)
 
 
-def _try_decode(path: str) -> int:
-    """Load with default settings, decode a batch and a single token. Returns 0 on success."""
+def _try_decode(path: str, plain: bool) -> int:
+    """Load with default settings, tokenize, decode a batch and a single token. Returns 0 on success."""
     from mllm_edge.runtime.engines.llama.library import library
 
     llama = library()
-    model = llama.llama_model_load_from_file(os.fsencode(path), llama.llama_model_default_params())
+    loading = llama.llama_model_default_params()
+    loading.use_extra_bufts = not plain
+    model = llama.llama_model_load_from_file(os.fsencode(path), loading)
     if not model:
+        return 1
+    if not _tokenize(llama, llama.llama_model_get_vocab(model)):
         return 1
     settings = llama.llama_context_default_params()
     settings.n_ctx = settings.n_batch = 64
@@ -173,5 +203,19 @@ def _try_decode(path: str) -> int:
     return 0
 
 
+def _tokenize(llama: Any, vocab: Any) -> bool:
+    """Split a text into tokens, also into bytes, and give every token's text."""
+    text, ids, piece = (
+        "Hello  \n\u00e9\U0001f600".encode(),
+        (llama.llama_token * 64)(),
+        ctypes.create_string_buffer(256),
+    )
+    if llama.llama_tokenize(vocab, text, len(text), ids, 64, True, True) <= 0:
+        return False
+    for token in range(llama.llama_vocab_n_tokens(vocab)):
+        llama.llama_token_to_piece(vocab, token, piece, 256, 0, True)
+    return True
+
+
 if __name__ == "__main__":
-    sys.exit(_try_decode(sys.argv[1]))
+    sys.exit(_try_decode(sys.argv[1], plain=sys.argv[2:] == ["plain"]))

@@ -11,18 +11,20 @@ from pathlib import Path
 
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.runtime.engines.llama.library import library, recent_errors
+from mllm_edge.runtime.engines.llama.sound import require_sound
 
 
 class GgufTokenizer:
     """See `decoding.tokenizers.Tokenizer`.
 
     Raises:
-        BadInput: llama.cpp cannot read the file.
+        BadInput: llama.cpp cannot read the file, or would not survive it.
         MissingPackage: llama-cpp-python is not installed.
     """
 
     def __init__(self, path: Path):
         self._llama = llama = library()
+        require_sound(path)
         settings = llama.llama_model_default_params()
         settings.vocab_only = True
         recent_errors.clear()

@@ -1,0 +1,192 @@
+"""What a graph may make ONNX Runtime open or unfold, read before ONNX Runtime sees it.
+
+ONNX Runtime up to 1.23 reads external data wherever a graph points: outside its folder, even at addresses of the
+process; every version reads files that no hash covers. So each tensor's place is compared with the manifest's files
+here. Only the protobuf headers are read, weights are skipped; the package onnx is not needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mllm_edge.bundle.manifest import StageEntry
+from mllm_edge.errors import BadInput
+
+DEEPEST = 64  # messages inside messages; protobuf itself stops at 100
+MOST_FIELDS = 5_000_000  # beyond what exporters write by far; a second or two to read
+MOST_NODES = 1_000_000  # after functions are unfolded
+
+# Fields that hold other messages (onnx.proto): those through which a tensor or a node can be reached.
+_MESSAGES: dict[str, dict[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "function": {7: "node", 11: "attribute"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+}
+_DIMS, _TYPE, _EXTERNAL, _LOCATION = 1, 2, 13, 14  # of a tensor
+_FUNCTION_NAME, _FUNCTION_DOMAIN, _NODE_OP, _NODE_DOMAIN = 1, 10, 4, 7
+_BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128, 16: 16}
+_BITS |= {17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8}
+
+Field = tuple[int, int, int, int]  # number, value of a varint, start and end of a length-delimited one
+Operator = tuple[bytes, bytes]  # domain and name
+
+
+class _Damaged(ValueError):
+    """No protobuf, or not one that ONNX can be."""
+
+
+def check_graph_file(path: Path, stage: StageEntry) -> None:
+    """Raises BadInput where the graph is none, reads a file that is not its own, or unfolds without bound."""
+    beside = Path(stage.file).parent
+    allowed = {os.path.relpath(file.file, beside): file.bytes for file in stage.data_files}
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _Reader(data, allowed).model()
+    except (ValueError, IndexError, RecursionError) as error:
+        raise BadInput(f"{path} is no graph that can be run ({error}); export it again") from None
+
+
+class _Reader:
+    def __init__(self, data: mmap.mmap, allowed: Mapping[str, int]):
+        self._data, self._allowed, self._left = data, allowed, MOST_FIELDS
+
+    def model(self) -> None:
+        """Walk every message; raises ValueError at the first that cannot be."""
+        calls: dict[Operator, list[Operator]] = {}
+        waiting: list[tuple[str, int, int, int, list[Operator]]] = [("model", 0, len(self._data), 0, [])]
+        main = waiting[0][4]
+        while waiting:
+            kind, start, end, depth, called = waiting.pop()
+            if depth > DEEPEST:
+                raise _Damaged("graphs are nested without end")
+            if kind == "tensor":
+                self._tensor(start, end)
+                continue
+            if kind == "function":
+                key = self._operator(start, end, _FUNCTION_DOMAIN, _FUNCTION_NAME)
+                called = calls.setdefault(key, [])
+            if kind == "node":
+                called.append(self._operator(start, end, _NODE_DOMAIN, _NODE_OP))
+            inner = _MESSAGES[kind]
+            for number, _, first, last in self._fields(start, end):
+                if number in inner and first:
+                    waiting.append((inner[number], first, last, depth + 1, called))
+        _check_calls(main, calls)
+
+    def _fields(self, start: int, end: int) -> Iterator[Field]:
+        at = start
+        while at < end:
+            self._left -= 1
+            if self._left < 0:
+                raise _Damaged(f"more than {MOST_FIELDS} fields")
+            tag, at = self._varint(at, end)
+            number, wire = tag >> 3, tag & 7
+            if wire == 0:
+                value, at = self._varint(at, end)
+                yield number, value, 0, 0
+            elif wire == 2:
+                length, at = self._varint(at, end)
+                if length > end - at:
+                    raise _Damaged("it ends too early")
+                yield number, 0, at, at + length
+                at += length
+            elif wire in (1, 5):
+                at += 8 if wire == 1 else 4
+            else:
+                raise _Damaged("it is no protobuf")
+        if at != end:
+            raise _Damaged("it ends too early")
+
+    def _varint(self, at: int, end: int) -> tuple[int, int]:
+        value = shift = 0
+        while at < end and shift < 70:
+            byte = self._data[at]
+            value |= (byte & 127) << shift
+            at, shift = at + 1, shift + 7
+            if byte < 128:
+                return value & (1 << 64) - 1, at
+        raise _Damaged("it ends too early")
+
+    def _operator(self, start: int, end: int, domain: int, name: int) -> Operator:
+        texts = {number: self._data[first:last] for number, _, first, last in self._fields(start, end) if first}
+        operator = texts.get(domain, b""), texts.get(name, b"")
+        if operator[1] == b"EPContext":  # a compiled engine in a file of its own
+            raise _Damaged("it holds a compiled engine")
+        return operator
+
+    def _tensor(self, start: int, end: int) -> None:
+        sizes: list[int] = []
+        place: dict[bytes, bytes] = {}
+        kind = external = 0
+        for number, value, first, last in self._fields(start, end):
+            if number == _DIMS:
+                sizes += [value] if not first else self._packed(first, last)
+            elif number == _TYPE:
+                kind = value
+            elif number == _LOCATION:
+                external = value
+            elif number == _EXTERNAL and first:
+                entry = {n: self._data[a:b] for n, _, a, b in self._fields(first, last) if a}
+                place[entry.get(1, b"")] = entry.get(2, b"")
+        if external or place:
+            self._external(sizes, kind, place)
+
+    def _packed(self, at: int, end: int) -> list[int]:
+        values: list[int] = []
+        while at < end:
+            value, at = self._varint(at, end)
+            values.append(value)
+            if len(values) > 64:
+                raise _Damaged("a tensor has more than 64 axes")
+        return values
+
+    def _external(self, sizes: list[int], kind: int, place: Mapping[bytes, bytes]) -> None:
+        location = os.path.normpath(place.get(b"location", b"").decode("utf-8", "replace"))
+        if location not in self._allowed:
+            raise _Damaged(f"it reads {location!r}, which is no file of the manifest")
+        bits = _BITS.get(kind)
+        if bits is None:
+            raise _Damaged(f"a tensor in {location} is of unknown type {kind}")
+        size = bits
+        for axis in sizes:
+            size *= axis
+            if size > 1 << 50:
+                raise _Damaged(f"a tensor in {location} is larger than any file")
+        size = (size + 7) // 8
+        offset = _number(place.get(b"offset", b"0"))
+        length = _number(place.get(b"length", b"")) if place.get(b"length") else size
+        if length != size or offset + size > self._allowed[location]:
+            raise _Damaged(f"a tensor lies outside {location}")
+
+
+def _number(text: bytes) -> int:
+    if not text.isdigit() or len(text) > 18:
+        raise _Damaged(f"an offset or length is {text[:20]!r}")
+    return int(text)
+
+
+def _check_calls(main: list[Operator], calls: Mapping[Operator, list[Operator]]) -> None:
+    """Functions call functions: thirty that each call the one before twice unfold to 2^30 nodes."""
+    open_now: set[Operator] = set()
+
+    @functools.cache
+    def nodes(operator: Operator) -> int:
+        if operator not in calls:
+            return 1
+        if operator in open_now or len(open_now) > DEEPEST:
+            raise _Damaged("functions call each other without end")
+        open_now.add(operator)
+        total = sum(map(nodes, calls[operator]))
+        open_now.remove(operator)
+        return total
+
+    if sum(map(nodes, main)) > MOST_NODES:
+        raise _Damaged(f"its functions unfold to more than {MOST_NODES} nodes")

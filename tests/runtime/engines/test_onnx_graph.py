@@ -1,0 +1,143 @@
+"""Graphs of attackers, written byte by byte: what ONNX Runtime would read or unfold is refused before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mllm_edge.bundle.manifest import StageEntry
+from mllm_edge.bundle.sources import FileEntry
+from mllm_edge.errors import BadInput
+from mllm_edge.runtime.engines import onnx_graph
+from mllm_edge.runtime.engines.onnx_graph import check_graph_file
+
+
+def varint(number: int) -> bytes:
+    out = b""
+    while number > 127:
+        out += bytes([number & 127 | 128])
+        number >>= 7
+    return out + bytes([number])
+
+
+def text(number: int, data: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+def whole(number: int, value: int) -> bytes:
+    return varint(number << 3) + varint(value)
+
+
+def tensor(location: bytes, offset: bytes = b"0", length: bytes = b"16") -> bytes:
+    """Four fp32 numbers in another file."""
+    place = ((b"location", location), (b"offset", offset), (b"length", length))
+    return (
+        whole(1, 4)
+        + whole(2, 1)
+        + text(8, b"w")
+        + whole(14, 1)
+        + b"".join(text(13, text(1, key) + text(2, value)) for key, value in place)
+    )
+
+
+def graph(*fields: bytes) -> bytes:
+    return text(7, b"".join(fields))
+
+
+def initializer(data: bytes) -> bytes:
+    return graph(text(5, data))
+
+
+def in_constant(data: bytes) -> bytes:
+    return graph(text(1, text(4, b"Constant") + text(5, text(5, data))))
+
+
+def in_loop(data: bytes) -> bytes:
+    return graph(text(1, text(4, b"Loop") + text(5, text(6, text(5, data)))))
+
+
+def in_sparse(data: bytes) -> bytes:
+    return graph(text(15, text(1, data)))
+
+
+def in_function(data: bytes) -> bytes:
+    return text(25, text(1, b"f") + text(7, text(4, b"Constant") + text(5, text(5, data))))
+
+
+PLACES = [initializer, in_constant, in_loop, in_sparse, in_function]
+
+
+def check(folder: Path, data: bytes) -> None:
+    (folder / "parts").mkdir(exist_ok=True)
+    (folder / "parts" / "a.onnx").write_bytes(data)
+    weights = FileEntry("parts/a.data", 64, "")
+    check_graph_file(
+        folder / "parts" / "a.onnx",
+        StageEntry("parts/a.onnx", 0, "", "a", "onnx", "fp32", [], [], data_files=[weights]),
+    )
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_weights_in_a_file_of_the_manifest(tmp_path: Path, place: Callable[[bytes], bytes]) -> None:
+    check(tmp_path, place(tensor(b"a.data", b"48")))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("where", [b"../secret", b"/etc/passwd", b"*/_ORT_MEM_ADDR_/*", b"other", b"", b"parts/a.data"])
+def test_weights_elsewhere(tmp_path: Path, place: Callable[[bytes], bytes], where: bytes) -> None:
+    with pytest.raises(BadInput, match="no file of the manifest"):
+        check(tmp_path, place(tensor(where)))
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "message"),
+    [
+        (b"49", b"16", "lies outside"),
+        (b"0", b"20", "lies outside"),  # more than its four numbers
+        (b"-1", b"16", "offset or length"),
+        (b"9" * 400, b"16", "offset or length"),
+        (b"0", b"x", "offset or length"),
+    ],
+)
+def test_weights_outside_their_file(tmp_path: Path, offset: bytes, length: bytes, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        check(tmp_path, initializer(tensor(b"a.data", offset, length)))
+
+
+def test_thirty_functions_that_each_call_the_one_before_twice(tmp_path: Path) -> None:
+    functions = [text(25, text(1, b"f%d" % at) + 2 * text(7, text(4, b"f%d" % (at - 1)))) for at in range(30)]
+    with pytest.raises(BadInput, match="unfold to more than"):
+        check(tmp_path, b"".join(functions) + graph(text(1, text(4, b"f29"))))
+
+
+def test_functions_in_a_circle(tmp_path: Path) -> None:
+    functions = [text(25, text(1, name) + text(7, text(4, other))) for name, other in ((b"f", b"g"), (b"g", b"f"))]
+    with pytest.raises(BadInput, match="without end"):
+        check(tmp_path, b"".join(functions) + graph(text(1, text(4, b"f"))))
+
+
+def test_graphs_nested_without_end(tmp_path: Path) -> None:
+    inner = b""
+    for _ in range(40):
+        inner = text(1, text(4, b"If") + text(5, text(6, inner or whole(1, 1))))
+    with pytest.raises(BadInput, match="nested without end"):
+        check(tmp_path, graph(inner))
+
+
+def test_compiled_engines_in_files_of_their_own(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="compiled engine"):
+        check(tmp_path, graph(text(1, text(4, b"EPContext"))))
+
+
+def test_more_fields_than_any_graph_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_graph, "MOST_FIELDS", 100)
+    with pytest.raises(BadInput, match="more than 100 fields"):
+        check(tmp_path, whole(1, 9) * 101)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x08\x07 nothing", b"\xff" * 20, b"\x3a\xff\xff\xff\xff\x0f", b"\x0b\x0c"])
+def test_no_graph(tmp_path: Path, data: bytes) -> None:
+    with pytest.raises(BadInput, match="no graph that can be run"):
+        check(tmp_path, data)
