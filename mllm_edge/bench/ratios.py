@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mllm_edge.bench.result import Result, Spread, from_document
+from mllm_edge.bundle.read import read_text
 from mllm_edge.errors import BadInput
 
 
@@ -53,8 +54,8 @@ def read_results(path: Path) -> list[Result]:
         BadInput: it cannot be read, or is something else.
     """
     try:
-        return from_document(json.loads(path.read_text(encoding="utf-8")), str(path))
-    except (OSError, ValueError) as error:
+        return from_document(json.loads(read_text(path)), str(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(
             f"cannot read {path} ({' '.join(str(error).split())}); write one with: mllm-edge bench --json"
         ) from None

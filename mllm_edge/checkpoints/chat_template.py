@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 from mllm_edge.bundle.manifest import Prompt, Slot
+from mllm_edge.bundle.read import read_text
 from mllm_edge.checkpoints.tensors import read_json
 from mllm_edge.errors import BadInput, first_line
 
@@ -32,7 +33,7 @@ def find_chat_template(folder: Path) -> ChatTemplate | None:
     """The chat template of a checkpoint's folder, or None. Raises BadInput where a file cannot be read."""
     plain = folder / "chat_template.jinja"
     if plain.is_file():
-        return _checked(plain.read_text(encoding="utf-8", errors="replace"), plain)
+        return _checked(read_text(plain), plain)
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             text = read_json(folder / name).get("chat_template")

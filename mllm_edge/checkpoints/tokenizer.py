@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mllm_edge.bundle.read import read_text
 from mllm_edge.checkpoints.byte_level import check_byte_level, pre_tokenizer, steps_of
 from mllm_edge.errors import BadInput
 
@@ -175,8 +176,8 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        data = json.loads(read_text(path, 256 << 20))
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not valid JSON ({error}); copy it again") from None
     return data if isinstance(data, dict) else {}
 

@@ -168,11 +168,11 @@ def files(path: Path, images: Path, instances: Path | None, split: str, regions:
 
 
 def _first_entry(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise BadInput(f"{path} is neither a set of ours ({', '.join(SCENES)}) nor a file; check the path")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"{path} is neither a set of ours ({', '.join(SCENES)}) nor a file ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not valid JSON ({error}); check that it was copied whole") from None
     if not isinstance(data, list) or not data or not isinstance(data[0], dict):
         raise BadInput(f"{path} is no list of objects; give GranD-f's or RefCOCO's layout")

@@ -9,11 +9,12 @@ from typing import Any
 from mllm_edge.errors import BadInput
 
 Fields = Mapping[str, Any]
+MOST_LAYERS = 1000
 _NEEDED = object()
 
 
-def whole(config: Fields, key: str, where: Path, default: Any = _NEEDED) -> int:
-    """A count from a config; `default` where it is left out or null.
+def whole(config: Fields, key: str, where: Path, default: Any = _NEEDED, most: int = 1 << 24) -> int:
+    """A count from a config, at most `most`; `default` where it is left out or null.
 
     Raises:
         BadInput: it is no positive whole number, or is needed and lacking.
@@ -23,8 +24,8 @@ def whole(config: Fields, key: str, where: Path, default: Any = _NEEDED) -> int:
         return int(default)
     if value is None:
         raise BadInput(f"{where} lacks {key}; copy the checkpoint's own config")
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-        raise BadInput(f"{where} has {key} {value!r}, which is no count; copy it again")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+        raise BadInput(f"{where} has {key} {value!r}, which is no count from 1 to {most}; copy it again")
     return value
 
 

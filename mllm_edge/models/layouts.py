@@ -57,11 +57,10 @@ def opened(
 def _card(folder: Path) -> dict[str, str]:
     """Licence and base model, as the model card's head names them."""
     path = folder / "README.md"
-    head = (
-        re.match(r"---\n(.*?)\n---", path.read_text(encoding="utf-8", errors="replace"), re.S)
-        if path.is_file()
-        else None
-    )
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", errors="replace") as stream:
+        head = re.match(r"---\n(.*?)\n---", stream.read(1 << 16), re.S)
     keys = {
         "licence": r"^license:\s*([\w.-]{1,60})",
         "base_model": r"^base_model:\s*(?:- *)?([\w.-]{1,96}/[\w.-]{1,96})",

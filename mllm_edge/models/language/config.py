@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_edge.errors import BadInput
-from mllm_edge.models.fields import check_fixed, flag, real, whole
+from mllm_edge.models.fields import MOST_LAYERS, check_fixed, flag, real, whole
 from mllm_edge.models.language.llama import LlamaDims
 
 # Of LLaMA and of its relatives, which differ from it by such a field.
@@ -67,7 +67,7 @@ def llama_dims(config: Mapping[str, Any], vocabulary: int, has_head: bool, where
         vocabulary=vocabulary,
         width=width,
         ffn_width=whole(config, "intermediate_size", where),
-        layers=whole(config, "num_hidden_layers", where),
+        layers=whole(config, "num_hidden_layers", where, most=MOST_LAYERS),
         heads=heads,
         kv_heads=whole(config, "num_key_value_heads", where, heads),
         context=context,

@@ -11,7 +11,7 @@ from mllm_edge.checkpoints.tensors import Tensors
 from mllm_edge.errors import BadInput
 from mllm_edge.models.blocks.encoders import EncoderDims
 from mllm_edge.models.blocks.vit import ACTIVATIONS, VitDims
-from mllm_edge.models.fields import check_fixed, real, whole
+from mllm_edge.models.fields import MOST_LAYERS, check_fixed, real, whole
 from mllm_edge.models.language.config import llama_dims
 from mllm_edge.models.language.llama import LlamaDims
 
@@ -26,7 +26,7 @@ def vit_dims(config: Mapping[str, Any], tap: object, where: Path) -> VitDims:
         BadInput: a field (named, with its value) that is not supported, or a tap that is no layer.
     """
     check_fixed(config, _CLIP_FIXED, where)
-    layers = whole(config, "num_hidden_layers", where, 12)
+    layers = whole(config, "num_hidden_layers", where, 12, MOST_LAYERS)
     if not isinstance(tap, int) or not -layers - 1 <= tap <= layers:
         raise BadInput(f"{where} has {layers} vision layers, so that none is tapped at {tap!r}; one layer is needed")
     dims = VitDims(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mllm_edge.bundle.read import read_text
 from mllm_edge.errors import BadInput
 from mllm_edge.runtime.engines.interface import Floats
 
@@ -25,7 +26,7 @@ class Index:
     def __init__(self, folder: Path):
         try:
             self._vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
-            items = json.loads((folder / ITEMS).read_text(encoding="utf-8"))
+            items = json.loads(read_text(folder / ITEMS, 256 << 20))
         except (OSError, ValueError, EOFError, RecursionError) as error:
             raise BadInput(f"{folder} is no index of pictures ({error}); make one again") from None
         whole = isinstance(items, list) and all(isinstance(item, str) for item in items)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mllm_edge.bundle import manifest
+from mllm_edge.bundle.read import read_text
 from mllm_edge.errors import BadInput, MissingPackage
 
 MOST_BYTES = 256 << 20  # of a tokenizer.json
@@ -62,9 +63,7 @@ class JsonTokenizer:
             import tokenizers
         except ModuleNotFoundError:
             raise MissingPackage("tokenizers", "onnx") from None
-        if path.stat().st_size > MOST_BYTES:
-            raise BadInput(f"{path} is larger than {MOST_BYTES >> 20} MB; do not use this bundle")
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, MOST_BYTES)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # noqa: BLE001  the package raises plain Exception
