@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import types
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,3 +87,41 @@ def refuse_quantized(config: Fields, where: Path) -> None:
                 f"{where} has a quantization_config: its weights are codes of {form}; give the checkpoint that was not "
                 "quantized, export quantizes it with --quant"
             )
+
+
+def bounded(dims: Any, where: Path) -> None:
+    """Check the numbers of our own layout's dims, before anything of their length is built.
+
+    Raises:
+        BadInput: one is larger than any model's.
+    """
+    for key, value in dims.items() if isinstance(dims, dict) else []:
+        most = MOST_LAYERS if key == "layers" else 1 << 24
+        count = isinstance(value, int) and not isinstance(value, bool) and key != "tap"  # that one counts from the end
+        if isinstance(value, (int, float)) and not (1 if count else -most) <= value <= most:
+            raise BadInput(f"{where} has {key} {value!r}, which no model has; train or copy it again")
+        bounded(value, where)
+
+
+def well_typed(dims: Any, where: Path) -> None:
+    """Check that dims, a dataclass made from a file, have values of the declared types. Raises BadInput."""
+    hints = typing.get_type_hints(type(dims))
+    for field in dataclasses.fields(dims):
+        value = getattr(dims, field.name)
+        if dataclasses.is_dataclass(value):
+            well_typed(value, where)
+        elif not _is(value, hints[field.name]):
+            raise BadInput(f"{where} has {field.name} {value!r}, of a wrong type; train or copy it again")
+
+
+def _is(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType or origin is typing.Union:
+        return any(_is(value, one) for one in arguments)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is(one, arguments[0]) for one in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)

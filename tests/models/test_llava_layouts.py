@@ -1,6 +1,7 @@
 """Every public layout of one LLaVA gives the same canonical tensors."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from mllm_edge.models.llava.layouts import load, save_llava
 from mllm_edge.models.llava.model import build, tensor_shapes
 from mllm_edge.models.llava.plan import plan
 from mllm_edge.models.plan import Checkpoint
-from mllm_edge.models.resolve import resolve
+from mllm_edge.models.resolve import resolve, shipped
 
 
 @pytest.fixture(scope="module")
@@ -332,3 +333,14 @@ def test_missing_weights_are_named(tmp_path: Path, model: transformers.LlavaForC
     torch.save(state, folder / "pytorch_model.bin")
     with pytest.raises(BadInput, match=r"lacks 1 tensors \(language_model\.model\.norm\.weight\)"):
         load(folder)
+
+
+@pytest.mark.parametrize(("name", "value"), [("layers", 10**8), ("width", 10**12), ("context", 10**400)])
+def test_dims_that_no_model_has_are_refused_at_once(name: str, value: int, tmp_path: Path) -> None:
+    folder = tmp_path / "huge"
+    shutil.copytree(shipped("llava") / "tiny", folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["dims"]["language"][name] = value
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(BadInput, match=f"has {name} 10+, which no model has"):
+        resolve("llava", str(folder))

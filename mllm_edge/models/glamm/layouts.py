@@ -25,7 +25,7 @@ from mllm_edge.models.blocks.region import RegionDims
 from mllm_edge.models.blocks.sam import SamDims
 from mllm_edge.models.blocks.sam_decoder import MaskDecoderDims
 from mllm_edge.models.blocks.vit import VitDims
-from mllm_edge.models.fields import refuse_quantized
+from mllm_edge.models.fields import bounded, refuse_quantized, well_typed
 from mllm_edge.models.glamm.model import ADDED, GlammDims, tensor_shapes
 from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.models.layouts import OURS, canonical_name, copy_tokenizer, opened, save, tokenizer_of
@@ -108,6 +108,7 @@ def read_sam(path: Path) -> dict[str, torch.Tensor]:
 def _ours(folder: Path, config: dict[str, Any]) -> tuple[GlammDims, Tensors]:
     if config[OURS] != "glamm":
         raise BadInput(f"{folder} holds weights of {config[OURS]}, not of glamm; export that system")
+    bounded(config.get("dims"), folder / "config.json")
     try:
         data = dict(config["dims"])
         llava = dict(data["llava"])
@@ -121,6 +122,7 @@ def _ours(folder: Path, config: dict[str, Any]) -> tuple[GlammDims, Tensors]:
             MaskDecoderDims(**data["mask_decoder"]),
             RegionDims(**{**region, "strides": tuple(region["strides"])}),
         )
+        well_typed(dims, folder / "config.json")
         return dims, open_folder(folder)
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(

@@ -24,9 +24,9 @@ from mllm_edge.checkpoints.tensors import (
     read_json,
     renamed,
 )
-from mllm_edge.errors import BadInput, first_line
+from mllm_edge.errors import BadInput, first_line, look_up
 from mllm_edge.models.blocks.encoders import encoder_dims, encoder_settings
-from mllm_edge.models.fields import check_fixed, refuse_quantized
+from mllm_edge.models.fields import bounded, check_fixed, refuse_quantized, well_typed
 from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.models.layouts import OURS, canonical_name, copy_tokenizer, opened, save, tokenizer_of
 from mllm_edge.models.llava import packaged
@@ -35,6 +35,7 @@ from mllm_edge.models.llava.dims import VISION, language_dims, vit_dims, without
 from mllm_edge.models.llava.model import LlavaDims, tensor_shapes
 from mllm_edge.models.llava.original import Opened, beside, open_original
 from mllm_edge.models.llava.pictures import read_preprocessing
+from mllm_edge.models.llava.prompts import PROMPTS
 from mllm_edge.models.plan import Checkpoint
 
 if TYPE_CHECKING:
@@ -137,12 +138,16 @@ def _packaged(folder: Path, config: dict[str, Any], dims: LlavaDims, trained: Te
 def _ours(folder: Path, config: dict[str, Any]) -> tuple[LlavaDims, Tensors]:
     if config[OURS] != "llava":
         raise BadInput(f"{folder} holds weights of {config[OURS]}, not of llava; export that system")
+    bounded(config.get("dims"), folder / "config.json")
     try:
         data = dict(config["dims"])
         vision, language = encoder_dims(data.pop("vision")), LlamaDims(**data.pop("language"))
         data |= {key: tuple(data[key]) for key in ("mean", "std")}
-        return LlavaDims(vision, language, **data), open_folder(folder)
-    except (KeyError, TypeError) as error:
+        dims = LlavaDims(vision, language, **data)
+        well_typed(dims, folder / "config.json")
+        look_up("template", dims.template, PROMPTS)
+        return dims, open_folder(folder)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(
             f"{folder}/config.json does not describe llava's dims ({error}); train or copy it again"
         ) from None
