@@ -99,10 +99,10 @@ def test_pages_call_only_programs_that_are_checked_here() -> None:
 
 
 @pytest.mark.parametrize("line", of_program("python"))
-def test_module_that_pages_run_exists_and_explains_itself(line: str) -> None:
-    flag, module, *_ = shlex.split(line)[1:]
-    assert flag == "-m"
-    assert "usage:" in run([sys.executable, "-m", module, "--help"], ROOT)
+def test_module_or_script_that_pages_run_exists_and_explains_itself(line: str) -> None:
+    first, second, *_ = shlex.split(line)[1:]
+    words = ["-m", second] if first == "-m" else [first]
+    assert "usage:" in run([sys.executable, *words, "--help"], ROOT)
 
 
 @functools.cache
