@@ -1,19 +1,22 @@
 # mllm-edge on a Jetson with JetPack 7.2 (Orin and Thor): the runtime, llama.cpp with CUDA, and JetPack's TensorRT.
 # Build it on the board; for use see docker/jetson.Dockerfile, which is JetPack 6's.
 #
-#   docker build -f docker/jetson7.Dockerfile -t mllm-edge .
+#   docker build -f docker/jetson7.Dockerfile -t mllm-edge --build-arg APT=https://HOST/jetson .
+#
+# APT is the address in the board's own /etc/apt/sources.list.d/nvidia-l4t-apt-source.list, up to `jetson`.
 #
 # 87 is Orin, 110 is Thor. The release must be the board's own (`mllm-edge doctor`: L4T 39.2 is r39.2).
 FROM ubuntu:24.04
+ARG APT
 ARG RELEASE=r39.2
 ARG CUDA=13-2
 ARG CUDA_ARCHITECTURE=87
 
 RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates curl \
- && curl -fsSL https://repo.download.nvidia.com/jetson/jetson-ota-public.asc -o /usr/share/keyrings/jetson.asc \
+ && curl -fsSL ${APT}/jetson-ota-public.asc -o /usr/share/keyrings/jetson.asc \
  && for part in common som; do \
-      echo "deb [signed-by=/usr/share/keyrings/jetson.asc] https://repo.download.nvidia.com/jetson/${part} ${RELEASE} main"; \
+      echo "deb [signed-by=/usr/share/keyrings/jetson.asc] ${APT}/${part} ${RELEASE} main"; \
     done > /etc/apt/sources.list.d/jetson.list \
  && apt-get update \
  && apt-get install -y --no-install-recommends \
