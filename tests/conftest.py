@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,3 +41,13 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         return Said(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def stub_export(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Path]], None]:
+    def replace(function: Callable[..., Path]) -> None:
+        import mllm_edge.export.export as module
+
+        monkeypatch.setattr(module, "export", function)
+
+    return replace

@@ -170,3 +170,21 @@ def test_special_tokens_and_unused_rows(tmp_path: Path) -> None:
     assert (tokenizer.bos, tokenizer.eos, tokenizer.control_tokens["<image>"]) == (1, 2, 420)
     tokenizer.close()
     assert_same_tokens(tmp_path / "model.gguf", folder, [*NASTY, "[PAD430]", "[PAD447] x"])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"model": {"type": "Unigram"}}, "Unigram"),
+        ({"model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
+    ],
+)
+def test_tokenizers_that_llama_cpp_does_not_have(tmp_path: Path, data: dict[str, object], message: str) -> None:
+    write(tmp_path / "tokenizer.json", data)
+    with pytest.raises(BadInput, match=message):
+        read_tokenizer(tmp_path)
+
+
+def test_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="neither"):
+        read_tokenizer(tmp_path)

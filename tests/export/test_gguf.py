@@ -381,21 +381,3 @@ def test_a_different_tokenizer_is_found_out(tmp_path: Path) -> None:
     path = vocabulary_only(tmp_path, byte_level(mine, "gpt-2"))
     with pytest.raises(OutOfTolerance, match="tokenizes"):
         assert_same_tokens(path, byte_level(other, "smollm"))
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ({"model": {"type": "Unigram"}}, "Unigram"),
-        ({"model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
-    ],
-)
-def test_tokenizers_that_llama_cpp_does_not_have(tmp_path: Path, data: dict[str, object], message: str) -> None:
-    write(tmp_path / "tokenizer.json", data)
-    with pytest.raises(BadInput, match=message):
-        read_tokenizer(tmp_path)
-
-
-def test_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="neither"):
-        read_tokenizer(tmp_path)
