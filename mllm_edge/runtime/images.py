@@ -151,13 +151,28 @@ def _decode(image: Image.Image, name: str) -> tuple[Image.Image, int]:
 
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation; 1, which is upright, where there is none. Nothing else of the EXIF data is looked at."""
+    raw = image.info.get("exif")
     try:
+        if isinstance(raw, bytes):  # Pillow 12 stops at an entry that it cannot read, and this one comes late
+            return _entry(raw.removeprefix(b"Exif\0\0"), ExifTags.Base.Orientation)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about entries that we do not read
             value = image.getexif().get(ExifTags.Base.Orientation, 1)
         return int(value[0] if isinstance(value, tuple) else value)
     except (*_DAMAGE, TypeError, AttributeError, ZeroDivisionError):
         return 1
+
+
+def _entry(tiff: bytes, tag: int) -> int:
+    """A short of a TIFF's first directory (TIFF 6.0, section 2); 1 where it is not there."""
+    order = {b"II": "<", b"MM": ">"}[tiff[:2]]
+    (start,) = struct.unpack_from(order + "I", tiff, 4)
+    (count,) = struct.unpack_from(order + "H", tiff, start)
+    for place in range(start + 2, start + 2 + 12 * count, 12):
+        name, kind, _, value = struct.unpack_from(order + "HHIH", tiff, place)
+        if (name, kind) == (tag, 3):
+            return int(value)
+    return 1
 
 
 def _upright(picture: Image.Image, orientation: int) -> Image.Image:
