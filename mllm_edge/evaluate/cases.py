@@ -21,6 +21,7 @@ from mllm_edge.recipes.data.readers import GroundedEntry, Reference, read_grandf
 from mllm_edge.recipes.data.segmentation import decode_segmentation
 from mllm_edge.runtime.images import load_image
 from mllm_edge.scenes import (
+    Scene,
     boxes,
     grounded_caption,
     held_out_questions,
@@ -29,16 +30,13 @@ from mllm_edge.scenes import (
     referring_expressions,
     render,
     sample_scene,
+    sample_wide,
 )
 
 Mask = NDArray[np.bool_]
-SCENES = {
-    "scenes-questions": "questions",
-    "scenes-referring": "referring",
-    "scenes-grounded": "grounded",
-    "scenes-regions": "regions",
-}
-SIZE = 320  # pixels per side of a scene
+KINDS = ("questions", "referring", "grounded", "regions")
+SCENES = {f"{series}-{kind}": kind for series in ("scenes", "wide") for kind in KINDS}
+SIZE = 320  # pixels per side of a scene; wide ones have their own size
 REGION_QUESTION, REFERRING_QUESTION = REGION_QUESTIONS[0], SEGMENT_TURNS[0][0]
 
 
@@ -77,7 +75,7 @@ class DataSet:
 
 
 def scenes(name: str, number: int, split: str) -> DataSet:
-    """`number` scenes of a split that no recipe trains on.
+    """`number` scenes of a split that no recipe trains on, of the series that the name begins with.
 
     Raises:
         BadInput: an unknown name or split.
@@ -85,20 +83,26 @@ def scenes(name: str, number: int, split: str) -> DataSet:
     if split not in ("test", "validation", "held_out"):
         raise BadInput(f"there is no split {split!r} to evaluate on; use test, validation or held_out")
     kind = SCENES[name]
+    sample = sample_wide if name.startswith("wide") else sample_scene
     if kind == "questions":
-        possible = (_scene_question(split, index) for index in count())
+        possible = (_scene_question(sample(split, index), split, index) for index in count())
         return DataSet(f"{name} ({split})", kind, list(islice(filter(None, possible), number)))
     make = {"referring": _scene_referring, "grounded": _scene_grounded, "regions": _scene_regions}[kind]
-    return DataSet(f"{name} ({split})", kind, [make(split, index) for index in range(number)])
+    cases = [make(sample(split, index), f"{split} {index}", index) for index in range(number)]
+    return DataSet(f"{name} ({split})", kind, cases)
 
 
-def _scene_picture(split: str, index: int) -> Callable[[], Image.Image]:
-    return lambda: Image.fromarray(render(sample_scene(split, index), SIZE))
+def _side(scene: Scene) -> int:
+    return scene.finish.side if scene.finish else SIZE
 
 
-def _scene_question(split: str, index: int) -> Case | None:
+def _picture(scene: Scene) -> Callable[[], Image.Image]:
+    return lambda: Image.fromarray(render(scene, _side(scene)))
+
+
+def _scene_question(scene: Scene, split: str, index: int) -> Case | None:
     """One question about a scene, its kind drawn first so that all kinds weigh the same; None if there is none."""
-    scene, rng = sample_scene(split, index), np.random.default_rng([23, index])
+    rng = np.random.default_rng([23, index])
     asked = (held_out_questions if split == "held_out" else questions)(scene, rng)
     if not asked:
         return None
@@ -106,38 +110,35 @@ def _scene_question(split: str, index: int) -> Case | None:
     of_kind = [question for question in asked if question.kind == kind]
     question = of_kind[int(rng.integers(len(of_kind)))]
     text, answer = question.asked(short=True)
-    return Case(f"{split} {index}", text, _scene_picture(split, index), lambda _: Truth([answer]))
+    return Case(f"{split} {index}", text, _picture(scene), lambda _: Truth([answer]))
 
 
-def _scene_referring(split: str, index: int) -> Case:
-    scene = sample_scene(split, index)
+def _scene_referring(scene: Scene, name: str, index: int) -> Case:
     expression, target = referring_expressions(scene, np.random.default_rng([61, index]))[0]
     return Case(
-        f"{split} {index}",
+        name,
         REFERRING_QUESTION.format(expression),
-        _scene_picture(split, index),
-        lambda _: Truth(masks=[masks(scene, SIZE)[target]], phrases=[expression]),
+        _picture(scene),
+        lambda _: Truth(masks=[masks(scene, _side(scene))[target]], phrases=[expression]),
     )
 
 
-def _scene_grounded(split: str, index: int) -> Case:
-    scene = sample_scene(split, index)
+def _scene_grounded(scene: Scene, name: str, index: int) -> Case:
     caption = grounded_caption(scene, np.random.default_rng(0), form=len(CAPTION_QUESTIONS) - 1)
 
     def truth(_: Image.Image) -> Truth:
-        visible = masks(scene, SIZE)
+        visible = masks(scene, _side(scene))
         names = [" ".join(scene.objects[number].pair) for _, _, number in caption.spans]
         return Truth([caption.text], [visible[number] for _, _, number in caption.spans], names)
 
-    return Case(f"{split} {index}", GROUNDED_QUESTION, _scene_picture(split, index), truth)
+    return Case(name, GROUNDED_QUESTION, _picture(scene), truth)
 
 
-def _scene_regions(split: str, index: int) -> Case:
-    scene = sample_scene(split, index)
+def _scene_regions(scene: Scene, name: str, index: int) -> Case:
     target = int(np.random.default_rng([67, index]).integers(len(scene.objects)))
-    box = tuple(float(value) for value in boxes(scene, SIZE)[target])
+    box = tuple(float(value) for value in boxes(scene, _side(scene))[target])
     text = region_caption(scene.objects[target])
-    return Case(f"{split} {index}", REGION_QUESTION, _scene_picture(split, index), lambda _: Truth([text]), [box])
+    return Case(name, REGION_QUESTION, _picture(scene), lambda _: Truth([text]), [box])
 
 
 def files(path: Path, images: Path, instances: Path | None, split: str, regions: bool) -> DataSet:

@@ -4,6 +4,7 @@ from mllm_edge.scenes.brief import attributes, telegram, terse
 from mllm_edge.scenes.captions import GroundedCaption, caption, grounded_caption
 from mllm_edge.scenes.drawing import boxes, masks, render
 from mllm_edge.scenes.edits import EDIT_KINDS, Edit, edit
+from mllm_edge.scenes.legible import stands_out
 from mllm_edge.scenes.model import (
     ALL_COLORS,
     COLOR_RGB,
@@ -29,6 +30,7 @@ from mllm_edge.scenes.questions import (
 )
 from mllm_edge.scenes.sampling import SPLITS, recolor, sample_scene, split_of
 from mllm_edge.scenes.story import ToldScene, scene_text, told_scene
+from mllm_edge.scenes.wide import PAGES, mixed_scene, sample_wide
 
 __all__ = [
     "ALL_COLORS",
@@ -37,6 +39,7 @@ __all__ = [
     "EDIT_KINDS",
     "HELD_OUT_PAIRS",
     "LOCATIONS",
+    "PAGES",
     "QUESTION_KINDS",
     "SHAPES",
     "SHORT",
@@ -57,6 +60,7 @@ __all__ = [
     "grounded_caption",
     "held_out_questions",
     "masks",
+    "mixed_scene",
     "pick",
     "placed_questions",
     "questions",
@@ -64,8 +68,10 @@ __all__ = [
     "referring_expressions",
     "render",
     "sample_scene",
+    "sample_wide",
     "scene_text",
     "split_of",
+    "stands_out",
     "telegram",
     "terse",
     "told_scene",

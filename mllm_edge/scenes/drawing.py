@@ -1,125 +1,110 @@
 """Pictures, masks and boxes of scenes, at any pixel size.
 
-Shapes are signed distance functions (negative inside, 1.0 = one radius) evaluated at pixel centers
-in the object's own bounding box: edges are smooth without drawing at a larger size first.
+Shapes are signed distance functions (see `shapes`) evaluated at pixel centers in the object's own bounding box: edges
+are smooth without drawing at a larger size first. Wide scenes are also drawn as polygons by Pillow; their masks are the
+same.
 """
 
+import io
 import math
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mllm_edge.scenes.model import Background, Scene, SceneObject
+from mllm_edge.scenes.model import Finish, Scene, SceneObject
+from mllm_edge.scenes.pages import page
+from mllm_edge.scenes.shapes import REACH, Floats, coverage, distance
 
-Floats = npt.NDArray[np.float64]
-
-REACH = 1.25  # upper bound of a shape's extent from its center, in radii
-
-_SQUARE_HALF_SIDE = 0.88
-_TRIANGLE_INRADIUS = 0.6
-_STAR_TIP, _STAR_NOTCH = 1.25, 0.58
-_CROSS_LENGTH, _CROSS_WIDTH = 1.1, 0.38
-_RING_MIDDLE, _RING_HALF_WIDTH = 0.78, 0.22
-
-_NOISE_GRIDS = (4, 8, 16, 32, 64)  # octaves of a texture, coarse to fine
+_SMOOTH = 4  # Pillow's polygons are drawn at this many times the size
+_SIDE = 128  # pixels, unless said otherwise
 
 
-def _circle(u: Floats, v: Floats) -> Floats:
-    return np.hypot(u, v) - 1.0
-
-
-def _square(u: Floats, v: Floats) -> Floats:
-    return np.maximum(np.abs(u), np.abs(v)) - _SQUARE_HALF_SIDE
-
-
-def _triangle(u: Floats, v: Floats) -> Floats:
-    return np.maximum(v, math.sqrt(0.75) * np.abs(u) - 0.5 * v) - _TRIANGLE_INRADIUS
-
-
-def _star(u: Floats, v: Floats) -> Floats:
-    # Fold the plane into half of one of the star's five points, which leaves the distance to one line.
-    half = math.pi / 5
-    turn = np.abs((np.arctan2(u, -v) + half) % (2 * half) - half)
-    reach = np.hypot(u, v)
-    edge_x, edge_y = _STAR_NOTCH * math.cos(half) - _STAR_TIP, _STAR_NOTCH * math.sin(half)
-    along, across = reach * np.cos(turn) - _STAR_TIP, reach * np.sin(turn)
-    distance: Floats = (along * edge_y - across * edge_x) / math.hypot(edge_x, edge_y)
-    return distance
-
-
-def _cross(u: Floats, v: Floats) -> Floats:
-    across, along = np.abs(u), np.abs(v)
-    upright = np.maximum(across - _CROSS_WIDTH, along - _CROSS_LENGTH)
-    level = np.maximum(along - _CROSS_WIDTH, across - _CROSS_LENGTH)
-    return np.minimum(upright, level)
-
-
-def _ring(u: Floats, v: Floats) -> Floats:
-    return np.abs(np.hypot(u, v) - _RING_MIDDLE) - _RING_HALF_WIDTH
-
-
-_DISTANCE: dict[str, Callable[[Floats, Floats], Floats]] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
-    "star": _star,
-    "cross": _cross,
-    "ring": _ring,
-}
-
-
-def render(scene: Scene, size: int = 128) -> npt.NDArray[np.uint8]:
+def render(scene: Scene, size: int = _SIDE) -> npt.NDArray[np.uint8]:
     """Draws a scene.
 
     Args:
         scene: What to draw.
-        size: Width and height of the picture in pixels.
+        size: The longer side of the picture in pixels; other scenes than wide ones are square.
 
     Returns:
-        uint8 [size, size, 3], RGB.
+        uint8 [height, width, 3], RGB.
 
     Raises:
-        ValueError: `size` is not positive.
+        ValueError: `size` is not positive, or the scene needs a photograph that is not installed.
     """
-    canvas = _draw_background(scene.background, _checked(size))
+    width, height = scene.extent(_checked(size))
+    canvas = page(scene.background, width, height)
     for item in scene.objects:
-        window, distance = _pixel_distance(item, size)
-        coverage = np.clip(0.5 - distance, 0.0, 1.0).astype(np.float32)[..., None]
-        canvas[window] += coverage * (np.array(item.rgb, np.float32) - canvas[window])
-    return (canvas + 0.5).astype(np.uint8)
+        window, away = _pixel_distance(item, width, height)
+        covered = _covered(item, scene.finish, window, away, (width, height))
+        canvas[window] += covered[..., None] * (np.array(item.rgb, np.float32) - canvas[window])
+        if item.line:
+            width_px = item.line * item.radius * max(width, height)
+            lined = np.minimum(covered, np.clip(0.5 + away + width_px, 0.0, 1.0).astype(np.float32))
+            canvas[window] += lined[..., None] * (np.array(item.line_rgb, np.float32) - canvas[window])
+    if scene.finish is None:
+        return (canvas + 0.5).astype(np.uint8)
+    return _finished(canvas, scene.finish, scene.background.seed)
 
 
-def masks(scene: Scene, size: int = 128) -> npt.NDArray[np.bool_]:
+def _covered(
+    item: SceneObject, finish: Finish | None, window: tuple[slice, slice], away: Floats, extent: tuple[int, int]
+) -> npt.NDArray[np.float32]:
+    """The share of each of the window's pixels that the object covers."""
+    if finish is None or finish.raster == "distance":
+        soft = 1.0 if finish is None else finish.soft
+        return np.clip(0.5 - away / soft, 0.0, 1.0).astype(np.float32)
+    left, top = item.x * extent[0] - window[1].start, item.y * extent[1] - window[0].start
+    radius, fine = item.radius * max(extent), _SMOOTH if finish.raster == "polygons" else 1
+    drawn = coverage(item.shape, item.form, radius, item.angle, (left, top), max(away.shape), fine)
+    return drawn[: away.shape[0], : away.shape[1]].astype(np.float32)
+
+
+def _finished(canvas: npt.NDArray[np.float32], finish: Finish, seed: int) -> npt.NDArray[np.uint8]:
+    light = canvas
+    if finish.gamma != 1.0 or finish.gain != (1.0, 1.0, 1.0):
+        light = np.clip(canvas / 255, 0.0, 1.0) ** np.float32(finish.gamma) * np.array(finish.gain, np.float32) * 255
+    if finish.noise:
+        light = light + np.random.default_rng([seed, 2]).normal(0.0, finish.noise, light.shape).astype(np.float32)
+    picture: npt.NDArray[np.uint8] = (np.clip(light, 0.0, 255.0) + 0.5).astype(np.uint8)
+    if finish.jpeg:
+        stream = io.BytesIO()
+        Image.fromarray(picture).save(stream, "JPEG", quality=finish.jpeg)
+        picture = np.asarray(Image.open(stream))
+    return picture
+
+
+def masks(scene: Scene, size: int = _SIDE) -> npt.NDArray[np.bool_]:
     """Returns the visible pixels of each object.
 
     A pixel belongs to the topmost object that covers its center.
 
     Args:
         scene: The scene.
-        size: Width and height of the picture in pixels.
+        size: The longer side of the picture in pixels.
 
     Returns:
-        bool [objects, size, size], in the order of `scene.objects`; no pixel is True twice.
+        bool [objects, height, width], in the order of `scene.objects`; no pixel is True twice.
 
     Raises:
         ValueError: `size` is not positive.
     """
-    owner = np.full((_checked(size), size), -1, np.int8)
+    width, height = scene.extent(_checked(size))
+    owner = np.full((height, width), -1, np.int8)
     for index, item in enumerate(scene.objects):
-        window, distance = _pixel_distance(item, size)
-        owner[window][distance <= 0.0] = index
+        window, away = _pixel_distance(item, width, height)
+        owner[window][away <= 0.0] = index
     visible: npt.NDArray[np.bool_] = owner == np.arange(len(scene.objects), dtype=np.int8)[:, None, None]
     return visible
 
 
-def boxes(scene: Scene, size: int = 128) -> npt.NDArray[np.int64]:
+def boxes(scene: Scene, size: int = _SIDE) -> npt.NDArray[np.int64]:
     """Returns the extents of the visible pixels of each object.
 
     Args:
         scene: The scene.
-        size: Width and height of the picture in pixels.
+        size: The longer side of the picture in pixels.
 
     Returns:
         int64 [objects, 4]: x1, y1, x2, y2 in pixels, x2 and y2 exclusive; zeros for an object without
@@ -139,8 +124,17 @@ def boxes(scene: Scene, size: int = 128) -> npt.NDArray[np.int64]:
 def visible_fractions(scene: Scene, size: int) -> list[float]:
     """Returns, for each object, the part of its pixels (0..1) that no later object covers."""
     visible = masks(scene, size).sum(axis=(1, 2))
-    whole = [int((_pixel_distance(item, size)[1] <= 0.0).sum()) for item in scene.objects]
+    whole = [int((_pixel_distance(item, *scene.extent(size))[1] <= 0.0).sum()) for item in scene.objects]
     return [float(seen) / max(area, 1) for seen, area in zip(visible, whole, strict=True)]
+
+
+def footprint(
+    item: SceneObject, extent: tuple[int, int], margin: float = 0.0
+) -> tuple[tuple[slice, slice], npt.NDArray[np.bool_]]:
+    """Returns the object's window into a picture of (width, height) pixels, and which of the window's pixels it covers
+    or has at most `margin` pixels away, whatever lies on top of it."""
+    window, away = _pixel_distance(item, *extent)
+    return window, away <= margin
 
 
 def _checked(size: int) -> int:
@@ -149,49 +143,19 @@ def _checked(size: int) -> int:
     return size
 
 
-def _pixel_distance(item: SceneObject, size: int) -> tuple[tuple[slice, slice], Floats]:
+def _pixel_distance(item: SceneObject, width: int, height: int) -> tuple[tuple[slice, slice], Floats]:
     """Returns the object's window into the picture and each pixel's signed distance, in pixels."""
-    reach = REACH * item.radius + 1.0 / size
+    longer = max(width, height)
+    reach = REACH * item.radius + 1.0 / longer  # in lengths of the longer side
     (top, bottom), (left, right) = (
-        (max(0, math.floor((center - reach) * size)), max(0, min(size, math.ceil((center + reach) * size))))
-        for center in (item.y, item.x)
+        (
+            max(0, math.floor((center - reach * (longer / side)) * side)),
+            max(0, min(side, math.ceil((center + reach * (longer / side)) * side))),
+        )
+        for center, side in ((item.y, height), (item.x, width))
     )
-    x = ((np.arange(left, right) + 0.5) / size - item.x) / item.radius
-    y = ((np.arange(top, bottom) + 0.5) / size - item.y)[:, None] / item.radius
+    x = ((np.arange(left, right) + 0.5) / width - item.x) * (width / longer) / item.radius
+    y = ((np.arange(top, bottom) + 0.5) / height - item.y)[:, None] * (height / longer) / item.radius
     cos, sin = math.cos(item.angle), math.sin(item.angle)
-    distance = _DISTANCE[item.shape](cos * x + sin * y, cos * y - sin * x) * (item.radius * size)
-    return (slice(top, bottom), slice(left, right)), distance
-
-
-def _draw_background(background: Background, size: int) -> npt.NDArray[np.float32]:
-    first = np.array(background.first, np.float32)
-    second = np.array(background.second, np.float32)
-    if background.kind == "plain":
-        return np.tile(first, (size, size, 1))
-    if background.kind == "gradient":
-        return first + _ramp(background.angle, size)[..., None] * (second - first)
-    noise = _noise(background.seed, size)
-    # The second field varies the brightness without changing the hue, like uneven light.
-    return first + noise[..., :1] * (second - first) + 16.0 * (noise[..., 1:] - 0.5)
-
-
-def _ramp(angle: float, size: int) -> npt.NDArray[np.float32]:
-    """Returns float32 [size, size], 0 to 1 across the picture in the direction of the angle."""
-    middle = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
-    cos, sin = math.cos(angle), math.sin(angle)
-    ramp = (middle * cos + middle[:, None] * sin) / (abs(cos) + abs(sin)) + 0.5
-    return ramp.astype(np.float32)
-
-
-def _noise(seed: int, size: int) -> npt.NDArray[np.float32]:
-    """Returns float32 [size, size, 2]: two fields in 0..1, the sum of octaves of random grids."""
-    rng = np.random.default_rng(seed)
-    fields = []
-    for _ in range(2):
-        field = Image.new("F", (1, 1), 0.5)
-        for octave, grid in enumerate(_NOISE_GRIDS):
-            ripple = (rng.random((grid, grid), np.float32) - 0.5) * 0.62**octave
-            smooth = np.asarray(field.resize((grid, grid), Image.Resampling.BICUBIC))
-            field = Image.fromarray(smooth + ripple)
-        fields.append(np.asarray(field.resize((size, size), Image.Resampling.BICUBIC)))
-    return np.stack(fields, axis=-1).clip(0.0, 1.0)
+    away = distance(item.shape, item.form, cos * x + sin * y, cos * y - sin * x) * (item.radius * longer)
+    return (slice(top, bottom), slice(left, right)), away

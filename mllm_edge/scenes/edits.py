@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mllm_edge.scenes.legible import is_legible
 from mllm_edge.scenes.model import COLORS, SHAPES, Scene, SceneObject, pick, shuffled
 from mllm_edge.scenes.phrases import referring_expressions, with_article
-from mllm_edge.scenes.sampling import is_legible, jittered_rgb
+from mllm_edge.scenes.sampling import jittered_rgb
 
 EDIT_KINDS: tuple[str, ...] = ("recolor", "replace", "remove")
 _RECOLOR = ("Make {} {}.", "Paint {} {}.", "Change the color of {} to {}.")

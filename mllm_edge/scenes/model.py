@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -62,9 +62,12 @@ class SceneObject:
         size: One of `SIZES`.
         x: Center, in picture widths from the left edge (0..1).
         y: Center, in picture heights from the top edge (0..1).
-        radius: Nominal radius in picture widths; no shape reaches farther than `drawing.REACH` radii.
+        radius: Nominal radius in lengths of the longer side; no shape reaches farther than `shapes.REACH` radii.
         angle: Clockwise rotation in radians.
         rgb: The exact color drawn, 0..255 each.
+        form: Proportions of the shape, 0..1 (see `shapes`); None for the usual ones.
+        line: Width of a line along the inside of the edge, in radii; 0 for none.
+        line_rgb: The line's color.
 
     Raises:
         ValueError: The color, shape or size is not one of the known words.
@@ -78,6 +81,9 @@ class SceneObject:
     radius: float
     angle: float
     rgb: Rgb
+    form: float | None = None
+    line: float = 0.0
+    line_rgb: Rgb = (0, 0, 0)
 
     def __post_init__(self) -> None:
         for word, known in ((self.color, ALL_COLORS), (self.shape, SHAPES), (self.size, SIZES)):
@@ -96,11 +102,13 @@ class Background:
 
     Attributes:
         kind: "plain" (only `first`), "gradient" (`first` to `second` along `angle`) or "texture"
-            (noise grown from `seed` between `first` and `second`).
-        first: A muted color, 0..255 each.
-        second: Another muted color, 0..255 each.
-        angle: Direction of a gradient in radians.
-        seed: Seed of a texture.
+            (noise grown from `seed` between `first` and `second`); on wide scenes also "two-tone", "stripes", "checks",
+            "paper" (lines of `second` on grainy `first`) or "photo".
+        first: A color, 0..255 each.
+        second: Another color, 0..255 each.
+        angle: Direction of a gradient, of stripes or of the border between two tones, in radians.
+        seed: Seed of whatever else is random.
+        photo: Name of a photograph (see `photographs`).
     """
 
     kind: str
@@ -108,23 +116,66 @@ class Background:
     second: Rgb
     angle: float
     seed: int
+    photo: str = ""
 
     def digest(self) -> str:
         """Returns the sha256 of the content, in hexadecimal."""
-        return _sha256([self.kind, self.first, self.second, self.angle, self.seed])
+        named = [self.photo] if self.photo else []
+        return _sha256([self.kind, self.first, self.second, self.angle, self.seed, *named])
+
+
+@dataclass(frozen=True)
+class Finish:
+    """How a wide scene becomes a picture.
+
+    Attributes:
+        side: The longer side of the picture in pixels.
+        soft: Width of the objects' edges in pixels (1.0 is a smooth edge).
+        raster: "distance" (edges `soft` wide) or, by Pillow, "polygons" (smooth edges) or "hard" (steps).
+        gain: Factors of red, green and blue.
+        gamma: Exponent of the brightness.
+        noise: Standard deviation of the noise in gray levels of 255.
+        jpeg: Quality of JPEG compression; 0 for none.
+    """
+
+    side: int
+    soft: float
+    raster: str
+    gain: tuple[float, float, float]
+    gamma: float
+    noise: float
+    jpeg: int
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects on a background; later objects lie on top of earlier ones."""
+    """Objects on a background; later objects lie on top of earlier ones.
+
+    Attributes:
+        objects: From the bottom to the top.
+        background: What they lie on.
+        aspect: Width of the picture relative to its height.
+        finish: How a wide scene becomes a picture; None for the others.
+    """
 
     objects: tuple[SceneObject, ...]
     background: Background
+    aspect: float = 1.0
+    finish: Finish | None = None
 
     def fingerprint(self) -> str:
         """Returns the sha256 of the whole content, in hexadecimal: equal scenes, equal fingerprints."""
         rows = [[o.color, o.shape, o.size, o.x, o.y, o.radius, o.angle, o.rgb] for o in self.objects]
-        return _sha256([rows, self.background.digest()])
+        if self.finish is None:
+            return _sha256([rows, self.background.digest()])
+        more = [[o.form, o.line, o.line_rgb] for o in self.objects]
+        return _sha256([rows, self.background.digest(), more, self.aspect, astuple(self.finish)])
+
+    def extent(self, size: int) -> tuple[int, int]:
+        """Returns width and height in pixels of a picture whose longer side has `size` pixels."""
+        if self.aspect >= 1.0:
+            return size, max(1, round(size / self.aspect))
+        return max(1, round(size * self.aspect)), size
 
     @property
     def shows_held_out_pair(self) -> bool:

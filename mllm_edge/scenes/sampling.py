@@ -6,11 +6,10 @@ scene stays in its split.
 
 import math
 from dataclasses import replace
-from itertools import combinations
 
 import numpy as np
 
-from mllm_edge.scenes.drawing import REACH, visible_fractions
+from mllm_edge.scenes.legible import is_legible
 from mllm_edge.scenes.model import (
     COLOR_RGB,
     COLORS,
@@ -26,6 +25,7 @@ from mllm_edge.scenes.model import (
     SceneObject,
     pick,
 )
+from mllm_edge.scenes.shapes import REACH
 
 # Of twenty backgrounds, how many belong to each split. The seeds depend on the splits' order.
 _SHARES: dict[str, int] = {"train": 14, "validation": 2, "test": 2, "held_out": 2}
@@ -34,12 +34,11 @@ _SPLIT_OF_BUCKET = tuple(split for split, share in _SHARES.items() for _ in rang
 
 BACKGROUND_KINDS: tuple[str, ...] = ("plain", "gradient", "texture")
 MOST_OBJECTS = 4
-LEAST_VISIBLE = 0.6
 TRAIN_PAIRS: tuple[Pair, ...] = tuple((c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT_PAIRS)
 
-_CHECK_SIZE = 64  # pixels; visibility is always judged at this size, whatever the caller's
 _MOST_TURN = math.radians(15)
 _COLOR_JITTER = 11
+_RECOLORINGS = 1000  # attempts; one or two are enough but for a few wide scenes
 _ECHO_RATE = 0.45  # how often an object repeats an earlier color or shape, so that questions need both
 
 
@@ -64,7 +63,7 @@ def sample_scene(split: str, index: int, seed: int = 0) -> Scene:
         raise ValueError(f"scene index {index} with seed {seed} is not possible; give numbers of 0 or more")
     rng = np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), index]))
     background = _sample_background(rng)
-    while _split_of_background(background) != split:
+    while split_of_background(background) != split:
         background = _sample_background(rng)
     while True:
         scene = Scene(_sample_objects(rng, held_out=split == "held_out"), background)
@@ -74,15 +73,7 @@ def sample_scene(split: str, index: int, seed: int = 0) -> Scene:
 
 def split_of(scene: Scene) -> str:
     """Returns the one split that a scene, or any edit of it, can belong to."""
-    return _split_of_background(scene.background)
-
-
-def is_legible(scene: Scene) -> bool:
-    """Returns whether every object shows 60 % of its pixels and none touches another of its color."""
-    meetings = [(a, b) for a, b in combinations(scene.objects, 2) if _may_touch(a, b)]
-    if any(a.color == b.color for a, b in meetings):
-        return False
-    return not meetings or min(visible_fractions(scene, _CHECK_SIZE)) >= LEAST_VISIBLE
+    return split_of_background(scene.background)
 
 
 def jittered_rgb(color: str, rng: np.random.Generator) -> Rgb:
@@ -93,7 +84,10 @@ def jittered_rgb(color: str, rng: np.random.Generator) -> Rgb:
 
 
 def recolor(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Returns the scene with most of its objects in colors of `MORE_COLOR_RGB`; the others stay as they are."""
+    """Returns the scene with most of its objects in colors of `MORE_COLOR_RGB`; the others stay as they are.
+
+    On a wide scene's page that hides these colors, it may return the scene itself.
+    """
 
     def one(item: SceneObject) -> SceneObject:
         if rng.random() < 0.4:
@@ -101,19 +95,17 @@ def recolor(scene: Scene, rng: np.random.Generator) -> Scene:
         color = pick(rng, tuple(MORE_COLOR_RGB))
         return replace(item, color=color, rgb=jittered_rgb(color, rng))
 
-    while True:
+    for _ in range(_RECOLORINGS):
         changed = replace(scene, objects=tuple(map(one, scene.objects)))
         looks = [(item.pair, item.size) for item in changed.objects]
         if all(looks.count(look) <= 2 for look in looks) and is_legible(changed):
             return changed
+    return scene
 
 
-def _split_of_background(background: Background) -> str:
+def split_of_background(background: Background) -> str:
+    """Returns the one split whose scenes may have this background."""
     return _SPLIT_OF_BUCKET[int(background.digest(), 16) % len(_SPLIT_OF_BUCKET)]
-
-
-def _may_touch(a: SceneObject, b: SceneObject) -> bool:
-    return math.hypot(a.x - b.x, a.y - b.y) < REACH * (a.radius + b.radius)
 
 
 def _sample_background(rng: np.random.Generator) -> Background:
@@ -137,7 +129,7 @@ def _sample_objects(rng: np.random.Generator, held_out: bool) -> tuple[SceneObje
     special = int(rng.integers(count)) if held_out else -1
     looks: list[tuple[Pair, str]] = []
     while len(looks) < count:
-        pair = pick(rng, HELD_OUT_PAIRS) if len(looks) == special else _sample_pair(rng, [p for p, _ in looks])
+        pair = pick(rng, HELD_OUT_PAIRS) if len(looks) == special else sample_pair(rng, [p for p, _ in looks])
         look = pair, pick(rng, SIZES)
         # One of two look-alikes is always clearly left of or above the other; with three, perhaps not.
         if looks.count(look) < 2:
@@ -145,7 +137,8 @@ def _sample_objects(rng: np.random.Generator, held_out: bool) -> tuple[SceneObje
     return tuple(_place(pair, size, rng) for pair, size in looks)
 
 
-def _sample_pair(rng: np.random.Generator, earlier: list[Pair]) -> Pair:
+def sample_pair(rng: np.random.Generator, earlier: list[Pair]) -> Pair:
+    """Draws a pair that is not held out and often repeats an earlier color or shape, so that questions need both."""
     if not earlier or rng.random() > _ECHO_RATE:
         return pick(rng, TRAIN_PAIRS)
     echoed = pick(rng, earlier)

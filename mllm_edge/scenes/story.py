@@ -7,17 +7,18 @@ import numpy as np
 from mllm_edge.scenes.brief import attributes
 from mllm_edge.scenes.captions import caption, full_caption
 from mllm_edge.scenes.edits import edit
+from mllm_edge.scenes.legible import is_legible
 from mllm_edge.scenes.model import Scene, pick, shuffled
 from mllm_edge.scenes.phrases import cell_center
 from mllm_edge.scenes.questions import Question, draw_questions, questions
 from mllm_edge.scenes.renaming import rename
-from mllm_edge.scenes.sampling import is_legible, sample_scene
+from mllm_edge.scenes.wide import mixed_scene
 
 _STREAM = 77  # separates the random stream of the words from that of the scene, which has the same index
 _MOST_QUESTIONS = 4
 
 
-def scene_text(index: int, seed: int = 0) -> str:
+def scene_text(index: int, seed: int = 0, wide: float = 0.0) -> str:
     """Describes one scene of the train split: a caption, a dialogue about a description, or an edit.
 
     Every answer follows from the description before it. A dialogue reads "A small red circle at the
@@ -27,6 +28,7 @@ def scene_text(index: int, seed: int = 0) -> str:
     Args:
         index: Number of the text, from 0.
         seed: Another seed gives another series of texts.
+        wide: Share of wide scenes.
 
     Returns:
         One line of text.
@@ -34,7 +36,7 @@ def scene_text(index: int, seed: int = 0) -> str:
     Raises:
         ValueError: The index or seed is negative.
     """
-    scene = _snapped(sample_scene("train", index, seed))
+    scene = _snapped(mixed_scene("train", index, seed, wide))
     rng = np.random.default_rng(np.random.SeedSequence([seed, _STREAM, index]))
     form = rng.random()
     if form < 0.25:
@@ -62,18 +64,19 @@ class ToldScene:
     questions: list[Question]
 
 
-def told_scene(index: int, seed: int = 0, other_names: bool = False) -> ToldScene:
+def told_scene(index: int, seed: int = 0, other_names: bool = False, wide: float = 0.0) -> ToldScene:
     """Describes one scene of the train split in full.
 
     Args:
         index: Number of the scene, from 0.
         seed: Another seed gives another series.
         other_names: Rename its colors and shapes (see `rename`).
+        wide: Share of wide scenes.
 
     Raises:
         ValueError: The index or seed is negative.
     """
-    scene = _snapped(sample_scene("train", index, seed))
+    scene = _snapped(mixed_scene("train", index, seed, wide))
     rng = np.random.default_rng(np.random.SeedSequence([seed, _STREAM + 1, index]))
     asked = questions(scene, rng)
     texts = [full_caption(scene, rng), *(", ".join(attributes(item)) for item in scene.objects)]

@@ -16,7 +16,8 @@ from mllm_edge.models.glamm.prompts import (
     SEG,
     SEGMENT_TURNS,
 )
-from mllm_edge.scenes import Scene, SceneObject, boxes, grounded_caption, masks, pick, referring_expressions
+from mllm_edge.recipes.data.scene_pixels import square_masks
+from mllm_edge.scenes import Scene, SceneObject, boxes, grounded_caption, pick, referring_expressions
 from mllm_edge.scenes.phrases import capitalized, full_description, with_article
 
 KINDS = ("chat", "region", "segment", "caption")
@@ -50,8 +51,8 @@ def region_caption(item: SceneObject) -> str:
 
 def segment_turns(scene: Scene, rng: np.random.Generator, number: int, captions: int, size: int) -> list[GroundedTurn]:
     """Up to `number` questions about a scene, the first `captions` for grounded captions, the others with referring
-    expressions; masks are `size` pixels a side."""
-    visible = masks(scene, size)
+    expressions; masks are in the mask encoder's frame of `size` pixels a side."""
+    visible = square_masks(scene, size, centered=False)
     turns = [grounded_turn(scene, rng, int(form), size) for form in rng.permutation(len(CAPTION_QUESTIONS))[:captions]]
     for expression, index in referring_expressions(scene, rng)[: number - len(turns)]:
         question, answer = pick(rng, SEGMENT_TURNS)
@@ -62,7 +63,7 @@ def segment_turns(scene: Scene, rng: np.random.Generator, number: int, captions:
 def grounded_turn(scene: Scene, rng: np.random.Generator, form: int, size: int) -> GroundedTurn:
     """The grounded caption in form number `form`, with the masks of its phrases."""
     caption = grounded_caption(scene, rng, form)
-    visible = masks(scene, size)
+    visible = square_masks(scene, size, centered=False)
     answer = tagged(caption.text, caption.spans)
     return GroundedTurn(CAPTION_QUESTIONS[form], answer, [visible[index] for _, _, index in caption.spans])
 
@@ -81,7 +82,7 @@ def caption_turns(scene: Scene, rng: np.random.Generator, number: int) -> list[G
 def region_turns(scene: Scene, rng: np.random.Generator, size: int) -> list[GroundedTurn]:
     """A question about the region of each object of a scene, with a jittered box."""
     turns = []
-    for item, box in zip(scene.objects, boxes(scene, size) / size):
+    for item, box in zip(scene.objects, boxes(scene, size) / np.tile(scene.extent(size), 2)):
         off = rng.normal(0, JITTER / 2, 4) * np.tile(box[2:] - box[:2], 2)
         corners = tuple(float(value) for value in np.clip(box + off, 0, 1))
         turns.append(GroundedTurn(pick(rng, REGION_QUESTIONS), region_caption(item), boxes=[corners]))

@@ -1,4 +1,4 @@
-"""Scenes as encoder inputs for training."""
+"""Scenes as encoder inputs for training: drawn, and seen as an encoder that pads pictures to a square sees them."""
 
 from __future__ import annotations
 
@@ -12,25 +12,51 @@ from PIL import Image
 from mllm_edge.models.llava.model import LlavaDims
 from mllm_edge.models.llava.plan import preprocessing
 from mllm_edge.runtime.preprocess import preprocess
-from mllm_edge.scenes import render
+from mllm_edge.scenes import masks, render, stands_out
 from mllm_edge.scenes.model import COLOR_RGB, Scene
 
+REPAINTS = 20  # attempts to find colors that a wide scene's page does not hide
 APART = 70.0  # least RGB distance of a repainted color from every named one
 
 
 def pixels(scene: Scene, dims: LlavaDims) -> np.ndarray[Any, np.dtype[np.float32]]:
     """The scene's pixels for the vision encoder, by the runtime's own preprocessing: float32 [3,S,S]."""
-    picture = Image.fromarray(render(scene, dims.vision.image_size))
-    return preprocess(picture, preprocessing(dims))[0]
+    return preprocess(drawn(scene, dims.vision.image_size), preprocessing(dims))[0]
+
+
+def drawn(scene: Scene, size: int) -> Image.Image:
+    """The scene's picture: a wide one at its own size, others at `size` pixels."""
+    return Image.fromarray(render(scene, scene.finish.side if scene.finish else size))
+
+
+def square_masks(scene: Scene, size: int, centered: bool) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """`masks` on the square that the picture is padded to, around it or at the right and below: bool
+    [objects,size,size]."""
+    visible = masks(scene, size)  # [n,H,W]
+    square = np.zeros((len(visible), size, size), np.bool_)
+    top, left = ((size - side) // 2 if centered else 0 for side in visible.shape[1:])
+    square[:, top : top + visible.shape[1], left : left + visible.shape[2]] = visible
+    return square
+
+
+def padded_centers(scene: Scene) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The objects' centers on that square: float64 [objects,2], x and y in 0..1."""
+    shares = np.array([min(1.0, scene.aspect), min(1.0, 1.0 / scene.aspect)])
+    return 0.5 + (np.array([(thing.x, thing.y) for thing in scene.objects]) - 0.5) * shares
 
 
 def repaint(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with every object in a color far from all named ones.
+    """The scene with every object in a color far from all named ones; a page that few colors stand out from may leave
+    it as it is.
 
     Shapes learned only in named colors become tied to them: a shape is then not recognized in a color it was never seen
     in. No named (color, shape) pair results from this, so the held-out pairs stay held out.
     """
-    return replace(scene, objects=tuple(replace(thing, rgb=_unnamed_color(rng)) for thing in scene.objects))
+    for _ in range(REPAINTS):
+        changed = replace(scene, objects=tuple(replace(thing, rgb=_unnamed_color(rng)) for thing in scene.objects))
+        if stands_out(changed):
+            return changed
+    return scene
 
 
 def _unnamed_color(rng: np.random.Generator) -> tuple[int, int, int]:

@@ -2,7 +2,8 @@
 
 Its checkpoint takes CLIP's place, shared by all tiny systems. Each patch predicts the color, shape and size of the
 object that covers it, whether the object's center lies in it, and where in the picture that center is; the classes have
-separate heads, so that a color is recognized on shapes it was never seen on.
+separate heads, so that a color is recognized on shapes it was never seen on. The mean of all patches predicts how many
+objects there are, and the kind of page.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from mllm_edge.errors import BadInput
 from mllm_edge.models.blocks.vit import VisionEncoder, VitDims
 from mllm_edge.models.llava.model import CONFIGS, LlavaDims
 from mllm_edge.recipes.data.conversation import IGNORE
-from mllm_edge.recipes.data.scene_pixels import pixels, repaint
+from mllm_edge.recipes.data.mixture import wide_share
+from mllm_edge.recipes.data.scene_pixels import padded_centers, pixels, repaint, square_masks
 from mllm_edge.recipes.parts import read_part, save_part
 from mllm_edge.recipes.recipe import Recipe
-from mllm_edge.scenes import COLORS, SHAPES, SIZES, Scene, masks, sample_scene
+from mllm_edge.scenes import COLORS, PAGES, SHAPES, SIZES, Scene, mixed_scene
+from mllm_edge.scenes.wide import MOST_OBJECTS
 
 COVERED = 0.08  # share of a patch that an object must cover to own it
+WHOLE = 0.2  # weight of the losses on whole pictures
 REPAINTED = 0.7  # share of training pictures whose objects get unnamed colors
 
 
@@ -34,20 +38,23 @@ def dense_labels(scene: Scene, grid: int, size: int) -> dict[str, np.ndarray[Any
     """Labels per patch of a `grid` x `grid` raster.
 
     Returns:
-        `color`, `shape`, `size`, `cell` (of a 3x3 raster, row-major): int64 [N], -100 where no object covers the patch
-        or has its center in it; `object`, `center`: float32 [N] in {0,1}; `place`: float32 [N,2], the object's center
-        in picture widths and heights from the top left.
+        `color`, `shape`, `size`, `cell` (of a 3x3 raster over the picture, row-major): int64 [N], -100 where no object
+        covers the patch or has its center in it; `object`, `center`: float32 [N] in {0,1}; `place`: float32 [N,2], the
+        object's center in picture widths and heights from the top left; `count` (objects less one) and `page` (number
+        of its kind): int64 [].
     """
-    owned = masks(scene, size).reshape(-1, grid, size // grid, grid, size // grid).mean(axis=(2, 4))
+    owned = (
+        square_masks(scene, size, centered=True).reshape(-1, grid, size // grid, grid, size // grid).mean(axis=(2, 4))
+    )
     owned = owned.reshape(len(scene.objects), -1)  # [n,N] covered share
     owner = np.where(owned.max(axis=0) >= COVERED, owned.argmax(axis=0), -1)  # [N]
     centers = np.array([(thing.x, thing.y) for thing in scene.objects])  # [n,2]
 
-    def raster(lines: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        columns, rows = np.clip((centers * lines).astype(int), 0, lines - 1).T
+    def raster(places: np.ndarray[Any, Any], lines: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        columns, rows = np.clip((places * lines).astype(int), 0, lines - 1).T
         return rows * lines + columns
 
-    middles = raster(grid)  # [n], patch of each center
+    middles = raster(padded_centers(scene), grid)  # [n], patch of each center
     center = np.zeros(grid * grid, np.float32)
     center[middles] = 1
     # The hole of a ring counts as the ring, so that a center patch always has an object.
@@ -60,10 +67,12 @@ def dense_labels(scene: Scene, grid: int, size: int) -> dict[str, np.ndarray[Any
         "color": classes([list(COLORS).index(thing.color) for thing in scene.objects]),
         "shape": classes([list(SHAPES).index(thing.shape) for thing in scene.objects]),
         "size": classes([list(SIZES).index(thing.size) for thing in scene.objects]),
-        "cell": classes(raster(3).tolist()),
+        "cell": classes(raster(centers, 3).tolist()),
         "object": (owner >= 0).astype(np.float32),
         "center": center,
         "place": centers[owner].astype(np.float32),
+        "count": np.array(len(scene.objects) - 1),
+        "page": np.array(list(PAGES).index(scene.background.kind)),
     }
 
 
@@ -96,17 +105,20 @@ class DenseModel(nn.Module):
             positions.copy_(sine_positions(self.grid, dims.vision.width))
         self.classes = {"color": len(COLORS), "shape": len(SHAPES), "size": len(SIZES), "cell": 9}
         self.split = {**self.classes, "flags": 2, "place": 2}
+        self.whole = {"count": MOST_OBJECTS, "page": len(PAGES)}
         self.norm = nn.LayerNorm(dims.vision.width)
         self.heads = nn.Linear(dims.vision.width, sum(self.split.values()))
+        self.whole_heads = nn.Linear(dims.vision.width, sum(self.whole.values()))
 
     def predict(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """[B,3,S,S] -> per patch logits of each head, [B,N,classes]."""
+        """[B,3,S,S] -> logits of each head per patch, [B,N,classes], and per picture, [B,classes]."""
         features = self.norm(self.vision_encoder(pixel_values))  # [B,N,D]
         parts = self.heads(features).split(list(self.split.values()), dim=-1)  # [B,N,classes] each
-        return dict(zip(self.split, parts, strict=True))
+        wholes = self.whole_heads(features.mean(dim=1)).split(list(self.whole.values()), dim=-1)  # [B,classes] each
+        return {**dict(zip(self.split, parts, strict=True)), **dict(zip(self.whole, wholes, strict=True))}
 
     def forward(self, pixel_values: Tensor, **labels: Tensor) -> dict[str, Tensor]:
-        """`loss` and the accuracy of each class over covered patches."""
+        """`loss` and the accuracy of each class, over covered patches or over pictures."""
         out = {name: value.float() for name, value in self.predict(pixel_values).items()}
         result: dict[str, Tensor] = {}
         loss = torch.zeros((), device=pixel_values.device)
@@ -117,6 +129,9 @@ class DenseModel(nn.Module):
             flat = out[name].flatten(0, 1), truth.flatten()  # [B*N,classes], [B*N]
             loss = loss + functional.cross_entropy(*flat, ignore_index=IGNORE, reduction="sum") / count
             result[name] = ((out[name].argmax(-1) == truth) & seen).sum() / count
+        for name in self.whole:
+            loss = loss + WHOLE * functional.cross_entropy(out[name], labels[name])
+            result[name] = (out[name].argmax(-1) == labels[name]).float().mean()
         flags = torch.stack([labels["object"], labels["center"]], dim=-1)  # [B,N,2]
         weight = torch.tensor([1.0, 8.0], device=flags.device)  # one patch in about 30 holds a center
         loss = loss + functional.binary_cross_entropy_with_logits(out["flags"], flags, pos_weight=weight)
@@ -132,6 +147,7 @@ class EncoderTask:
         torch.manual_seed(recipe.seed)
         self.recipe = recipe
         self.dims = CONFIGS[recipe.config]
+        self.wide = wide_share(recipe.data)
         self.model = DenseModel(self.dims)
         if "vision_encoder" in recipe.init:
             self.model.vision_encoder.load_state_dict(read_part(recipe.init["vision_encoder"], "vision_encoder"))
@@ -139,8 +155,8 @@ class EncoderTask:
     def parameters(self) -> list[dict[str, Any]]:
         return [{"params": list(self.model.parameters())}]
 
-    def sample(self, index: int, split: str = "train") -> dict[str, np.ndarray[Any, Any]]:
-        scene = sample_scene(split, index, self.recipe.seed)
+    def sample(self, index: int, split: str = "train", wide: float | None = None) -> dict[str, np.ndarray[Any, Any]]:
+        scene = mixed_scene(split, index, self.recipe.seed, self.wide if wide is None else wide)
         labels = dense_labels(scene, self.model.grid, self.dims.vision.image_size)
         rng = np.random.default_rng([self.recipe.seed, 13, index])
         if split == "train" and rng.random() < REPAINTED:
@@ -153,13 +169,16 @@ class EncoderTask:
 
     @torch.no_grad()
     def evaluate(self, samples: int) -> dict[str, float]:
-        """Accuracy per covered patch on validation scenes and on scenes with held-out pairs."""
+        """Accuracy per covered patch (of count and page: per picture) on validation scenes and on scenes with held-out
+        pairs, and on wide ones of both splits if the recipe trains on such."""
         metrics: dict[str, float] = {}
         device = next(self.model.parameters()).device
-        for split in ("validation", "held_out"):
-            batch = self.collate([self.sample(i, split) for i in range(samples)])
-            result = self.model(**{name: value.to(device) for name, value in batch.items()})
-            metrics |= {f"{split}_{name}": round(float(value), 4) for name, value in result.items()}
+        for wide in (0.0, 1.0) if self.wide else (0.0,):
+            for split in ("validation", "held_out"):
+                batch = self.collate([self.sample(i, split, wide) for i in range(samples)])
+                result = self.model(**{name: value.to(device) for name, value in batch.items()})
+                form = "wide_" if wide else ""
+                metrics |= {f"{form}{split}_{name}": round(float(value), 4) for name, value in result.items()}
         return metrics
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:

@@ -34,13 +34,15 @@ from mllm_edge.recipes.data.conversation import (
 )
 from mllm_edge.recipes.data.grounded import KINDS, GroundedTurn, caption_turns, region_turns, segment_turns
 from mllm_edge.recipes.data.grounded_files import GroundedFiles
+from mllm_edge.recipes.data.mixture import wide_share
+from mllm_edge.recipes.data.scene_pixels import drawn
 from mllm_edge.recipes.data.scene_turns import single_turns
 from mllm_edge.recipes.data.vocabulary import read_vocabulary
 from mllm_edge.recipes.losses import bce_loss, dice_loss, mean_iou, upscaled
 from mllm_edge.recipes.modules import add_lora, plain_attention
 from mllm_edge.recipes.recipe import Recipe
 from mllm_edge.runtime.preprocess import preprocess
-from mllm_edge.scenes import Scene, render, sample_scene
+from mllm_edge.scenes import Scene, mixed_scene
 
 SHARES = {"chat": 0.15, "region": 0.40, "segment": 0.45}  # of the optimizer steps, as in the original
 WEIGHTS = {"ce": 1.0, "bce": 2.0, "dice": 0.5}
@@ -114,6 +116,7 @@ class GlammTask:
         self.files = GroundedFiles.from_recipe(recipe.data)
         self.shares = _shares(recipe.data.get("shares", SHARES), self.files)
         self.turns = int(recipe.data.get("turns", TURNS)), int(recipe.data.get("captions", CAPTIONS))
+        self.wide = wide_share(recipe.data)
         self.several = float(recipe.data.get("several", 0.0))
         tensors, self.tokenizer = starting_parts(recipe, self.dims)
         known = read_vocabulary(self.tokenizer)
@@ -157,12 +160,12 @@ class GlammTask:
         return self.encode(*self.scene_turns("train", index, kind, rng), dialogue=rng.random() < DIALOGUES)
 
     def scene_turns(
-        self, split: str, index: int, kind: str, rng: np.random.Generator
+        self, split: str, index: int, kind: str, rng: np.random.Generator, wide: float = 0.0
     ) -> tuple[Image.Image, list[GroundedTurn]]:
-        """A scene's picture and turns of one kind about it."""
-        scene = self._scene(index, rng) if split == "train" else sample_scene(split, index, self.recipe.seed)
+        """A scene's picture and turns of one kind about it; of other splits than "train" a wide one or not."""
+        scene = self._scene(index, rng) if split == "train" else mixed_scene(split, index, self.recipe.seed, wide)
         size = self.dims.mask_encoder.image_size
-        picture = Image.fromarray(render(scene, size))
+        picture = drawn(scene, size)
         if kind == "region":
             return picture, region_turns(scene, rng, size)
         if kind == "caption":
@@ -174,7 +177,7 @@ class GlammTask:
 
     def _scene(self, index: int, rng: np.random.Generator) -> Scene:
         """One of this sample's own four scenes; with probability `data.several` the first with several objects."""
-        scenes = [sample_scene("train", 4 * index + offset, self.recipe.seed) for offset in range(4)]
+        scenes = [mixed_scene("train", 4 * index + offset, self.recipe.seed, self.wide) for offset in range(4)]
         if rng.random() < self.several:
             return next((scene for scene in scenes if len(scene.objects) >= SEVERAL), scenes[0])
         return scenes[0]
@@ -219,12 +222,19 @@ class GlammTask:
     def evaluate(self, samples: int) -> dict[str, float]:
         """On validation scenes, teacher-forced: the share of answers to region questions whose every token is the most
         likely one, and the mean IoU of masks."""
+        metrics: dict[str, float] = {}
+        for wide in (0.0, 1.0) if self.wide else (0.0,):
+            form = "wide_" if wide else ""
+            metrics |= {f"{form}{name}": value for name, value in self._scores(samples, wide).items()}
+        return metrics
+
+    def _scores(self, samples: int, wide: float) -> dict[str, float]:
         device = next(self.model.parameters()).device
         exact, ious = [], []
         for index in range(samples):
             rng = np.random.default_rng([self.recipe.seed, 53, index])
             for kind in ("region", "segment"):
-                picture, turns = self.scene_turns("validation", index, kind, rng)
+                picture, turns = self.scene_turns("validation", index, kind, rng, wide)
                 batch = self.collate([self.encode(picture, turns[:1] if kind == "region" else turns, dialogue=False)])
                 result = self.model(**{name: value.to(device) for name, value in batch.items()})
                 if kind == "region":

@@ -25,6 +25,7 @@ from mllm_edge.recipes.data.conversation import (
     share_prefix,
     visibility,
 )
+from mllm_edge.recipes.data.mixture import wide_share
 from mllm_edge.recipes.data.scene_turns import DESCRIBE, DESCRIBED, TELEGRAMS
 from mllm_edge.recipes.data.vocabulary import TOKENIZER, sentencepiece_vocabulary, train_tokenizer
 from mllm_edge.recipes.modules import plain_attention
@@ -86,6 +87,7 @@ class LanguageTask:
         self.length = int(recipe.data.get("length", 256))
         self.questions = int(recipe.data.get("questions", 8))
         self.opening = int(recipe.data.get("opening", 0)) * recipe.batch
+        self.wide = wide_share(recipe.data)
         self.prompt = PROMPTS[self.dims.template]
         self.tokenizer = Path(recipe.out) / TOKENIZER
         if not self.tokenizer.is_file():
@@ -99,9 +101,9 @@ class LanguageTask:
         are byte tokens."""
         template = self.prompt.first.format(system=self.prompt.system, text=SHORT.strip())
         for index in range(CORPUS):
-            yield scene_text(index, self.recipe.seed)
+            yield scene_text(index, self.recipe.seed, self.wide)
             if index % 2 == 0:
-                yield told_scene(index, self.recipe.seed, other_names=True).text
+                yield told_scene(index, self.recipe.seed, other_names=True, wide=self.wide).text
             if index % 20 == 0:
                 yield template
         yield string.ascii_letters + string.digits + string.punctuation
@@ -115,7 +117,7 @@ class LanguageTask:
         form = "telegram" if first else str(rng.choice(list(FORMS), p=list(FORMS.values())))
         if form == "text":
             return self._text(index)
-        told = told_scene(index, self.recipe.seed, other_names=True)
+        told = told_scene(index, self.recipe.seed, other_names=True, wide=self.wide)
         bags = self._bags(told, rng, alone=first) if first or rng.random() < IN_BAGS else []
         if form == "chat":
             samples = self._dialogues(told, bags, rng)
@@ -157,7 +159,7 @@ class LanguageTask:
         ids: list[int] = []
         number = index * 8  # a sample needs at most 8 texts, so samples share none
         while len(ids) < self.length:
-            ids += [1, *self.vocabulary.ids(scene_text(number, self.recipe.seed)), 2]
+            ids += [1, *self.vocabulary.ids(scene_text(number, self.recipe.seed, self.wide)), 2]
             number += 1
         ids = ids[: self.length]
         return Sample(ids, ids)

@@ -29,6 +29,7 @@ from mllm_edge.recipes.data.conversation import (
     share_prefix,
     visibility,
 )
+from mllm_edge.recipes.data.mixture import wide_share
 from mllm_edge.recipes.data.pictures.compose import TrainingPictures
 from mllm_edge.recipes.data.readers import Conversation, read_llava
 from mllm_edge.recipes.data.scene_pixels import pixels, repaint
@@ -41,9 +42,9 @@ from mllm_edge.runtime.preprocess import preprocess
 from mllm_edge.scenes import (
     Scene,
     draw_questions,
+    mixed_scene,
     questions,
     recolor,
-    sample_scene,
 )
 
 DIALOGUES = 0.15  # share of pictures with a conversation of several turns
@@ -105,6 +106,7 @@ class LlavaTask:
         self.prompt = PROMPTS["plain" if plain else self.dims.template]
         self.turns = int(recipe.data.get("turns", 5))
         self.questions = int(recipe.data.get("questions", 8))
+        self.wide = wide_share(recipe.data)
         self.on_packages = self._init("language_model") == PACKAGES
         self.tokenizer = tokenizer_folder(self._init("language_model"))
         self.vocabulary = read_vocabulary(self.tokenizer)
@@ -146,7 +148,7 @@ class LlavaTask:
     def _first_picture(self, index: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         if self.conversations:
             return self._from_file(self._conversation(index), np.random.default_rng([self.recipe.seed, 31, index]))[1]
-        return pixels(sample_scene("train", index, self.recipe.seed), self.dims)
+        return pixels(mixed_scene("train", index, self.recipe.seed, self.wide), self.dims)
 
     def parameters(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = []
@@ -180,7 +182,7 @@ class LlavaTask:
     def _scene(self, index: int, rng: np.random.Generator) -> Scene:
         """One of this sample's own four scenes; most of those with one object are skipped."""
         for number in range(4 * index, 4 * index + 4):
-            scene = sample_scene("train", number, self.recipe.seed)
+            scene = mixed_scene("train", number, self.recipe.seed, self.wide)
             if len(scene.objects) > 1 or rng.random() < LONE:
                 break
         return scene
@@ -222,22 +224,24 @@ class LlavaTask:
     @torch.no_grad()
     def evaluate(self, samples: int) -> dict[str, float]:
         """Share of short answers that are exact (teacher-forced: every token of the answer is the most likely)."""
+        sets = [(wide, split) for wide in (0.0, 1.0)[: 1 + bool(self.wide)] for split in ("validation", "held_out")]
+        return {
+            f"{'wide_' if wide else ''}{split}_exact": round(
+                sum(self._is_exact(split, index, wide) for index in range(samples)) / samples, 4
+            )
+            for wide, split in sets
+        }
+
+    def _is_exact(self, split: str, index: int, wide: float) -> bool:
+        scene = mixed_scene(split, index, self.recipe.seed, wide)
+        rng = np.random.default_rng([self.recipe.seed, 19, index])
+        question, answer = draw_questions(questions(scene, rng), rng, 1)[0].asked(short=True)
+        turns = [("<image>\n" + question, answer)]
+        prompt = PROMPTS[self.dims.template]
+        sample = encode_dialogue(prompt, turns, self.vocabulary, self.dims.image_tokens, 4096)
         device = next(self.model.parameters()).device
-        metrics = {}
-        for split in ("validation", "held_out"):
-            right = total = 0
-            for index in range(samples):
-                scene = sample_scene(split, index, self.recipe.seed)
-                rng = np.random.default_rng([self.recipe.seed, 19, index])
-                question, answer = draw_questions(questions(scene, rng), rng, 1)[0].asked(short=True)
-                turns = [("<image>\n" + question, answer)]
-                prompt = PROMPTS[self.dims.template]
-                sample = encode_dialogue(prompt, turns, self.vocabulary, self.dims.image_tokens, 4096)
-                batch = {k: v.to(device) for k, v in self.collate([(sample, pixels(scene, self.dims))]).items()}
-                total += 1
-                right += int(self.model(**batch)["token_accuracy"] == 1.0)
-            metrics[f"{split}_exact"] = round(right / total, 4)
-        return metrics
+        batch = {k: v.to(device) for k, v in self.collate([(sample, pixels(scene, self.dims))]).items()}
+        return bool(self.model(**batch)["token_accuracy"] == 1.0)
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         connector = {name: tensor for name, tensor in state.items() if name.startswith("llava.connector.")}

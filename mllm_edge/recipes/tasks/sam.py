@@ -12,19 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from mllm_edge.models.blocks.sam import SamImageEncoder
 from mllm_edge.models.blocks.sam_decoder import MaskDecoder, PromptEncoder
 from mllm_edge.models.glamm.model import CONFIGS, GlammDims
 from mllm_edge.models.glamm.plan import preprocessing
-from mllm_edge.recipes.data.scene_pixels import repaint
+from mllm_edge.recipes.data.mixture import wide_share
+from mllm_edge.recipes.data.scene_pixels import drawn, repaint, square_masks
 from mllm_edge.recipes.losses import bce_loss, dice_loss, mean_iou, upscaled
 from mllm_edge.recipes.parts import save_part
 from mllm_edge.recipes.recipe import Recipe
 from mllm_edge.runtime.preprocess import preprocess
-from mllm_edge.scenes import Scene, masks, render, sample_scene
+from mllm_edge.scenes import Scene, mixed_scene
 
 PROMPTS = 4  # per picture: half of them points, half boxes
 REPAINTED = 0.5  # share of pictures in unnamed colors
@@ -36,8 +36,7 @@ Sample = dict[str, np.ndarray[Any, Any]]
 
 def mask_pixels(scene: Scene, dims: GlammDims) -> np.ndarray[Any, np.dtype[np.float32]]:
     """The scene's pixels for the mask encoder, by the runtime's own preprocessing: float32 [3,S,S]."""
-    picture = Image.fromarray(render(scene, dims.mask_encoder.image_size))
-    return preprocess(picture, preprocessing(dims)[1])[0]
+    return preprocess(drawn(scene, dims.mask_encoder.image_size), preprocessing(dims)[1])[0]
 
 
 class SamModel(nn.Module):
@@ -78,6 +77,7 @@ class SamTask:
         torch.manual_seed(recipe.seed)
         self.recipe = recipe
         self.dims = CONFIGS[recipe.config]
+        self.wide = wide_share(recipe.data)
         self.model = SamModel(self.dims)
 
     def parameters(self) -> list[dict[str, Any]]:
@@ -87,11 +87,10 @@ class SamTask:
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
 
-    def sample(self, index: int, split: str = "train") -> Sample:
+    def sample(self, index: int, split: str = "train", wide: float | None = None) -> Sample:
         rng = np.random.default_rng([self.recipe.seed, 41, index])
-        scene = sample_scene(split, index, self.recipe.seed)
-        size = self.dims.mask_encoder.image_size
-        visible = masks(scene, size)
+        scene = mixed_scene(split, index, self.recipe.seed, self.wide if wide is None else wide)
+        visible = square_masks(scene, self.dims.mask_encoder.image_size, centered=False)
         if split == "train" and rng.random() < REPAINTED:
             scene = repaint(scene, rng)
         chosen = visible[rng.integers(len(visible), size=PROMPTS)]
@@ -107,11 +106,15 @@ class SamTask:
 
     @torch.no_grad()
     def evaluate(self, samples: int) -> dict[str, float]:
-        """Mean IoU of masks from points and from boxes on validation scenes."""
+        """Mean IoU of masks from points and from boxes on validation scenes, and on wide ones if trained on such."""
         device = next(self.model.parameters()).device
-        batch = self.collate([self.sample(i, "validation") for i in range(samples)])
-        result = self.model(**{name: value.to(device) for name, value in batch.items()})
-        return {f"validation_{name}": round(float(value), 4) for name, value in result.items()}
+        metrics: dict[str, float] = {}
+        for wide in (0.0, 1.0) if self.wide else (0.0,):
+            batch = self.collate([self.sample(i, "validation", wide) for i in range(samples)])
+            result = self.model(**{name: value.to(device) for name, value in batch.items()})
+            form = "wide_" if wide else ""
+            metrics |= {f"{form}validation_{name}": round(float(value), 4) for name, value in result.items()}
+        return metrics
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         dims = {"mask_encoder": asdict(self.dims.mask_encoder), "mask_decoder": asdict(self.dims.mask_decoder)}
