@@ -7,6 +7,7 @@ import json
 import math
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.places import writing
 from mllm_edge.recipes import folder
+from mllm_edge.recipes.origin import LONG, hours, origin, seconds_per_step
 from mllm_edge.recipes.recipe import Recipe
+
+MANY = 50  # steps from which on a run's length is worth two rehearsals
 
 Batch = dict[str, Tensor]
 Report = Callable[[int, int, dict[str, float]], None]
@@ -128,6 +132,7 @@ def run(recipe: Recipe, task: Task, resume: bool, report: Report) -> dict[str, A
         progress.restore()
     elif accelerator.is_main_process:
         progress.log.write_text("")
+    _announce(accelerator, model, task, recipe, progress.step, share)
     batches = accelerator.prepare(
         DataLoader(
             _Samples(task, progress.step * recipe.batch, recipe.steps * recipe.batch),
@@ -150,6 +155,20 @@ def run(recipe: Recipe, task: Task, resume: bool, report: Report) -> dict[str, A
         if progress.step % recipe.save_every == 0 or last:
             progress.save()
     return _finish(accelerator, model, task, recipe, progress, bf16)
+
+
+def _announce(accelerator: Accelerator, model: nn.Module, task: Task, recipe: Recipe, step: int, share: int) -> None:
+    """Warn before a run that takes long on this machine."""
+    left, batch = recipe.steps - step, recipe.batch // share
+    if left < MANY:
+        return
+    expected = left * seconds_per_step(accelerator, model, task, batch, recipe.accumulate, recipe.workers)
+    if expected > LONG and accelerator.is_main_process:
+        warnings.warn(
+            f"{left} steps take about {hours(expected)} on this machine; stop at any time and go on with --resume",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _keep_memory() -> None:
@@ -263,7 +282,7 @@ def _finish(
             "precision": "bf16" if bf16 else "fp32",
             "device": str(accelerator.device),
             "processes": accelerator.num_processes,
-            "threads": torch.get_num_threads(),
+            **origin(accelerator.device),
             "seconds": round(seconds, 1),
             "metrics": task.evaluate(recipe.evaluate) if recipe.evaluate else {},
         }

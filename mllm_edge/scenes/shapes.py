@@ -57,8 +57,8 @@ def coverage(
     for number, points in enumerate(_polygons(shape, form)):
         corners = [
             (
-                (center[0] + radius * (cos * x - sin * y)) * fine - 0.5,
-                (center[1] + radius * (sin * x + cos * y)) * fine - 0.5,
+                (center[0] + radius * (cos * x - sin * y)) * fine,
+                (center[1] + radius * (sin * x + cos * y)) * fine,
             )
             for x, y in points
         ]

@@ -1,13 +1,17 @@
 """Dense labels of the encoder's task, by hand-computed expectations."""
 
 import numpy as np
+import pytest
 import torch
 
+from mllm_edge.errors import BadInput
 from mllm_edge.models.llava.model import CONFIGS
 from mllm_edge.recipes.data.conversation import IGNORE
-from mllm_edge.recipes.data.scene_pixels import APART, repaint
+from mllm_edge.recipes.data.mixture import wide_share
+from mllm_edge.recipes.data.scene_pixels import APART, padded_centers, pixels, repaint, square_masks
 from mllm_edge.recipes.tasks.encoder import DenseModel, dense_labels, sine_positions
-from mllm_edge.scenes import COLOR_RGB, COLORS, SHAPES, Background, Scene, SceneObject, sample_scene
+from mllm_edge.scenes import COLOR_RGB, COLORS, PAGES, SHAPES, Background, Scene, SceneObject, sample_scene
+from mllm_edge.scenes.model import Finish
 
 PLAIN = Background("plain", (60, 60, 60), (60, 60, 60), 0.0, 0)
 
@@ -62,3 +66,31 @@ def test_positions_start_as_sines_of_column_and_row() -> None:
     dims = CONFIGS["tiny"].vision
     start = DenseModel(CONFIGS["tiny"]).vision_encoder.embeddings.position_embedding.weight
     torch.testing.assert_close(start.detach(), sine_positions(8, dims.width))
+
+
+def test_labels_of_a_wide_picture_follow_the_padding() -> None:
+    # 2:1, so that the picture is rows 2 to 5 of 8. At its bottom right: the place is of the picture, the patch of the
+    # padded square.
+    item = SceneObject("red", "square", "large", 0.875, 0.75, 0.0625 / 0.88, 0.0, (255, 0, 0))
+    finish = Finish(256, 1.0, "distance", (1.0, 1.0, 1.0), 1.0, 0.0, 0)
+    scene = Scene((item,), Background("paper", (255, 255, 255), (90, 160, 200), 0.0, 0), 2.0, finish)
+    labels = dense_labels(scene, grid=8, size=128)
+    np.testing.assert_allclose(padded_centers(scene), [[0.875, 0.625]])
+    assert np.flatnonzero(labels["object"]).tolist() == [38, 39, 46, 47]
+    assert np.flatnonzero(labels["center"]).tolist() == [5 * 8 + 7]
+    assert labels["cell"][39] == 8 and labels["place"][39].tolist() == [0.875, 0.75]
+    assert labels["count"] == 0 and list(PAGES)[labels["page"]] == "paper"
+    # The runtime's own preprocessing pads the same way: the object's pixels lie where the labels say.
+    seen = pixels(scene, CONFIGS["tiny"])
+    red = (seen[0] > 1.5) & (seen[1] < -1.0)
+    truth = square_masks(scene, 128, centered=True)[0]
+    assert (red & truth).sum() / (red | truth).sum() > 0.95
+    cornered = square_masks(scene, 128, centered=False)[0]
+    np.testing.assert_array_equal(cornered[:64], truth[32:96])
+
+
+def test_the_share_of_wide_scenes_is_checked() -> None:
+    assert wide_share({}) == 0.0 and wide_share({"wide": 1}) == 1.0
+    for wrong in (1.5, -0.1, "half", True):
+        with pytest.raises(BadInput, match=r"data\.wide .* 0 to 1"):
+            wide_share({"wide": wrong})

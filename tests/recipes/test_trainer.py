@@ -8,6 +8,7 @@ import torch
 
 from mllm_edge.errors import BadInput
 from mllm_edge.recipes import train
+from mllm_edge.recipes.origin import hours
 from mllm_edge.recipes.parts import read_part
 from mllm_edge.recipes.trainer import schedule
 
@@ -48,6 +49,18 @@ def test_resume_gives_the_same_losses(tmp_path: Path) -> None:
     train("encoder-pretrain", settings, True, quiet)
     assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
     assert (parts / "loss.png").stat().st_size > 1000
+
+
+def test_a_long_run_is_announced_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = [*SMALL, "steps=3", "evaluate=0"]
+    train("encoder-pretrain", [*settings, f"out={tmp_path / 'quick'}"], False, quiet)
+    monkeypatch.setattr("mllm_edge.recipes.trainer.MANY", 0)
+    monkeypatch.setattr("mllm_edge.recipes.trainer.LONG", 0)
+    with pytest.warns(RuntimeWarning, match=r"3 steps take about 0 h \d+ min on this machine.*--resume"):
+        report = train("encoder-pretrain", [*settings, f"out={tmp_path / 'long'}"], False, quiet)
+    assert losses(tmp_path / "long") == losses(tmp_path / "quick")
+    assert report["machine"] and report["threads"] >= 1 and report["commit"]
+    assert hours(3 * 3600 + 20 * 60 + 5) == "3 h 20 min"
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
