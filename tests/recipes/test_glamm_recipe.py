@@ -21,6 +21,8 @@ from mllm_edge.recipes.data.grounded_files import in_frame
 from mllm_edge.recipes.losses import bce_loss, dice_loss, mean_iou
 from mllm_edge.recipes.recipe import Recipe, load
 from mllm_edge.recipes.tasks.glamm import GlammTask
+from mllm_edge.runtime.preprocess import longest_side
+from mllm_edge.scenes import boxes, sample_wide
 
 QUIET = ["batch=2", "steps=2", "evaluate=2", "precision=fp32", "log_every=1", "workers=0"]
 
@@ -78,6 +80,24 @@ def test_masks_and_boxes_go_with_their_tokens(task: GlammTask, kind: str) -> Non
         assert all(mask.shape == (128, 128) and mask.any() for mask in one.masks)
         learned = [token for token in one.sample.labels if token != IGNORE]
         assert box not in learned
+
+
+@pytest.mark.parametrize("kind", ["segment", "region", "caption", "chat"])
+def test_wide_pictures_of_any_shape(task: GlammTask, kind: str) -> None:
+    size = task.dims.mask_encoder.image_size
+    for index in range(12):
+        scene = sample_wide("validation", index)
+        picture, turns = task.scene_turns("validation", index, kind, np.random.default_rng(index), wide=1.0)
+        assert picture.size == scene.extent(scene.finish.side if scene.finish else 0)
+        width, height = longest_side(*picture.size, size)
+        for mask in (mask for turn in turns for mask in turn.masks):
+            assert mask.shape == (size, size) and mask.any()
+            assert abs(width - size) <= 1 or not mask[:, width + 1 :].any()
+            assert abs(height - size) <= 1 or not mask[height + 1 :].any()
+        for turn, truth in zip(turns, boxes(scene, 512) / np.tile(scene.extent(512), 2)):
+            for box in turn.boxes:
+                assert np.abs(np.array(box) - truth).max() < 0.15
+        task.collate([task.encode(picture, turns, dialogue=False)])
 
 
 def test_captions_alone_have_no_masks(task: GlammTask) -> None:
