@@ -157,6 +157,10 @@ class EncoderTask:
 
     def sample(self, index: int, split: str = "train", wide: float | None = None) -> dict[str, np.ndarray[Any, Any]]:
         scene = mixed_scene(split, index, self.recipe.seed, self.wide if wide is None else wide)
+        return self.labelled(scene, index, split)
+
+    def labelled(self, scene: Scene, index: int, split: str) -> dict[str, np.ndarray[Any, Any]]:
+        """A scene's pixels and labels; in training most are repainted."""
         labels = dense_labels(scene, self.model.grid, self.dims.vision.image_size)
         rng = np.random.default_rng([self.recipe.seed, 13, index])
         if split == "train" and rng.random() < REPAINTED:
