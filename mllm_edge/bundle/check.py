@@ -57,13 +57,23 @@ def check(manifest: Manifest, folder: Path) -> None:
         _answer(entry, manifest, made, where)
 
 
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a file of `folder` lies there, links followed; in a cache of the Hugging Face hub its files are links to
+    the blobs of the same repository."""
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    places = [home]
+    for snapshot in (home, *home.parents):
+        if snapshot.parent.name == "snapshots" and re.match("(?:models|datasets)--", snapshot.parent.parent.name):
+            places.append(snapshot.parent.parent / "blobs")
+    return any(place in real.parents for place in places)
+
+
 def locate(folder: Path, file: str) -> Path:
     """The path of a bundle's file. Raises BadInput when it would lie outside the bundle's folder."""
     path = folder / file
     if "\0" in file or len(file) > LONGEST_PATH:
         raise BadInput(f"{folder / MANIFEST} names a file that no system can have ({file[:40]!r}...); {AGAIN}")
-    inside = os.path.realpath(path).startswith(os.path.realpath(folder) + os.sep)
-    if not file or Path(file).is_absolute() or not inside:
+    if not file or Path(file).is_absolute() or ".." in Path(file).parts or not is_inside(path, folder):
         raise BadInput(f"{folder / MANIFEST} points outside its folder ({file!r}); do not use this bundle")
     return path
 

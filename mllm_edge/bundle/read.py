@@ -19,6 +19,7 @@ from mllm_edge.typed_json import UnknownKind, typed
 
 LARGEST_TEXT = 64 << 20  # a tokenizer.json of 256,000 tokens has 34 MB
 LARGEST_MANIFEST = 16 << 20
+_HOLES = 1 << 30  # bytes; a larger file is not hashed where it is nearly all holes, which say nothing and cost minutes
 
 
 def graph_of(stage: StageEntry) -> str:
@@ -109,6 +110,12 @@ def read_manifest(folder: Path, verify_hash: bool = True, engines: bool = True) 
     return manifest
 
 
+def _stored(path: Path) -> int:
+    """The bytes that a file takes on the disk, or its size where the system does not tell."""
+    status = path.stat()
+    return status.st_blocks * 512 if hasattr(status, "st_blocks") else status.st_size
+
+
 def _typed(data: dict[str, Any], path: Path) -> Manifest:
     try:
         return cast("Manifest", typed(Manifest, upgrade(data), str(path)))
@@ -127,5 +134,7 @@ def check_file(entry: FileEntry, folder: Path, verify_hash: bool = True) -> None
         raise BadInput(f"{path} is missing; {again}")
     if path.stat().st_size != entry.bytes:
         raise BadInput(f"{path} has {path.stat().st_size} bytes, not {entry.bytes}; {again}")
+    if verify_hash and entry.bytes > _HOLES and _stored(path) < entry.bytes // 16:
+        raise BadInput(f"{path} has {entry.bytes} bytes, nearly all of them holes; {again}")
     if verify_hash and sha256(path) != entry.sha256:
         raise BadInput(f"{path} does not match its SHA-256 in {MANIFEST}; {again}")

@@ -18,12 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mllm_edge.bundle.check import is_inside
 from mllm_edge.bundle.read import read_text, sha256
 from mllm_edge.errors import BadInput, MissingPackage, first_line
 
 Shape = tuple[int, ...]
 WEIGHT_FILES = ("*.safetensors", "*.bin")
-HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors", "*.bin", "README.md"]
+TEXTS = ("*.json", "*.jinja", "*.model", "*.txt")
+HUB_FILES = [*TEXTS, *WEIGHT_FILES, "README.md"]
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -203,11 +205,16 @@ def resolve_folder(weights: str) -> Path:
 
 
 def fingerprint(*folders: Path) -> str:
-    """SHA-256 over the weight files, configuration and tokenizer in `folders`."""
+    """SHA-256 over the weight files, configuration, tokenizer and chat template in `folders`.
+
+    Raises:
+        BadInput: a text among them, which may be copied into a bundle, is a link out of its folder.
+    """
     digest = hashlib.sha256()
-    patterns = (*WEIGHT_FILES, "*.json", "*.model")
     for folder in folders:
-        for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+        for path in sorted({path for pattern in (*WEIGHT_FILES, *TEXTS) for path in folder.glob(pattern)}):
+            if path.suffix not in (".safetensors", ".bin") and not is_inside(path, folder):
+                raise BadInput(f"{path} is a link out of its folder; copy the file itself there")
             digest.update(f"{path.name}:{sha256(path)}\n".encode())
     return digest.hexdigest()
 

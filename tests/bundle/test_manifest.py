@@ -207,6 +207,35 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
         read_manifest(inside)
 
 
+def test_links_inside_a_hubs_cache_are_honest(tmp_path: Path) -> None:
+    repository = tmp_path / "models--org--name"
+    bundle, blobs = repository / "snapshots" / "0a1b" / "llava.bundle", repository / "blobs"
+    bundle.mkdir(parents=True)
+    blobs.mkdir()
+    manifest = make(bundle)
+    for number, path in enumerate(sorted(bundle.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(Path("../../../blobs") / str(number))
+    assert read_manifest(bundle) == manifest
+    for outside in (tmp_path / "elsewhere", repository / "refs"):
+        (bundle / "model.gguf").unlink()
+        outside.write_bytes(b"model.gguf")
+        (bundle / "model.gguf").symlink_to(outside)
+        with pytest.raises(BadInput, match="outside its folder"):
+            read_manifest(bundle)
+
+
+def test_a_large_file_of_holes_is_not_hashed(tmp_path: Path) -> None:
+    make(tmp_path)
+    with (tmp_path / "vision.onnx").open("r+b") as stream:
+        stream.truncate(40 << 30)
+    manifest = json.loads((tmp_path / "bundle.json").read_text())
+    manifest["stages"][0]["bytes"] = 40 << 30
+    (tmp_path / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(BadInput, match=r"vision\.onnx has 42949672960 bytes, nearly all of them holes"):
+        read_manifest(tmp_path)
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

@@ -152,6 +152,29 @@ def test_fingerprint_changes_with_a_byte(tmp_path: Path) -> None:
     assert fingerprint(tmp_path) != before
 
 
+def test_fingerprint_changes_with_the_chat_template(tmp_path: Path) -> None:
+    prints = [fingerprint(tmp_path)]
+    for name in ("chat_template.jinja", "vocab.txt", "merges.txt", "generation_config.json"):
+        (tmp_path / name).write_text("{}")
+        prints.append(fingerprint(tmp_path))
+    assert len(set(prints)) == 5
+
+
+def test_texts_that_are_links_out_of_their_folder(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "1").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/1")
+    (tmp_path / "shared.safetensors").write_bytes(b"")
+    (snapshot / "model.safetensors").symlink_to(tmp_path / "shared.safetensors")  # only parsed, never copied
+    assert fingerprint(snapshot)
+    (tmp_path / "secret").write_text("{}")
+    (snapshot / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(BadInput, match=r"tokenizer\.json is a link out of its folder"):
+        fingerprint(snapshot)
+
+
 def test_neither_folder_nor_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("nothing", "./a/b", str(tmp_path / "gone")):
         with pytest.raises(BadInput, match="neither"):

@@ -16,6 +16,7 @@ from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
 from mllm_edge.export.tensorrt.check import EngineCheck, with_rows
 from mllm_edge.export.tensorrt.engine import Work, ahead, build, is_board, replaced
 from mllm_edge.export.workplace import disk_full_explained
+from mllm_edge.runtime.engines.onnx_graph import check_graph_file
 from mllm_edge.runtime.engines.tensorrt.packages import RTX, Package, axes_of, package_named, usable
 from mllm_edge.runtime.engines.tensorrt.stage import Device
 
@@ -112,8 +113,10 @@ def make_engine(
     """Build a stage's engine beside its graph, in one step.
 
     Raises:
+        BadInput: the graph reads files that are not its own, or unfolds without bound.
         MllmEdgeError: see `tensorrt.build`.
     """
+    check_graph_file(folder / stage.file, stage)
     named = capabilities if package.ahead else []  # the GPU at hand needs no naming
     work = Work(folder / stage.file, stage.inputs, stage.outputs, named)
     file = f"{Path(stage.file).stem}.{'-'.join(capabilities)}.{package.name}-{package.version}{ENGINE}"

@@ -19,6 +19,7 @@ from mllm_edge.errors import BadInput
 DEEPEST = 64  # messages inside messages; protobuf itself stops at 100
 MOST_FIELDS = 5_000_000  # beyond what exporters write by far; a second or two to read
 MOST_NODES = 1_000_000  # after functions are unfolded
+LOOPS = (b"Loop", b"Scan", b"SequenceMap")
 
 # Fields that hold other messages (onnx.proto): those through which a tensor or a node can be reached.
 _MESSAGES: dict[str, dict[int, str]] = {
@@ -120,6 +121,8 @@ class _Reader:
         operator = texts.get(domain, b""), texts.get(name, b"")
         if operator[1] == b"EPContext":  # a compiled engine in a file of its own
             raise _Damaged("it holds a compiled engine")
+        if operator[1] in LOOPS and operator[0] in (b"", b"ai.onnx"):
+            raise _Damaged(f"it has a {operator[1].decode()}, which may never end; no system of ours needs one")
         return operator
 
     def _tensor(self, start: int, end: int) -> None:

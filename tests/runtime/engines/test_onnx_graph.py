@@ -54,8 +54,8 @@ def in_constant(data: bytes) -> bytes:
     return graph(text(1, text(4, b"Constant") + text(5, text(5, data))))
 
 
-def in_loop(data: bytes) -> bytes:
-    return graph(text(1, text(4, b"Loop") + text(5, text(6, text(5, data)))))
+def in_branch(data: bytes) -> bytes:
+    return graph(text(1, text(4, b"If") + text(5, text(6, text(5, data)))))
 
 
 def in_sparse(data: bytes) -> bytes:
@@ -66,7 +66,7 @@ def in_function(data: bytes) -> bytes:
     return text(25, text(1, b"f") + text(7, text(4, b"Constant") + text(5, text(5, data))))
 
 
-PLACES = [initializer, in_constant, in_loop, in_sparse, in_function]
+PLACES = [initializer, in_constant, in_branch, in_sparse, in_function]
 
 
 def check(folder: Path, data: bytes) -> None:
@@ -124,6 +124,13 @@ def test_graphs_nested_without_end(tmp_path: Path) -> None:
         inner = text(1, text(4, b"If") + text(5, text(6, inner or whole(1, 1))))
     with pytest.raises(BadInput, match="nested without end"):
         check(tmp_path, graph(inner))
+
+
+@pytest.mark.parametrize("name", [b"Loop", b"Scan"])
+def test_loops_may_never_end(tmp_path: Path, name: bytes) -> None:
+    for domain in (b"", text(7, b"ai.onnx")):
+        with pytest.raises(BadInput, match="which may never end"):
+            check(tmp_path, graph(text(1, text(4, name) + domain)))
 
 
 def test_compiled_engines_in_files_of_their_own(tmp_path: Path) -> None:
