@@ -131,7 +131,8 @@ def eval_(
         str,
         typer.Argument(
             metavar="DATASET",
-            help="scenes-questions, -referring, -grounded or -regions, or a JSON file like GranD-f's or RefCOCO's.",
+            help="scenes-questions, -referring, -grounded or -regions, the same of wide- scenes, or a JSON file like "
+            "GranD-f's or RefCOCO's.",
             show_default=False,
         ),
     ],
@@ -171,6 +172,7 @@ def eval_(
             resume,
             teacher_forced,
             lambda done, total: report(data.name, 1, 1, None, done / total),
+            lambda result: screen.partly({"bundle": str(bundle), **result}, score_table(str(bundle), result)),
         )
         report(data.name, 1, 1, time.monotonic() - started)
     screen.result({"bundle": str(bundle), **result}, score_table(str(bundle), result))

@@ -68,6 +68,13 @@ class Screen:
             self._out.flush()
         self._answered = True
 
+    def partly(self, document: dict[str, Any], *shown: RenderableType) -> None:
+        """What was finished before an error that follows; as JSON it goes with the error."""
+        if self.as_json:
+            self.finished = document
+        else:
+            self.result(document, *shown)
+
     @property
     def _in_color(self) -> bool:
         return self._out.isatty() and not os.environ.get("NO_COLOR")

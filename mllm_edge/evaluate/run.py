@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mllm_edge.errors import BadInput
+from mllm_edge.bundle.read import read_text
+from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.evaluate.cases import Case, DataSet, Truth
 from mllm_edge.evaluate.scores import Prediction, score
 from mllm_edge.models.glamm.prompts import TEACHER_FORCED
+from mllm_edge.places import writing
 from mllm_edge.recipes.data.segmentation import decode_segmentation
 from mllm_edge.runtime import Model
 
@@ -24,6 +26,7 @@ def evaluate(
     resume: bool,
     teacher_forced: bool,
     report: Callable[[int, int], None],
+    partial: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Ask every case and compute the scores.
 
@@ -34,6 +37,7 @@ def evaluate(
         resume: resume from `out`.
         teacher_forced: for referring expressions the answer's text is given, and only the mask is the bundle's.
         report: called with (cases done, cases in all).
+        partial: called with the result of the cases so far where one fails, before its error is raised.
 
     Returns:
         `dataset`, `kind`, `cases` and `scores` (percent).
@@ -58,20 +62,39 @@ def evaluate(
     done = _started(out, title, resume) if out else {}
     report(len(done), len(data.cases))
 
+    def answered(case: Case, number: int) -> tuple[Truth, Prediction]:
+        picture = case.open()
+        answer = done.get(case.name)
+        if answer is None:
+            answer = _ask(model, case, picture, teacher_forced)
+            if out:
+                with writing(out), out.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps({"case": case.name, **answer}) + "\n")
+            report(number, len(data.cases))
+        return case.truth(picture), _prediction(answer)
+
+    judged = 0
+    failed: list[BaseException] = []
+
     def answers() -> Iterator[tuple[Truth, Prediction]]:
+        nonlocal judged
         for number, case in enumerate(data.cases, start=1):
-            picture = case.open()
-            answer = done.get(case.name)
-            if answer is None:
-                answer = _ask(model, case, picture, teacher_forced)
-                if out:
-                    with out.open("a", encoding="utf-8") as stream:
-                        stream.write(json.dumps({"case": case.name, **answer}) + "\n")
-                report(number, len(data.cases))
-            yield case.truth(picture), _prediction(answer)
+            try:
+                pair = answered(case, number)
+            except (MllmEdgeError, OSError, KeyboardInterrupt) as error:
+                failed.append(error)
+                if not judged:  # nothing to score
+                    raise
+                return
+            judged = number
+            yield pair
 
     scores = score(data.kind, answers())
-    return {"dataset": data.name, "kind": data.kind, "cases": len(data.cases), "scores": scores}
+    result = {"dataset": data.name, "kind": data.kind, "cases": judged, "scores": scores}
+    if failed:
+        partial(result)
+        raise failed[0]
+    return result
 
 
 def _ask(model: Model, case: Case, picture: Any, teacher_forced: bool) -> dict[str, Any]:
@@ -99,7 +122,7 @@ def _started(out: Path, title: dict[str, Any], resume: bool) -> dict[str, dict[s
         return {}
     if not resume:
         raise BadInput(f"{out} is there already; continue it with --resume, or give another --out")
-    text = out.read_text(encoding="utf-8")
+    text = read_text(out, 1 << 30)
     whole = text[: text.rfind("\n") + 1]  # a killed run may leave half a line
     lines = whole.splitlines()
     try:

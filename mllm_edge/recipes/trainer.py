@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import math
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mllm_edge.errors import BadInput, MllmEdgeError
+from mllm_edge.errors import BadInput, MllmEdgeError, first_line
 from mllm_edge.places import writing
 from mllm_edge.recipes import folder
 from mllm_edge.recipes.origin import LONG, hours, origin, seconds_per_step
@@ -245,7 +247,7 @@ class Progress:
         if self.accelerator.is_main_process:
             folder.fresh_state(self.out)
         self.accelerator.wait_for_everyone()
-        with writing(self.out):
+        with writing(self.out), _one_line(self.out, self.step):
             self.accelerator.save_state(str(self.out / "state.new"))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -261,6 +263,18 @@ class Progress:
             folder.replace_text(self.log, "".join(line + "\n" for line in kept))
 
 
+@contextlib.contextmanager
+def _one_line(out: Path, step: int) -> Iterator[None]:
+    """PyTorch and safetensors have errors of their own where a disk is full or a folder cannot be written."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        raise MllmEdgeError(
+            f"{out}: the state of step {step} could not be written ({first_line(error)}); is the disk full? The state "
+            "before it is kept, go on with --resume"
+        ) from error
+
+
 def _finish(
     accelerator: Accelerator, model: nn.Module, task: Task, recipe: Recipe, progress: Progress, bf16: bool
 ) -> dict[str, Any]:
@@ -270,7 +284,8 @@ def _finish(
         from mllm_edge.recipes.plot import draw_losses
 
         seconds = progress.seconds
-        task.save(progress.out, state)
+        with writing(progress.out), _one_line(progress.out, progress.step):
+            task.save(progress.out, state)
         accelerator.unwrap_model(model).eval()
         result = {
             "task": recipe.task,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mllm_edge.errors import BadInput
+from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.recipes import train
 from mllm_edge.recipes.origin import hours
 from mllm_edge.recipes.parts import read_part
@@ -157,3 +157,17 @@ def test_user_conversations_are_trained_on(tmp_path: Path) -> None:
     train("llava-pretrain", [*SMALL, *settings], False, quiet)
     values = losses(tmp_path / "s")
     assert values[-1] < values[0]
+
+
+def test_a_disk_that_fills_up_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0\nframe #0: ...")
+
+    settings = [*SMALL, f"out={tmp_path / 'run'}", "steps=3", "evaluate=0", "save_every=1"]
+    with monkeypatch.context() as patch:
+        whole, saves = torch.save, iter(range(100))
+        patch.setattr(torch, "save", lambda *a, **k: whole(*a, **k) if next(saves) < 4 else full())
+        with pytest.raises(MllmEdgeError, match=r"state of step \d could not be written .*--resume$"):
+            train("encoder-pretrain", settings, False, quiet)
+    train("encoder-pretrain", settings, True, quiet)
+    assert len(losses(tmp_path / "run")) == 3
