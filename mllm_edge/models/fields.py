@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mllm_edge.checkpoints.dequantize import not_plain, quantization
 from mllm_edge.errors import BadInput
 
 Fields = Mapping[str, Any]
@@ -75,18 +76,10 @@ def check_fixed(config: Fields, fixed: Mapping[str, tuple[Any, ...]], where: Pat
 
 
 def refuse_quantized(config: Fields, where: Path) -> None:
-    """Refuse a checkpoint whose weights are codes of some format. Raises BadInput that names the format."""
-    for inner in (config, config.get("text_config"), config.get("vision_config")):
-        found = (
-            (inner.get("quantization_config") or inner.get("compression_config")) if isinstance(inner, dict) else None
-        )
-        if found:
-            details = found if isinstance(found, dict) else {}
-            form = " ".join(str(details[key]) for key in ("quant_method", "format") if details.get(key)) or str(found)
-            raise BadInput(
-                f"{where} has a quantization_config: its weights are codes of {form}; give the checkpoint that was not "
-                "quantized, export quantizes it with --quant"
-            )
+    """Refuse weights that are codes where no reader turns them into numbers. Raises BadInput that names the format."""
+    settings = quantization(config)
+    if settings is not None:
+        raise not_plain(settings, where)
 
 
 def bounded(dims: Any, where: Path) -> None:

@@ -64,9 +64,9 @@ def load(folder: Path) -> Checkpoint:
         BadInput: not GLaMM (what it is instead is named), missing or misfit tensors.
     """
     config = read_json(folder / "config.json")
-    refuse_quantized(config, folder / "config.json")
     folders, unused = [folder], dict[str, str]()
     if OURS in config:
+        refuse_quantized(config, folder / "config.json")
         dims, tensors = _ours(folder, config)
     else:
         dims, tensors, folders = _published(folder, config)

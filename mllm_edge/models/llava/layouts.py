@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mllm_edge.bundle.manifest import Prompt
 from mllm_edge.checkpoints import lora
+from mllm_edge.checkpoints.dequantize import open_weights
 from mllm_edge.checkpoints.tensors import (
     Tensors,
     check_all_used,
@@ -69,8 +70,8 @@ def load(folder: Path) -> Checkpoint:
     home = folder if (folder / "config.json").is_file() else _base_of_adapter(folder)
     config = read_json(home / "config.json")
     kind = config.get("model_type")
-    refuse_quantized(config, home / "config.json")
     if OURS in config:
+        refuse_quantized(config, home / "config.json")
         dims, tensors = _ours(folder, config)
         if "packages" in config:
             return _packaged(folder, config, dims, tensors)
@@ -189,10 +190,9 @@ def _port_weights(folder: Path, home: Path) -> tuple[Tensors, list[Path]]:
     if adapted and not has_weights(home):
         base = beside(folder, lora.base_of(folder))
         folders.append(base)
-        refuse_quantized(read_json(base / "config.json"), base / "config.json")
-        weights = open_folder(base)
+        weights = open_weights(base, read_json(base / "config.json"))
     else:
-        weights = open_folder(home)
+        weights = open_weights(home, read_json(home / "config.json"))
     weights = renamed(weights, _port_name)
     return (lora.merge_lora(weights, folder, _port_name) if adapted else weights), folders
 

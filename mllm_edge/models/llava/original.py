@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_edge.checkpoints import lora
+from mllm_edge.checkpoints.dequantize import open_weights
 from mllm_edge.checkpoints.tensors import (
     Tensors,
     has_weights,
@@ -115,12 +116,11 @@ def _weights(folder: Path, config: Mapping[str, Any]) -> tuple[Tensors, list[Pat
         if base == folder:
             raise BadInput(f"{folder} has a projector alone; write its base model as _name_or_path in its config.json")
         return merged([_base(base), open_file(folder / PROJECTOR)]), [folder, base]
-    return open_folder(folder), [folder]
+    return open_weights(folder, config), [folder]
 
 
 def _base(folder: Path) -> Tensors:
-    refuse_quantized(read_json(folder / "config.json"), folder / "config.json")
-    return open_folder(folder)
+    return open_weights(folder, read_json(folder / "config.json"))
 
 
 def _without_peft(extra: Tensors) -> Tensors:
