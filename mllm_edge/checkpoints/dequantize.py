@@ -146,13 +146,14 @@ def _spread(scales: Tensor, shape: Shape, block: tuple[int, ...], origin: str) -
 
 
 def _compressed(settings: Mapping[str, Any], folder: Path) -> Callable[[Tensors, str], _Code | None]:
-    """compressed-tensors: one scheme for all its layers."""
+    """compressed-tensors: one scheme for all its layers (where none is told, the scales say it)."""
     groups = settings.get("config_groups")
     schemes = list(groups.values()) if isinstance(groups, Mapping) else []
     where = folder / "config.json"
-    if settings.get("sparsity_config") or len(schemes) != 1 or not isinstance(schemes[0], Mapping):
+    scheme = schemes[0] if schemes else {"weights": {}}
+    if settings.get("sparsity_config") or len(schemes) > 1 or not isinstance(scheme, Mapping):
         raise not_plain(settings, where, " with several schemes or sparsity")
-    weights, inputs = schemes[0].get("weights"), schemes[0].get("input_activations")
+    weights, inputs = scheme.get("weights"), scheme.get("input_activations")
     if not isinstance(weights, Mapping) or weights.get("actorder"):
         raise not_plain(settings, where, " with reordered or unnamed weights")
     if isinstance(inputs, Mapping) and not inputs.get("dynamic"):

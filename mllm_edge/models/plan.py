@@ -25,7 +25,8 @@ class Checkpoint:
     `tensors[name]` loads one tensor; nothing else is held in memory. `tokenizer` is a folder with `tokenizer.model`
     (SentencePiece) or `tokenizer.json`. `source` says where the weights came from (kind, path, sha256). `prompt()` is
     what its dialogues look like, and how that is known; without it the system's own is taken. It raises BadInput where
-    that cannot be known.
+    that cannot be known. `references` build, by stage, another implementation's module with the same weights: the
+    library's whose layout this is.
     """
 
     system: str
@@ -35,6 +36,7 @@ class Checkpoint:
     tokenizer: Path
     source: dict[str, str]
     prompt: Callable[[], tuple[Prompt, str]] | None = None
+    references: Mapping[str, Callable[[], torch.nn.Module]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class StageExport:
     """A stage to lower to ONNX. `module()` builds it with its weights (fp32, eval); its forward takes the inputs in
     order and returns the outputs in order. `precisions` are the ones it may be lowered to; when the one asked for is
     not among them the last one is used. Modules whose names begin with one of `float32` stay in fp32 where others are
-    fp16."""
+    fp16. `reference()` builds another implementation's module, which the stage is compared with where there is one."""
 
     name: str
     module: Callable[[], torch.nn.Module]
@@ -50,6 +52,11 @@ class StageExport:
     outputs: list[TensorSpec]
     precisions: tuple[str, ...] = ("fp32", "fp16", "int8")
     float32: tuple[str, ...] = ()
+    reference: Callable[[], torch.nn.Module] | None = None
+
+    def compared(self) -> torch.nn.Module:
+        """The module that the stage is compared with."""
+        return (self.reference or self.module)().eval()
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,8 @@ def test_nf4(tmp_path: Path, nested: bool) -> None:
         (scheme("pack-quantized", 3), "pack-quantized with 3 bits"),
         (scheme("pack-quantized", 4, symmetric=False), "not symmetric"),
         (scheme("pack-quantized", 4, actorder="group"), "reordered"),
-        ({**scheme("int-quantized"), "config_groups": {}}, "several schemes"),
+        ({**scheme("int-quantized"), "config_groups": {"a": {}, "b": {}}}, "several schemes"),
+        ({**scheme("pack-quantized"), "config_groups": {}}, "with None bits"),
     ],
 )
 def test_other_formats_are_refused_by_name(tmp_path: Path, settings: dict[str, Any], form: str) -> None:

@@ -47,6 +47,25 @@ def test_transformers_layout(tmp_path: Path, model: transformers.LlavaForConditi
     assert checkpoint.dims.template == "vicuna_v1_no_system"
 
 
+def test_parity_is_with_transformers_own_classes(
+    tmp_path: Path, model: transformers.LlavaForConditionalGeneration
+) -> None:
+    model.save_pretrained(tmp_path)
+    checkpoint = load(with_tokenizer(tmp_path))
+    ours, size = build(checkpoint), checkpoint.dims.vision.image_size
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        eyes, projector = (checkpoint.references[name]() for name in ("vision_encoder", "connector"))
+        features = eyes(pixels)
+        torch.testing.assert_close(features, ours.vision_encoder(pixels), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(projector(features), ours.connector(features), atol=1e-5, rtol=1e-5)
+        # What our loader gets wrong differs from them.
+        broken = ours.vision_encoder
+        broken.pre_layrnorm.weight.data *= 1.1
+        assert not torch.allclose(eyes(pixels), broken(pixels), atol=1e-3)
+    assert not hasattr(eyes, "embeddings") and type(projector).__module__.startswith("transformers.")
+
+
 def test_old_names_of_transformers(tmp_path: Path, model: transformers.LlavaForConditionalGeneration) -> None:
     model.config.save_pretrained(tmp_path)
     old = {}

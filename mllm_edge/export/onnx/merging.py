@@ -26,7 +26,10 @@ def with_merged_tokens(plan: ExportPlan, tokens: int) -> ExportPlan:
         raise BadInput(f"a picture takes {number} tokens here; merge them to 1 to {number - 1}")
     outputs = [dataclasses.replace(stage.outputs[0], shape=[1, tokens, *stage.outputs[0].shape[2:]])]
     merged = dataclasses.replace(
-        stage, module=lambda: nn.Sequential(stage.module(), TokenMerge(tokens)), outputs=outputs
+        stage,
+        module=lambda: nn.Sequential(stage.module(), TokenMerge(tokens)),
+        reference=lambda: nn.Sequential(stage.compared(), TokenMerge(tokens)),
+        outputs=outputs,
     )
     return dataclasses.replace(plan, stages=[merged if one is stage else one for one in plan.stages])
 

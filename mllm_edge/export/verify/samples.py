@@ -53,7 +53,7 @@ class Samples:
             if stage is None or (name in known and not needs_values(stage)):
                 return known[name]
             if stage.name not in modules:
-                modules[stage.name] = stage.module().eval()
+                modules[stage.name] = stage.compared()
             with torch.no_grad():
                 result = modules[stage.name](*(torch.from_numpy(np.array(need(spec.name))) for spec in stage.inputs))
             outputs = (result,) if isinstance(result, torch.Tensor) else result
@@ -89,7 +89,7 @@ class Samples:
     def _run(self, stage: StageExport) -> None:
         if stage.name in self._done:
             return
-        module = stage.module().eval()
+        module = stage.compared()
         for values in self._values:
             with torch.no_grad():
                 result = module(*(torch.from_numpy(values[spec.name]) for spec in stage.inputs))

@@ -36,6 +36,7 @@ from mllm_edge.models.llava.dims import VISION, language_dims, vit_dims, without
 from mllm_edge.models.llava.model import LlavaDims, tensor_shapes
 from mllm_edge.models.llava.original import Opened, beside, open_original
 from mllm_edge.models.llava.pictures import read_preprocessing
+from mllm_edge.models.llava.port_reference import references
 from mllm_edge.models.llava.prompts import PROMPTS
 from mllm_edge.models.plan import Checkpoint
 
@@ -96,7 +97,8 @@ def load(folder: Path) -> Checkpoint:
 
     dims = replace(found.dims, template=usual)
     folders = list(dict.fromkeys([*found.folders, found.tower]))
-    return opened("llava", folder, config, dims, found.tensors, folders, tokenizer, prompt)
+    checkpoint = opened("llava", folder, config, dims, found.tensors, folders, tokenizer, prompt)
+    return replace(checkpoint, references=found.references)
 
 
 def save_llava(
@@ -175,16 +177,17 @@ def _port(folder: Path, home: Path) -> Opened:
         raise BadInput(
             f"{home} is a LLaVA of {eyes['model_type']} and {text['model_type']}; CLIP and LLaMA are supported"
         )
-    weights, folders = _port_weights(folder, home)
+    weights, folders, plain = _port_weights(folder, home)
     vision = vit_dims(eyes, config.vision_feature_layer, where)
     tied = bool(settings.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     language = language_dims({**text, "tie_word_embeddings": tied}, weights, where)
     pixels = read_preprocessing(home, vision.image_size)
     dims = LlavaDims(vision, language, fit=pixels.fit, resample=pixels.resample, mean=pixels.mean, std=pixels.std)
-    return Opened(dims, weights, folders, home)
+    return Opened(dims, weights, folders, home, references(config, plain) if plain else {})
 
 
-def _port_weights(folder: Path, home: Path) -> tuple[Tensors, list[Path]]:
+def _port_weights(folder: Path, home: Path) -> tuple[Tensors, list[Path], Tensors | None]:
+    """The weights, their folders and, where no adapter changes them, the weights under their own names."""
     folders = list(dict.fromkeys([folder, home]))
     adapted = (folder / lora.CONFIG).is_file()
     if adapted and not has_weights(home):
@@ -193,8 +196,10 @@ def _port_weights(folder: Path, home: Path) -> tuple[Tensors, list[Path]]:
         weights = open_weights(base, read_json(base / "config.json"))
     else:
         weights = open_weights(home, read_json(home / "config.json"))
-    weights = renamed(weights, _port_name)
-    return (lora.merge_lora(weights, folder, _port_name) if adapted else weights), folders
+    named = renamed(weights, _port_name)
+    if adapted:
+        return lora.merge_lora(named, folder, _port_name), folders, None
+    return named, folders, weights
 
 
 def _port_name(name: str) -> str:

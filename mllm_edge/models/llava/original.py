@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mllm_edge.checkpoints import lora
 from mllm_edge.checkpoints.dequantize import open_weights
@@ -25,6 +25,9 @@ from mllm_edge.models.layouts import canonical_name
 from mllm_edge.models.llava.dims import VISION, connector_kind, language_dims, vit_dims
 from mllm_edge.models.llava.model import LlavaDims
 from mllm_edge.models.llava.pictures import read_preprocessing
+
+if TYPE_CHECKING:
+    import torch
 
 Rules = tuple[tuple[str, str], ...]
 RULES: Rules = (
@@ -47,12 +50,14 @@ EXTRA, PROJECTOR = "non_lora_trainables.bin", "mm_projector.bin"
 @dataclass(frozen=True)
 class Opened:
     """Dims and tensors (what has no canonical name keeps its own), and the folders that they come from: the
-    checkpoint's own, that of its base where it has one, and the vision tower's."""
+    checkpoint's own, that of its base where it has one, and the vision tower's. `references` as a `Checkpoint` has
+    them."""
 
     dims: LlavaDims
     tensors: Tensors
     folders: list[Path]
     tower: Path
+    references: Mapping[str, Callable[[], torch.nn.Module]] = field(default_factory=dict)
 
 
 def open_original(folder: Path, config: Mapping[str, Any], more: Rules = ()) -> Opened:

@@ -47,6 +47,7 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
                 [pixels],
                 [features],
                 float32=float32_modules(dims.vision),
+                reference=checkpoint.references.get("vision_encoder"),
             ),
             StageExport(
                 "connector",
@@ -57,6 +58,7 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
                 [features],
                 [embeds],
                 precisions=("fp32", "fp16"),
+                reference=checkpoint.references.get("connector"),
             ),
         ],
         tokenizers=[

@@ -6,7 +6,7 @@ The two stages of the paper. The vision encoder stays frozen in both, as in the 
 from __future__ import annotations
 
 import functools
-import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from mllm_edge.errors import BadInput
 from mllm_edge.models.llava import packaged as llava_packaged
-from mllm_edge.models.llava.model import CONFIGS, IMAGE_INDEX, Llava, LlavaDims
+from mllm_edge.models.llava.model import CONFIGS, IMAGE_INDEX, Llava, LlavaDims, tensor_shapes
 from mllm_edge.models.llava.plan import preprocessing
 from mllm_edge.models.llava.prompts import PROMPTS
+from mllm_edge.models.plan import Checkpoint
+from mllm_edge.models.resolve import resolve
 from mllm_edge.recipes.data.conversation import (
     Sample,
     answer_loss,
@@ -34,7 +36,7 @@ from mllm_edge.recipes.data.pictures.compose import TrainingPictures
 from mllm_edge.recipes.data.readers import Conversation, read_llava
 from mllm_edge.recipes.data.scene_pixels import pixels, repaint
 from mllm_edge.recipes.data.scene_turns import brief_turns, dialogue, single_turns
-from mllm_edge.recipes.data.vocabulary import TOKENIZER, read_vocabulary
+from mllm_edge.recipes.data.vocabulary import read_vocabulary
 from mllm_edge.recipes.modules import add_lora, hide_channels, plain_attention, unit_variance
 from mllm_edge.recipes.parts import PACKAGES, read_part, save_part, tokenizer_folder
 from mllm_edge.recipes.recipe import Recipe
@@ -89,6 +91,24 @@ def start_connector(llava: Llava, pixel_values: Tensor) -> None:
     unit_variance(llava.connector, llava.vision_encoder(pixel_values), float(words) * WORD_SCALE)
 
 
+def _starting_checkpoint(recipe: Recipe) -> Checkpoint | None:
+    """The LLaVA that `init.llava` names: a shipped one, a folder or a hub id. Its dims are then the run's.
+
+    Raises:
+        BadInput: it is no LLaVA.
+    """
+    if "llava" not in recipe.init:
+        return None
+    start = resolve("llava", recipe.init["llava"])
+    if start.prompt and (own := start.prompt())[0] != PROMPTS[start.dims.template]:
+        warnings.warn(
+            f"{recipe.init['llava']} has a prompt of its own ({own[1]}); it is trained, and then exported, with "
+            f"{start.dims.template}",
+            stacklevel=2,
+        )
+    return start
+
+
 @functools.lru_cache(maxsize=1)
 def _order(seed: int, epoch: int, number: int) -> list[int]:
     order: list[int] = np.random.default_rng([seed, 23, epoch]).permutation(number).tolist()
@@ -101,14 +121,15 @@ class LlavaTask:
     def __init__(self, recipe: Recipe, stage: str):
         torch.manual_seed(recipe.seed)
         self.recipe, self.stage = recipe, stage
-        self.dims: LlavaDims = CONFIGS[recipe.config]
+        self.start = _starting_checkpoint(recipe)
+        self.dims: LlavaDims = self.start.dims if self.start else CONFIGS[recipe.config]
         plain = stage == "pretrain" and "conversations" in recipe.data  # captions alone, as in LLaVA-1.5
         self.prompt = PROMPTS["plain" if plain else self.dims.template]
         self.turns = int(recipe.data.get("turns", 5))
         self.questions = int(recipe.data.get("questions", 8))
         self.wide = wide_share(recipe.data)
-        self.on_packages = self._init("language_model") == PACKAGES
-        self.tokenizer = tokenizer_folder(self._init("language_model"))
+        self.on_packages = recipe.init.get("language_model") == PACKAGES
+        self.tokenizer = self.start.tokenizer if self.start else tokenizer_folder(self._init("language_model"))
         self.vocabulary = read_vocabulary(self.tokenizer)
         self.conversations = self._read_conversations()
         self.pictures = TrainingPictures(recipe.data.get("grounds", ""))
@@ -122,13 +143,13 @@ class LlavaTask:
     def _assemble(self) -> Llava:
         llava = Llava(self.dims)
         plain_attention(llava.language_model)
-        llava.vision_encoder.load_state_dict(read_part(self._init("vision_encoder"), "vision_encoder"))
-        words = read_part(self._init("language_model"), "language_model")
+        llava.vision_encoder.load_state_dict(self._part("vision_encoder"))
+        words = self._part("language_model")
         if self.dims.language.tied:
             words["lm_head.weight"] = words["model.embed_tokens.weight"]
         llava.language_model.load_state_dict(words)
-        if "connector" in self.recipe.init:
-            llava.connector.load_state_dict(read_part(self.recipe.init["connector"], "connector"))
+        if self.recipe.init.get("connector") or self.start:
+            llava.connector.load_state_dict(self._part("connector"))
         else:
             start_connector(llava, torch.stack([torch.from_numpy(self._first_picture(i)) for i in range(64)]))
         llava.requires_grad_(False)
@@ -139,6 +160,14 @@ class LlavaTask:
             else:
                 llava.language_model = add_lora(llava.language_model, self.recipe.lora)
         return llava
+
+    def _part(self, part: str) -> dict[str, Tensor]:
+        """A part in fp32: of the folder that `init` names for it, else of the checkpoint `init.llava`."""
+        if self.recipe.init.get(part) or self.start is None:
+            return read_part(self._init(part), part)
+        tensors, prefix = self.start.tensors, f"{part}."
+        names = [name for name in tensor_shapes(self.dims) if name.startswith(prefix) and name in tensors]
+        return {name.removeprefix(prefix): tensors[name].float() for name in names}
 
     def _read_conversations(self) -> list[Conversation]:
         if "conversations" not in self.recipe.data:
@@ -268,7 +297,4 @@ class LlavaTask:
             connector = {name: tensor for name, tensor in names.items() if name.startswith("connector.")}
             save_on_packages(checkpoint, self.recipe.config, self.dims, connector, dtype)
             return
-        tokenizer = folder / "tokenizer"
-        tokenizer.mkdir(exist_ok=True)
-        shutil.copy(self.tokenizer / TOKENIZER, tokenizer / TOKENIZER)
-        save_llava(checkpoint, self.recipe.config, self.dims, names, tokenizer, dtype)
+        save_llava(checkpoint, self.recipe.config, self.dims, names, self.tokenizer, dtype)
