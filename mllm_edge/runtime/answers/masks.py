@@ -10,7 +10,7 @@ import numpy as np
 from mllm_edge.bundle.answers import MasksAnswer
 from mllm_edge.runtime.answer import Mask
 from mllm_edge.runtime.answers.phrases import phrases
-from mllm_edge.runtime.answers.resize import at_full_size, box_of, confidence
+from mllm_edge.runtime.answers.resize import at_full_size, box_of
 from mllm_edge.runtime.turn import Need, Turn
 
 
@@ -21,7 +21,7 @@ def masks(turn: Turn, entry: MasksAnswer, need: Need) -> Iterator[Mask]:
     found = np.asarray(need(entry.logits))  # [n,4G,4G]
     start = time.perf_counter()
     for logits, span in zip(found, spans, strict=True):
-        full = at_full_size(logits, entry.frame, turn.picture.image.size)  # [H,W]
+        pixels, sure = at_full_size(logits, entry.frame, turn.picture.image.size)  # [H,W]
         words = turn.text[span.start : span.end]
-        yield Mask(words, (span.start, span.end), words or turn.question, confidence(full), box_of(full > 0), full > 0)
+        yield Mask(words, (span.start, span.end), words or turn.question, sure, box_of(pixels), pixels)
     turn.add_time("masks", 1000 * (time.perf_counter() - start))

@@ -8,9 +8,13 @@ from numpy.typing import NDArray
 from mllm_edge.runtime.engines.interface import Floats
 from mllm_edge.runtime.preprocess import longest_side
 
+STRIP = 1 << 20  # pixels of a mask whose logits are held at once
 
-def at_full_size(logits: Floats, frame: int, size: tuple[int, int]) -> Floats:
-    """Logits of one mask in the picture's own pixels (segment_anything `postprocess_masks`).
+
+def at_full_size(logits: Floats, frame: int, size: tuple[int, int]) -> tuple[NDArray[np.bool_], float]:
+    """One mask in the picture's own pixels (segment_anything `postprocess_masks`), and how sure it is.
+
+    The logits at full size, four bytes a pixel and more while they are made, exist in strips alone.
 
     Args:
         logits: [h,w], the whole of the mask encoder's square.
@@ -18,11 +22,18 @@ def at_full_size(logits: Floats, frame: int, size: tuple[int, int]) -> Floats:
         size: width and height of the picture, whose longest side filled the square.
 
     Returns:
-        float32 [height,width].
+        bool [height,width], where the logits are above 0; the mean probability of its pixels, 0 of an empty one.
     """
     width, height = longest_side(*size, frame)
     square = resized(resized(logits, 0, frame), 1, frame)[:height, :width]
-    return resized(resized(square, 0, size[1]), 1, size[0])
+    lines = resized(square, 0, size[1])  # [height, width in the frame]
+    mask = np.empty((size[1], size[0]), np.bool_)
+    total, rows = 0.0, max(1, STRIP // size[0])
+    for top in range(0, size[1], rows):
+        strip = resized(lines[top : top + rows], 1, size[0])
+        inside = np.greater(strip, 0, out=mask[top : top + rows])
+        total += float(np.sum(1 / (1 + np.exp(-strip[inside])), dtype=np.float64))
+    return mask, total / max(1, np.count_nonzero(mask))
 
 
 def resized(values: Floats, axis: int, length: int) -> Floats:
@@ -45,12 +56,6 @@ def box_of(mask: NDArray[np.bool_]) -> list[int] | None:
     if not len(rows):
         return None
     return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
-
-
-def confidence(logits: Floats) -> float:
-    """Mean probability of the mask's pixels (logits > 0); 0 of an empty one."""
-    inside = logits[logits > 0]
-    return float(np.mean(1 / (1 + np.exp(-inside)))) if inside.size else 0.0
 
 
 def iou(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
