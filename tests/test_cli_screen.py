@@ -25,6 +25,17 @@ def test_ctrl_c_says_what_is_kept(call: Call, stub_export: Callable[[Callable[..
     assert said.err == "interrupted; finished steps are kept, the same command continues where it stopped\n"
 
 
+def test_prints_of_libraries_cannot_steer_the_terminal(
+    call: Call, stub_export: Callable[[Callable[..., Path]], None]
+) -> None:
+    def chatty(*_: Any, **__: Any) -> Path:
+        print("tensor \x1b]0;owned\x07 of\ta file")
+        raise KeyboardInterrupt
+
+    stub_export(chatty)
+    assert call("export", "llava").err.startswith("tensor \\x1b]0;owned\\x07 of\ta file\n")
+
+
 def test_unexpected_errors_are_one_line_unless_debugging(
     call: Call, stub_export: Callable[[Callable[..., Path]], None]
 ) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mllm_edge.commands.shown import timing_table
-from mllm_edge.commands.streams import document_text, escaped, read_line
+from mllm_edge.commands.streams import Prints, document_text, escaped, read_line
 from mllm_edge.errors import MllmEdgeError
 from mllm_edge.progress import Pace, PlainSteps, PlainTraining, Report, TrainReport, metrics_line
 
@@ -139,7 +139,7 @@ class Screen:
         logger.addHandler(handler)
         logger.setLevel(logging.WARNING if self.quiet else logging.INFO)
         try:
-            with contextlib.redirect_stdout(self._err), warnings.catch_warnings():
+            with contextlib.redirect_stdout(Prints(self._err)), warnings.catch_warnings():
                 warnings.showwarning = self._warning
                 yield
         except KeyboardInterrupt:

@@ -23,6 +23,29 @@ def escaped(text: str) -> str:
     return text.translate(_ESCAPES)
 
 
+class Prints(io.TextIOBase):
+    """Where the prints of libraries go: to `stream`, as a terminal may show them."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(escaped(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def writable(self) -> bool:
+        return True
+
+
 class _Lossy(io.FileIO):
     """A stream beside the result: what cannot be written there is dropped, and the work goes on."""
 

@@ -33,7 +33,7 @@ def at_full_size(logits: Floats, frame: int, size: tuple[int, int]) -> tuple[NDA
         strip = resized(lines[top : top + rows], 1, size[0])
         inside = np.greater(strip, 0, out=mask[top : top + rows])
         total += float(np.sum(1 / (1 + np.exp(-strip[inside])), dtype=np.float64))
-    return mask, total / max(1, np.count_nonzero(mask))
+    return mask, total / max(1, int(np.count_nonzero(mask)))
 
 
 def resized(values: Floats, axis: int, length: int) -> Floats:
