@@ -1,6 +1,7 @@
 """Parts of a model on disk between recipes: `<part>.safetensors` in the folder of the run that trained it.
 
 Instead of a folder a recipe may give `packages`: the part is then read from an ordinary package (see `llava_packaged`).
+`shipped` stands for the vision encoder that comes with mllm-edge, which recipes of all tiny systems may start from.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from mllm_edge.errors import BadInput
+from mllm_edge.models.resolve import shipped
 
-PACKAGES = "packages"
+PACKAGES, SHIPPED = "packages", "shipped"
 
 
 def save_part(folder: Path, part: str, dims: dict[str, Any], state: dict[str, Tensor], prefix: str, dtype: str) -> None:
@@ -53,7 +55,7 @@ def read_part(folder: str, part: str) -> dict[str, Tensor]:
 
         tensors, prefix = base_tensors(), f"{part}."
         return {name.removeprefix(prefix): tensors[name].float() for name in tensors if name.startswith(prefix)}
-    path = Path(folder) / f"{part}.safetensors"
+    path = (shipped("encoder") / "tiny" if folder == SHIPPED else Path(folder)) / f"{part}.safetensors"
     if not path.is_file():
         raise BadInput(f"{path} is missing; train that part first (see: mllm-edge recipes)")
     try:

@@ -9,7 +9,9 @@ from mllm_edge.models.llava.model import CONFIGS
 from mllm_edge.recipes.data.conversation import IGNORE
 from mllm_edge.recipes.data.mixture import wide_share
 from mllm_edge.recipes.data.scene_pixels import APART, padded_centers, pixels, repaint, square_masks
-from mllm_edge.recipes.tasks.encoder import DenseModel, dense_labels, sine_positions
+from mllm_edge.recipes.parts import read_part
+from mllm_edge.recipes.recipe import load
+from mllm_edge.recipes.tasks.encoder import DenseModel, EncoderTask, dense_labels, sine_positions
 from mllm_edge.scenes import COLOR_RGB, COLORS, PAGES, SHAPES, Background, Scene, SceneObject, sample_scene
 from mllm_edge.scenes.model import Finish
 
@@ -87,6 +89,17 @@ def test_labels_of_a_wide_picture_follow_the_padding() -> None:
     assert (red & truth).sum() / (red | truth).sum() > 0.95
     cornered = square_masks(scene, 128, centered=False)[0]
     np.testing.assert_array_equal(cornered[:64], truth[32:96])
+
+
+def test_the_encoder_that_ships_sees_both_kinds_of_scenes() -> None:
+    task = EncoderTask(load("encoder-wide", ["init.vision_encoder=shipped"]))
+    dims, held = CONFIGS["tiny"].vision, read_part("shipped", "vision_encoder")
+    assert {name: value.shape for name, value in task.model.vision_encoder.state_dict().items()} == {
+        name: value.shape for name, value in held.items()
+    }
+    assert held["embeddings.patch_embedding.weight"].shape[0] == dims.width
+    series = {task.sample(index)["page"].item() for index in range(30)}
+    assert len(series) > 3  # the mixture has pages that scenes lack
 
 
 def test_the_share_of_wide_scenes_is_checked() -> None:

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from mllm_edge.models.llava.model import CONFIGS, IMAGE_INDEX, Llava
+from mllm_edge.models.resolve import resolve
 from mllm_edge.recipes import train
 from mllm_edge.recipes.data.conversation import IGNORE
 from mllm_edge.recipes.data.scene_pixels import pixels
 from mllm_edge.recipes.data.scene_turns import brief_turns
+from mllm_edge.recipes.parts import read_part
 from mllm_edge.recipes.recipe import load
 from mllm_edge.recipes.tasks.llava import WORD_SCALE, LlavaTask, start_connector
 from mllm_edge.scenes import COLORS, sample_scene
@@ -73,3 +75,25 @@ def test_the_connector_has_a_rate_of_its_own(parts: list[str]) -> None:
     assert {rates[id(p)] for p in task.model.llava.connector.parameters()} == {1e-5}
     assert {rates[id(p)] for p in task.model.llava.language_model.parameters()} == {3e-4}
     assert all(id(p) not in rates for p in task.model.llava.vision_encoder.parameters())
+
+
+def test_a_run_may_begin_at_a_whole_llava_with_another_encoder(tmp_path: Path) -> None:
+    settings = [
+        "batch=2",
+        "steps=1",
+        "evaluate=1",
+        "precision=fp32",
+        "warmup=0.0",
+        "workers=0",
+        f"out={tmp_path / 'run'}",
+    ]
+    report = train("llava-wide", [*settings, "init.llava=tiny", "init.vision_encoder=shipped"], False, lambda *_: None)
+    assert {"validation_exact", "wide_validation_exact", "wide_held_out_exact"} <= report["metrics"].keys()
+    trained = resolve("llava", str(tmp_path / "run" / "checkpoint"))
+    before, encoder = resolve("llava", "tiny"), read_part("shipped", "vision_encoder")
+    name = "embeddings.position_embedding.weight"
+    assert torch.equal(trained.tensors[f"vision_encoder.{name}"].float(), encoder[name])
+    assert trained.dims == before.dims and trained.tokenizer != before.tokenizer
+    head = "language_model.lm_head.weight"
+    assert not torch.equal(trained.tensors[head], before.tensors[head])
+    assert (trained.tensors[head].float() - before.tensors[head].float()).abs().max() < 0.01
