@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +141,17 @@ def test_files_that_are_something_else(tmp_path, text, read):
 def test_a_file_that_is_not_text(tmp_path):
     path = tmp_path / "data.json"
     path.write_bytes(b"\xff\xfe\x00[]")
-    refused(path, ["not valid JSON"], read_coco)
+    refused(path, ["no text in UTF-8"], read_coco)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "data.json")
+    refused(tmp_path / "data.json", ["no ordinary file"], read_coco)
+
+
+def test_a_file_without_end_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("mllm_edge.recipes.data.readers.LARGEST", 8)
+    refused(write(tmp_path, "[" + " " * 8 + "]"), ["larger than"], read_coco)
 
 
 # --- COCO -------------------------------------------------------------------------------------

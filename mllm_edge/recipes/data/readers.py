@@ -12,10 +12,12 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from mllm_edge.bundle.read import read_text
 from mllm_edge.recipes.data.fields import field, number, refusal, typed
 from mllm_edge.recipes.data.segmentation import Segmentation, check_segmentation
 
 IMAGE_PLACEHOLDER = "<image>"
+LARGEST = 4 << 30  # bytes of a file of annotations; LLaVA's own mixture has 1 GB
 
 Box = tuple[float, float, float, float]
 
@@ -320,7 +322,7 @@ def _load(path: str | Path) -> object:
     if Path(path).suffix.lower() in (".p", ".pkl", ".pickle"):
         raise refusal(str(path), "a pickle can run any code when read", "convert it to JSON where you trust it")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(read_text(Path(path), LARGEST))
     except OSError as error:
         raise refusal(str(path), f"it cannot be read ({error.strerror})", "check the path") from None
     except (ValueError, RecursionError) as error:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from mllm_edge.bundle.read import read_text
 from mllm_edge.errors import BadInput
 from mllm_edge.recipes.data.conversation import Vocabulary
 
@@ -66,7 +67,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(file))
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config = json.loads(read_text(folder / "tokenizer_config.json"))
     bos = tokenizer.token_to_id(config["bos_token"]) if config.get("add_bos_token") else None
     # This tokenizer matches control strings itself, and padded positions are masked.
     return Vocabulary(lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids), {}, bos, pad=0)

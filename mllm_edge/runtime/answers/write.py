@@ -6,17 +6,17 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from mllm_edge.errors import BadInput
 from mllm_edge.places import no_link, writing
 from mllm_edge.runtime.answer import Answer, Mask
+from mllm_edge.runtime.answers.fonts import Font, drawable, font_for
 
 # Far apart for most eyes and readable on white (Okabe & Ito 2008, the yellow left out, then darker relatives).
 COLORS = (
@@ -39,7 +39,7 @@ INK, PAPER = (30, 30, 30), (255, 255, 255)
 
 def write(answer: Answer, folder: Path) -> list[Path]:
     """Write what an answer holds beside text: `overlay.png`, a black and white `mask_N.png` in the picture's own size
-    for each mask, `image_N.png` for each picture, and `overlay.txt` where the overlay's font lacks a character of the
+    for each mask, `image_N.png` for each picture, and `overlay.txt` where the overlay's fonts lack a character of the
     text. The files of the answer before are taken away first.
 
     Args:
@@ -67,8 +67,8 @@ def write(answer: Answer, folder: Path) -> list[Path]:
     with writing(folder):
         if answer.masks and answer.picture is not None:
             put("overlay.png", overlay(answer.picture, answer.masks, answer.text).save)
-            if any(map(_cannot_be_drawn, answer.text)):
-                warnings.warn("the overlay's font lacks characters of the answer; overlay.txt has them", stacklevel=2)
+            if not all(map(drawable, answer.text)):
+                warnings.warn("the overlay's fonts lack characters of the answer; overlay.txt has them", stacklevel=2)
                 put("overlay.txt", lambda path: path.write_text(answer.text + "\n", encoding="utf-8"))
         for number, mask in enumerate(answer.masks):
             put(f"mask_{number}.png", Image.fromarray(mask.pixels).save)
@@ -128,42 +128,37 @@ def _with_text(picture: Image.Image, masks: Sequence[Mask], text: str) -> Image.
     """The picture with the text below, on paper that is wide enough to read it."""
     across = max(picture.width, SMALLEST)
     size = max(16, across // 36)
-    font = ImageFont.load_default(size)
-    space, pad, line = font.getlength(" "), size // 2, int(size * 1.45)
-    places: list[tuple[float, int, str, tuple[int, int, int]]] = []
+    plain = font_for("", size)
+    space, pad, line = plain.getlength(" "), size // 2, int(size * 1.45)
+    places: list[tuple[float, int, str, tuple[int, int, int], Font]] = []
     x, y = float(pad), pad
     for word, color, apart in _colored(masks, text):
         x += space * apart
+        font = font_for(word, size)
         for piece in _pieces(word, font, across - 2 * pad):
             width = font.getlength(piece)
             if (apart or piece != word) and x > pad and x + width > across - pad:
                 x, y = float(pad), y + line
-            places.append((x, y, piece, color))
+            places.append((x, y, piece, color, font))
             x += width
     whole = Image.new("RGB", (across, picture.height + y + line + pad), PAPER)
     whole.paste(picture, (0, 0))
     draw = ImageDraw.Draw(whole)
-    for x, y, word, color in places:
-        draw.text((x, picture.height + y), word, fill=color, font=font)
+    base = picture.height + plain.getmetrics()[0]  # one for all fonts
+    for x, y, word, color, font in places:
+        draw.text((x, base + y), word, fill=color, font=font, anchor="ls")
         if color != INK:
             bottom = picture.height + y + int(size * 1.2)
             draw.line((x, bottom, x + font.getlength(word), bottom), fill=color, width=max(1, size // 12))
     return whole
 
 
-def _pieces(word: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, most: float) -> list[str]:
+def _pieces(word: str, font: Font, most: float) -> list[str]:
     """A word, in pieces where it is longer than a line."""
     if font.getlength(word) <= most:
         return [word]
     length = max(1, int(most / max(font.getlength(letter) for letter in set(word))))
     return [word[at : at + length] for at in range(0, len(word), length)]
-
-
-@lru_cache(maxsize=4096)
-def _cannot_be_drawn(letter: str) -> bool:
-    """Whether the overlay's font shows its box for unknown characters there."""
-    font = ImageFont.load_default(16)
-    return not letter.isspace() and bytes(font.getmask(letter)) == bytes(font.getmask("\uffff"))
 
 
 def _colored(masks: Sequence[Mask], text: str) -> list[tuple[str, tuple[int, int, int], bool]]:

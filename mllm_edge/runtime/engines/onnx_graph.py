@@ -8,8 +8,10 @@ here. Only the protobuf headers are read, weights are skipped; the package onnx 
 from __future__ import annotations
 
 import functools
+import math
 import mmap
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -20,6 +22,11 @@ DEEPEST = 64  # messages inside messages; protobuf itself stops at 100
 MOST_FIELDS = 5_000_000  # beyond what exporters write by far; a second or two to read
 MOST_NODES = 1_000_000  # after functions are unfolded
 LOOPS = (b"Loop", b"Scan", b"SequenceMap")
+SEARCHES = (b"BeamSearch", b"GreedySearch", b"Sampling", b"WhisperBeamSearch")  # loops of ONNX Runtime's own
+MOST_ELEMENTS = 1 << 30  # of a tensor whose size stands in the graph as a constant
+# Inputs that say how large an output is; "Range" is apart.
+_SIZED = {b"ConstantOfShape": (0,), b"Expand": (1,), b"Tile": (1,), b"Pad": (1,), b"OneHot": (1,), b"Resize": (2, 3)}
+_SIZED |= {b"Upsample": (1,), b"CenterCropPad": (1,), b"Range": (0, 1, 2)}
 
 # Fields that hold other messages (onnx.proto): those through which a tensor or a node can be reached.
 _MESSAGES: dict[str, dict[int, str]] = {
@@ -32,7 +39,13 @@ _MESSAGES: dict[str, dict[int, str]] = {
     "sparse": {1: "tensor", 2: "tensor"},
 }
 _DIMS, _TYPE, _EXTERNAL, _LOCATION = 1, 2, 13, 14  # of a tensor
+_TENSOR_NAME, _RAW = 8, 9
 _FUNCTION_NAME, _FUNCTION_DOMAIN, _NODE_OP, _NODE_DOMAIN = 1, 10, 4, 7
+_INPUT, _OUTPUT, _ATTRIBUTE = 1, 2, 5  # of a node
+# Where small numbers stand: in a tensor by its type, in an attribute.
+_NUMBERS = {1: (4, "f"), 6: (5, "i"), 7: (7, "q")}
+_TENSOR, _VALUES = 5, {3: "q", 7: "f", 8: "q"}  # of an attribute
+_MOST_NUMBERS = 64
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128, 16: 16}
 _BITS |= {17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8}
 
@@ -58,6 +71,8 @@ def check_graph_file(path: Path, stage: StageEntry) -> None:
 class _Reader:
     def __init__(self, data: mmap.mmap, allowed: Mapping[str, int]):
         self._data, self._allowed, self._left = data, allowed, MOST_FIELDS
+        self._constants: dict[bytes, list[list[float]]] = {}  # names may be those of several graphs
+        self._sized: list[tuple[bytes, list[bytes]]] = []
 
     def model(self) -> None:
         """Walk every message; raises ValueError at the first that cannot be."""
@@ -76,11 +91,14 @@ class _Reader:
                 called = calls.setdefault(key, [])
             if kind == "node":
                 called.append(self._operator(start, end, _NODE_DOMAIN, _NODE_OP))
+                self._node(called[-1][1], start, end)
             inner = _MESSAGES[kind]
             for number, _, first, last in self._fields(start, end):
                 if number in inner and first:
                     waiting.append((inner[number], first, last, depth + 1, called))
         _check_calls(main, calls)
+        for operator, inputs in self._sized:
+            _check_size(operator, [self._constants.get(name, []) for name in inputs])
 
     def _fields(self, start: int, end: int) -> Iterator[Field]:
         at = start
@@ -121,14 +139,48 @@ class _Reader:
         operator = texts.get(domain, b""), texts.get(name, b"")
         if operator[1] == b"EPContext":  # a compiled engine in a file of its own
             raise _Damaged("it holds a compiled engine")
-        if operator[1] in LOOPS and operator[0] in (b"", b"ai.onnx"):
+        if operator[1] in (LOOPS if operator[0] in (b"", b"ai.onnx") else SEARCHES):
             raise _Damaged(f"it has a {operator[1].decode()}, which may never end; no system of ours needs one")
         return operator
 
-    def _tensor(self, start: int, end: int) -> None:
+    def _node(self, operator: bytes, start: int, end: int) -> None:
+        """Note a constant's numbers, and where an output is as large as numbers say."""
+        if operator != b"Constant" and operator not in _SIZED:
+            return
+        fields = list(self._fields(start, end))
+        if operator in _SIZED:
+            self._sized.append((operator, [self._data[a:b] for n, _, a, b in fields if n == _INPUT]))
+            return
+        for name in [self._data[a:b] for n, _, a, b in fields if n == _OUTPUT]:
+            for first, last in [(a, b) for n, _, a, b in fields if n == _ATTRIBUTE]:
+                for number, value, a, b in self._fields(first, last):
+                    if number == _TENSOR and a:
+                        self._tensor(a, b, name)
+                    elif number in _VALUES:
+                        numbers = self._numbers(_VALUES[number], value, a, b)
+                        self._constants.setdefault(name, []).append(numbers)
+
+    def _numbers(self, form: str, value: int, first: int, last: int) -> list[float]:
+        """One field's numbers, as varints or little-endian; none where they are more than a shape has."""
+        if not first:
+            return [float(value - (1 << 64) if value >> 63 else value)]
+        if form == "f":
+            return self._raw("f", first, last)
+        few = last - first <= 10 * _MOST_NUMBERS and sum(byte < 128 for byte in self._data[first:last]) <= _MOST_NUMBERS
+        values = self._packed(first, last) if few else []
+        return [float(value - (1 << 64) if value >> 63 else value) for value in values]
+
+    def _raw(self, form: str, first: int, last: int) -> list[float]:
+        width = struct.calcsize(f"<{form}")
+        if last - first > width * _MOST_NUMBERS or (last - first) % width:
+            return []
+        return [float(value) for (value,) in struct.iter_unpack(f"<{form}", self._data[first:last])]
+
+    def _tensor(self, start: int, end: int, name: bytes = b"") -> None:
         sizes: list[int] = []
         place: dict[bytes, bytes] = {}
         kind = external = 0
+        told: list[Field] = []
         for number, value, first, last in self._fields(start, end):
             if number == _DIMS:
                 sizes += [value] if not first else self._packed(first, last)
@@ -139,8 +191,21 @@ class _Reader:
             elif number == _EXTERNAL and first:
                 entry = {n: self._data[a:b] for n, _, a, b in self._fields(first, last) if a}
                 place[entry.get(1, b"")] = entry.get(2, b"")
+            elif number == _TENSOR_NAME and first:
+                name = name or self._data[first:last]
+            elif number in (_RAW, 4, 5, 7) and len(told) <= _MOST_NUMBERS:
+                told.append((number, value, first, last))
         if external or place:
             self._external(sizes, kind, place)
+        elif name and kind in _NUMBERS and len(told) <= _MOST_NUMBERS:
+            field, form = _NUMBERS[kind]
+            values: list[float] = []
+            for number, value, first, last in told:
+                if number == _RAW and first:
+                    values += self._raw(form, first, last)
+                elif number == field:
+                    values += self._numbers(form, value, first, last)
+            self._constants.setdefault(name, []).append(values)
 
     def _packed(self, at: int, end: int) -> list[int]:
         values: list[int] = []
@@ -174,6 +239,24 @@ def _number(text: bytes) -> int:
     if not text.isdigit() or len(text) > 18:
         raise _Damaged(f"an offset or length is {text[:20]!r}")
     return int(text)
+
+
+def _check_size(operator: bytes, inputs: list[list[list[float]]]) -> None:
+    """A tensor of 10^12 elements is asked for in a few bytes. Sizes that are computed cannot be known by reading."""
+    read = [inputs[place] for place in _SIZED[operator] if place < len(inputs)]
+    elements = 1.0
+    if operator == b"Range":
+        start, limit, delta = [[value for values in several for value in values] for several in (*read, [], [], [])][:3]
+        steps = [abs(value) for value in delta if value]
+        if start and limit and steps:
+            elements = max(abs(end - begin) for begin in start for end in limit) / min(steps)
+    elif operator == b"Pad":  # before and after each axis
+        elements = max((abs(value) for several in read for values in several for value in values), default=1)
+    else:
+        for several in read:
+            elements *= max((math.prod(max(1.0, abs(value)) for value in values) for values in several), default=1)
+    if not elements <= MOST_ELEMENTS:
+        raise _Damaged(f"its {operator.decode()} makes {elements:.0e} elements")
 
 
 def _check_calls(main: list[Operator], calls: Mapping[Operator, list[Operator]]) -> None:

@@ -85,7 +85,8 @@ def _open(path: Path, options: Options, failures: tuple[type[Exception], ...]) -
     settings.intra_op_num_threads = options.threads
     settings.inter_op_num_threads = 1
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    settings.log_severity_level = 3
+    # Nothing: its own lines on stderr hold names of the file as they are, and errors come as exceptions anyway.
+    settings.log_severity_level = 4
     # Whatever the file is called: of its own format, which a name ending in .ort chooses, nothing was checked.
     settings.add_session_config_entry("session.load_model_format", "ONNX")
     # Spinning idle threads would take the cores from the language model, which runs next.

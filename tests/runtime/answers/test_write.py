@@ -111,7 +111,7 @@ def test_a_list_reaches_nothing_outside(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["一只猫", "قطة", "a cat 🐈"])
-def test_text_that_the_font_lacks_is_written_beside(text: str, tmp_path: Path) -> None:
+def test_text_that_the_fonts_lack_is_written_beside(text: str, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"overlay\.txt has them"):
         files = write(answer([mask(text, (0, len(text)), 2)], text), tmp_path)
     assert [file.name for file in files] == ["overlay.png", "overlay.txt", "mask_0.png"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,6 +132,57 @@ def test_loops_may_never_end(tmp_path: Path, name: bytes) -> None:
     for domain in (b"", text(7, b"ai.onnx")):
         with pytest.raises(BadInput, match="which may never end"):
             check(tmp_path, graph(text(1, text(4, name) + domain)))
+
+
+def test_searches_of_onnx_runtime_are_loops(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="which may never end"):
+        check(tmp_path, graph(text(1, text(4, b"BeamSearch") + text(7, b"com.microsoft"))))
+
+
+def numbers(name: bytes, values: list[int], raw: bool) -> bytes:
+    """An int64 tensor in the graph itself."""
+    data = struct.pack(f"<{len(values)}q", *values)
+    packed = b"".join(varint(value % (1 << 64)) for value in values)
+    return whole(1, len(values)) + whole(2, 7) + text(8, name) + (text(9, data) if raw else text(7, packed))
+
+
+def node(operator: bytes, *inputs: bytes) -> bytes:
+    return text(1, b"".join(text(1, name) for name in inputs) + text(2, b"out") + text(4, operator))
+
+
+def constant(tensor: bytes) -> bytes:
+    return text(1, text(2, b"n") + text(4, b"Constant") + text(5, text(1, b"value") + text(5, tensor)))
+
+
+def ints(values: list[int]) -> bytes:
+    attribute = text(1, b"value_ints") + text(8, b"".join(map(varint, values)))
+    return text(1, text(2, b"n") + text(4, b"Constant") + text(5, attribute))
+
+
+FORMS: list[Callable[[list[int]], bytes]] = [
+    lambda values: text(5, numbers(b"n", values, raw=True)),
+    lambda values: text(5, numbers(b"n", values, raw=False)),
+    lambda values: constant(numbers(b"", values, raw=True)),
+    ints,
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_constants_that_ask_for_more_than_memory(tmp_path: Path, form: Callable[[list[int]], bytes]) -> None:
+    for use in (node(b"ConstantOfShape", b"n"), node(b"Expand", b"x", b"n"), node(b"Resize", b"x", b"", b"", b"n")):
+        check(tmp_path, graph(form([1, 3, 1024, 1024]), use))
+        with pytest.raises(BadInput, match="elements"):
+            check(tmp_path, graph(use, form([1 << 20, 1 << 20])))
+        check(tmp_path, graph(use, *[form([1 << 10, 1 << 10])] * 9))  # a name in several graphs
+    check(tmp_path, graph(form([0, 0, 512, 512] * 2), node(b"Pad", b"x", b"n")))
+    check(tmp_path, graph(form([2] * 65), node(b"Tile", b"x", b"n")))  # no shape
+
+
+def test_ranges_that_ask_for_more_than_memory(tmp_path: Path) -> None:
+    ends = [text(5, numbers(name, [value], raw=True)) for name, value in ((b"a", 0), (b"b", 1 << 40), (b"c", 1 << 30))]
+    check(tmp_path, graph(*ends, node(b"Range", b"a", b"b", b"c")))
+    with pytest.raises(BadInput, match="Range makes 1e"):
+        check(tmp_path, graph(*ends, text(5, numbers(b"d", [-1], raw=False)), node(b"Range", b"a", b"b", b"d")))
 
 
 def test_compiled_engines_in_files_of_their_own(tmp_path: Path) -> None:

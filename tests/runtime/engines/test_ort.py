@@ -67,6 +67,19 @@ def test_a_graph_that_is_not_the_manifests(tiny_bundle: Path, entry: StageEntry)
         OnnxStage(tiny_bundle / entry.file, wrong, CPU)
 
 
+def test_onnx_runtime_itself_prints_no_names_of_the_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    vectors = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [1]) for name in ("x", "at", "y")]
+    beyond = onnx.helper.make_node("Gather", ["x", "at"], ["y"], name="a\x1b]0;name\x07")
+    made = onnx.helper.make_model(onnx.helper.make_graph([beyond], "g", vectors[:2], vectors[2:]), ir_version=8)
+    made.opset_import[0].version = 17
+    onnx.save(made, tmp_path / "g.onnx")
+    specs = [TensorSpec(name, "int64", [1]) for name in ("x", "at", "y")]
+    stage = OnnxStage(tmp_path / "g.onnx", StageEntry("g.onnx", 0, "", "g", "onnx", "fp32", specs[:2], specs[2:]), CPU)
+    with pytest.raises(MllmEdgeError, match="ONNX Runtime failed"):
+        stage(x=np.array([1]), at=np.array([9]))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_cuda_is_announced_or_refused(tiny_bundle: Path, entry: StageEntry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.warns(RuntimeWarning, match="run on the CPU"):

@@ -115,6 +115,27 @@ def test_what_reading_does_not_show_is_tried_once(model: Path, monkeypatch: pyte
     assert len(runs) == 1
 
 
+def test_a_head_that_lived_is_known_by_its_bytes_and_the_files_size(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = child(monkeypatch, "pass")
+    sound.require_sound(model)
+    reads: list[Path] = []
+    monkeypatch.setattr(sound, "read_head", lambda path: reads.append(path) or read_head(path))
+    data = model.read_bytes()
+    model.write_bytes(data[:-64] + bytes(64))  # other weights
+    sound.require_sound(model)
+    assert not reads
+    model.write_bytes(data + bytes(32))
+    sound.require_sound(model)
+    assert len(reads) == 1 and len(runs) == 2
+    model.write_bytes(data)
+    change(model, "llama.block_count", "<I", 0)
+    sound._require.cache_clear()
+    with pytest.raises(BadInput, match="block_count"):
+        sound.require_sound(model)
+
+
 def test_a_crash_is_told_and_remembered_and_says_nothing_of_amx(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = child(monkeypatch, f"import os; os.kill(os.getpid(), {int(signal.SIGABRT)})")
     monkeypatch.setattr(probe, "has_amx", lambda: True)

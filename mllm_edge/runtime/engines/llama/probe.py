@@ -138,6 +138,11 @@ def known(key: str) -> bool | None:
     return _read_cache().get(key)
 
 
+def known_under(prefix: str) -> dict[str, bool]:
+    """Earlier verdicts whose keys begin so, by the rest of the key."""
+    return {key.removeprefix(prefix): crashed for key, crashed in _read_cache().items() if key.startswith(prefix)}
+
+
 def remember(key: str, crashed: bool) -> None:
     """Keep a verdict for later processes."""
     _write_cache({**_read_cache(), key: crashed})
