@@ -21,8 +21,10 @@ from mllm_edge.checkpoints.tensors import Shape, Tensors, open_folder
 from mllm_edge.errors import BadInput
 
 _MOST = 1 << 34  # elements of a tensor
+_MOST_STATE = 1 << 16  # bytes of a tensor that holds settings
 _PACKED_BITS = (4, 8)
 _CT_FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
+_BLOCK = (128, 128)  # of fp8 where the config does not say it, as in transformers
 
 
 class _Code(NamedTuple):
@@ -31,6 +33,9 @@ class _Code(NamedTuple):
     parts: list[str]
     shape: Shape
     get: Callable[[], Tensor]
+
+
+_Find = Callable[[Tensors, str], "_Code | None"]
 
 
 def open_weights(folder: Path, config: Mapping[str, Any]) -> Tensors:
@@ -52,8 +57,11 @@ def open_weights(folder: Path, config: Mapping[str, Any]) -> Tensors:
     codes = {name.removesuffix("_packed"): code for name, code in found.items() if code is not None}
     if not codes:
         raise BadInput(f"{folder} says that its weights are codes of {form}, but holds none; copy it again")
-    warnings.warn(f"{folder}: its weights are codes of {form} and are read as the numbers they stand for", stacklevel=2)
     taken = {part for code in codes.values() for part in code.parts}
+    twice = [name for name in codes if name in source and name not in taken]
+    if twice:
+        raise BadInput(f"{source.origin(twice[0])} is there as codes and as numbers; copy the checkpoint again")
+    warnings.warn(f"{folder}: its weights are codes of {form} and are read as the numbers they stand for", stacklevel=2)
     names = [*codes, *(name for name in source if name not in taken)]
     return Tensors(
         names,
@@ -79,27 +87,40 @@ def format_name(settings: Mapping[str, Any]) -> str:
     return " ".join(named) or "an unnamed format"
 
 
-def _reader(settings: Mapping[str, Any], folder: Path) -> tuple[str, Callable[[Tensors, str], _Code | None]]:
-    form, method = format_name(settings), settings.get("quant_method")
-    if method == "bitsandbytes":
-        return form, _bitsandbytes
-    if method == "fp8" and settings.get("activation_scheme", "dynamic") == "dynamic":
-        block = settings.get("weight_block_size")
-        if block is None or _is_block(block):
-            return form, lambda source, name: _scaled(source, name, "_scale_inv", tuple(block or ()))
-    if method == "fbgemm_fp8":
-        return form, lambda source, name: _scaled(source, name, "_scale", ())
-    if method == "compressed-tensors" and settings.get("format") in _CT_FORMATS:
-        return form, _compressed(settings, folder)
-    raise not_plain(settings, folder / "config.json")
-
-
 def not_plain(settings: Mapping[str, Any], where: Path, but: str = "") -> BadInput:
     """The refusal of a format, by its name and what about it is not supported."""
     return BadInput(
         f"{where} has a quantization_config: its weights are codes of {format_name(settings)}{but}; give the "
         "checkpoint that was not quantized, export quantizes it with --quant"
     )
+
+
+def _reader(settings: Mapping[str, Any], folder: Path) -> tuple[str, _Find]:
+    form, method, where = format_name(settings), settings.get("quant_method"), folder / "config.json"
+    if method == "bitsandbytes":
+        return form, _bitsandbytes
+    if method == "fp8":
+        return form, _fp8(settings, where)
+    if method == "fbgemm_fp8":
+        return form, lambda source, name: _scaled(source, name, "_scale", ())
+    if method == "compressed-tensors" and settings.get("format") in _CT_FORMATS:
+        return form, _compressed(settings, where)
+    raise not_plain(settings, where)
+
+
+def _fp8(settings: Mapping[str, Any], where: Path) -> _Find:
+    """transformers' fp8: blocks or the tensor times `weight_scale_inv`; AutoFP8's: the tensor times `weight_scale`."""
+    if settings.get("activation_scheme", "dynamic") != "dynamic":
+        raise not_plain(settings, where, " with statically quantized activations")
+    block = settings.get("weight_block_size", list(_BLOCK))
+    if block is not None and not _is_block(block):
+        raise not_plain(settings, where, f" with blocks {block!r}")
+
+    def find(source: Tensors, name: str) -> _Code | None:
+        by_block = _scaled(source, name, "_scale_inv", tuple(block or ()))
+        return by_block or _scaled(source, name, "_scale", ())
+
+    return find
 
 
 def _is_block(block: Any) -> bool:
@@ -110,133 +131,223 @@ def _is_block(block: Any) -> bool:
 
 def _scaled(source: Tensors, name: str, suffix: str, block: tuple[int, ...], zero: bool = False) -> _Code | None:
     """A matrix of codes times the scale of the tensor, of each row, of each group of a row, or of each block."""
-    scale = name + suffix
+    scale, point, order = name + suffix, f"{name}_zero_point", f"{name}_g_idx"
     if not name.endswith("weight") or scale not in source:
         return None
     shape, scales = source.shape(name), source.shape(scale)
-    parts = [name, scale, *([f"{name}_zero_point"] if zero and f"{name}_zero_point" in source else [])]
+    held = [part for part in (point, order) if zero and part in source]
+    spread = _spread(source, scale, shape, block, order if order in held else "")
+    if point in held and math.prod(source.shape(point)) != math.prod(scales):
+        raise _misfit(source.origin(point), shape)
 
     def get() -> Tensor:
-        codes = source[name].float()
-        if len(parts) == 3:
-            codes -= _spread(source[parts[2]].float(), shape, block, source.origin(parts[2]))
-        return codes * _spread(source[scale].float(), shape, block, source.origin(scale))
+        codes = _codes(source, name, 1).float()
+        if point in held:
+            codes -= spread(_codes(source, point, 1).reshape(scales).float())
+        return codes * spread(_numbers(source, scale))
 
-    _spread(torch.empty(scales, device="meta"), shape, block, source.origin(scale))
-    return _Code(parts, shape, get)
+    return _Code([name, scale, *held], shape, get)
 
 
-def _spread(scales: Tensor, shape: Shape, block: tuple[int, ...], origin: str) -> Tensor:
-    """Scales as a tensor that multiplies a matrix of that shape."""
-    if scales.numel() == 1:
-        return scales.reshape(1)
-    if len(shape) != 2:
-        raise _misfit(origin, shape)
+def _codes(source: Tensors, name: str, size: int) -> Tensor:
+    """A tensor of codes of so many bytes. Raises BadInput where it holds other numbers."""
+    tensor = source[name]
+    if tensor.element_size() != size or (size > 1 and tensor.is_floating_point()):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise BadInput(f"{source.origin(name)} holds {kind}, no codes of {size} bytes; copy the checkpoint again")
+    return tensor
+
+
+def _numbers(source: Tensors, name: str) -> Tensor:
+    """A tensor of scales. Raises BadInput where they are whole numbers, which no format has."""
+    tensor = source[name]
+    if not tensor.is_floating_point():
+        raise BadInput(f"{source.origin(name)} holds codes, not scales; copy the checkpoint again")
+    return tensor.float()
+
+
+def _spread(
+    source: Tensors, scale: str, shape: Shape, block: tuple[int, ...], order: str = ""
+) -> Callable[[Tensor], Tensor]:
+    """How scales (of the shape that tensor `scale` has) become a tensor that multiplies a matrix of `shape`.
+
+    `order` names a tensor with the group of each column, where groups are not neighbours.
+
+    Raises:
+        BadInput: their shape does not fit.
+    """
+    scales = source.shape(scale)
+    if math.prod(scales) == 1:
+        return lambda values: values.reshape(1)
+    if len(shape) != 2 or len(scales) not in (1, 2):
+        raise _misfit(source.origin(scale), shape)
     rows, columns = shape
     if block:
-        if tuple(scales.shape) == (math.ceil(rows / block[0]), math.ceil(columns / block[1])):
-            whole = scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-            return whole[:rows, :columns]
-    elif scales.ndim == 1 or scales.shape[1] == 1:
-        if scales.shape[0] == rows:
-            return scales.reshape(rows, 1)
-    elif scales.shape[0] == rows and scales.shape[1] and columns % scales.shape[1] == 0:
-        return scales.repeat_interleave(columns // scales.shape[1], 1)
-    raise _misfit(origin, shape)
+        if scales == (math.ceil(rows / block[0]), math.ceil(columns / block[1])):
+            down, along = min(block[0], rows), min(block[1], columns)
+            return lambda values: values.repeat_interleave(down, 0).repeat_interleave(along, 1)[:rows, :columns]
+    elif scales[0] == rows and math.prod(scales[1:]) == 1:
+        return lambda values: values.reshape(rows, 1)
+    elif scales[0] == rows and scales[1] and order:
+        return lambda values: values[:, _order(source, order, columns, scales[1])]
+    elif scales[0] == rows and scales[1] and columns % scales[1] == 0:
+        return lambda values: values.repeat_interleave(columns // scales[1], 1)
+    raise _misfit(source.origin(scale), shape)
 
 
-def _compressed(settings: Mapping[str, Any], folder: Path) -> Callable[[Tensors, str], _Code | None]:
-    """compressed-tensors: one scheme for all its layers (where none is told, the scales say it)."""
+def _order(source: Tensors, name: str, columns: int, groups: int) -> Tensor:
+    """The group of each column, int64 [columns]; neighbours where the tensor was never filled (-1)."""
+    if source.shape(name) != (columns,):
+        raise _misfit(source.origin(name), (columns,))
+    order = source[name].to(torch.int64)
+    if (order < 0).any() and columns % groups == 0:
+        return torch.arange(columns) // (columns // groups)
+    if (order < 0).any() or (order >= groups).any():
+        raise BadInput(f"{source.origin(name)} names groups that are not there; copy the checkpoint again")
+    return order
+
+
+def _compressed(settings: Mapping[str, Any], where: Path) -> _Find:
+    """compressed-tensors. How fine the scales are is read off their shapes; blocks and bits are the config's."""
+    for key in ("sparsity_config", "transform_config", "kv_cache_scheme"):
+        value = settings.get(key)
+        if value and not (isinstance(value, Mapping) and value.get("format") == "dense"):
+            raise not_plain(settings, where, f" with a {key}")
     groups = settings.get("config_groups")
     schemes = list(groups.values()) if isinstance(groups, Mapping) else []
-    where = folder / "config.json"
-    scheme = schemes[0] if schemes else {"weights": {}}
-    if settings.get("sparsity_config") or len(schemes) > 1 or not isinstance(scheme, Mapping):
-        raise not_plain(settings, where, " with several schemes or sparsity")
-    weights, inputs = scheme.get("weights"), scheme.get("input_activations")
-    if not isinstance(weights, Mapping) or weights.get("actorder"):
-        raise not_plain(settings, where, " with reordered or unnamed weights")
-    if isinstance(inputs, Mapping) and not inputs.get("dynamic"):
-        raise not_plain(settings, where, " with statically quantized activations")
-    block = weights.get("block_structure")
+    weights = [_weights_of(scheme, settings, where) for scheme in schemes]
+    blocks = [one.get("block_structure") for one in weights]
+    bits = [one.get("num_bits") for one in weights]
+    if any(value != kinds[0] for kinds in (blocks, bits) for value in kinds):
+        raise not_plain(settings, where, " with several sizes of codes or blocks")
+    block, width = (blocks[0], bits[0]) if weights else (None, None)
     if block is not None and not _is_block(block):
         raise not_plain(settings, where, f" with blocks {block!r}")
     if settings["format"] != "pack-quantized":
         return lambda source, name: _scaled(source, name, "_scale", tuple(block or ()), zero=True)
-    bits = weights.get("num_bits")
-    if bits not in _PACKED_BITS or weights.get("symmetric") is False:
-        raise not_plain(settings, where, f" with {bits} bits, not symmetric")
-    return lambda source, name: _packed(source, name, bits)
+    if width not in _PACKED_BITS:
+        raise not_plain(settings, where, f" with {width} bits")
+    return lambda source, name: _packed(source, name, int(width))
+
+
+def _weights_of(scheme: Any, settings: Mapping[str, Any], where: Path) -> Mapping[str, Any]:
+    """The part of a scheme that is about weights. Raises BadInput where the rest changes the computation."""
+    weights = scheme.get("weights") if isinstance(scheme, Mapping) else None
+    if not isinstance(weights, Mapping):
+        raise not_plain(settings, where, " with a scheme that names no weights")
+    if scheme.get("format") not in (None, settings["format"]):
+        raise not_plain(settings, where, f" and {scheme['format']}")
+    for key in ("input_activations", "output_activations"):
+        activations = scheme.get(key)
+        if activations is not None and not (isinstance(activations, Mapping) and activations.get("dynamic") is True):
+            raise not_plain(settings, where, " with statically quantized activations")
+    return weights
 
 
 def _packed(source: Tensors, name: str, bits: int) -> _Code | None:
-    """Codes of `bits` in int32 words along a row, the first in the lowest bits, each with half its range added."""
+    """Codes of `bits` in int32 words along a row, the first in the lowest bits, each with half its range added. Zero
+    points of rows and groups are packed so down the rows."""
     if not name.endswith("weight_packed"):
         return None
     stem = name.removesuffix("_packed")
-    parts = [name, f"{stem}_scale", f"{stem}_shape"]
-    _all_there(source, parts)
-    rows, columns = shape = _shape(source[parts[2]].tolist(), source.origin(parts[2]))
+    scale, sides, point, order = (f"{stem}_{part}" for part in ("scale", "shape", "zero_point", "g_idx"))
+    _all_there(source, [name, scale, sides])
+    held = [part for part in (point, order) if part in source]
+    told = source[sides].tolist() if source.shape(sides) == (2,) else source.shape(sides)
+    rows, columns = shape = _shape(told, source.origin(sides))
     each = 32 // bits
     if source.shape(name) != (rows, math.ceil(columns / each)):
         raise _misfit(source.origin(name), shape)
-    _spread(torch.empty(source.shape(parts[1]), device="meta"), shape, (), source.origin(parts[1]))
+    spread = _spread(source, scale, shape, (), order if order in held else "")
+    scales = source.shape(scale)
+    whole = math.prod(scales) == 1  # one zero point of the tensor is not packed
+    if point in held and source.shape(point) != (scales if whole else (math.ceil(rows / each), *scales[1:])):
+        raise _misfit(source.origin(point), shape)
 
     def get() -> Tensor:
-        words = source[name].to(torch.int64).unsqueeze(-1) >> torch.arange(0, 32, bits)  # [rows, words, each]
-        codes = (words & (1 << bits) - 1).flatten(1)[:, :columns].float() - (1 << bits - 1)
-        return codes * _spread(source[parts[1]].float(), shape, (), source.origin(parts[1]))
+        codes = _unpacked(_codes(source, name, 4), bits)[:, :columns].float()
+        if point in held:
+            zeros = _codes(source, point, 1 if whole else 4)
+            if not whole:
+                zeros = _unpacked(zeros.reshape(math.ceil(rows / each), -1).t(), bits)[:, :rows].t()
+            codes -= spread(zeros.reshape(scales).float())
+        return codes * spread(_numbers(source, scale))
 
-    return _Code(parts, shape, get)
+    return _Code([name, scale, sides, *held], shape, get)
+
+
+def _unpacked(words: Tensor, bits: int) -> Tensor:
+    """int32 [n, words] -> the codes in them [n, words * 32 / bits], negative ones below half of the range."""
+    codes = words.unsqueeze(-1) >> torch.arange(0, 32, bits, dtype=torch.int32)
+    return (codes & (1 << bits) - 1).flatten(1) - (1 << bits - 1)
 
 
 def _bitsandbytes(source: Tensors, name: str) -> _Code | None:
     stem = name.removesuffix("weight")
     if not name.endswith("weight"):
         return None
-    if f"{stem}SCB" in source:  # LLM.int8: rows times their largest value over 127
-        parts = [name, f"{stem}SCB", *(part for part in (f"{stem}weight_format",) if part in source)]
-        shape = source.shape(name)
-        if len(shape) != 2 or source.shape(parts[1]) not in ((shape[0],), (shape[0], 1)):
-            raise BadInput(
-                f"{source.origin(parts[1])} does not fit a weight of {list(shape)}; copy the checkpoint again"
-            )
-        return _Code(parts, shape, lambda: source[name].float() * (source[parts[1]].float().reshape(-1, 1) / 127))
-    states = [part for part in source if part.startswith(f"{name}.quant_state.bitsandbytes__")]
-    return _four_bits(source, name, states[0]) if states else None
+    if f"{stem}SCB" in source:
+        return _eight_bits(source, name, f"{stem}SCB", f"{stem}weight_format")
+    states = [f"{name}.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")]
+    return next((_four_bits(source, name, state) for state in states if state in source), None)
+
+
+def _eight_bits(source: Tensors, name: str, scale: str, order: str) -> _Code:
+    """LLM.int8: rows times their largest value over 127."""
+    shape = source.shape(name)
+    if len(shape) != 2 or source.shape(scale) not in ((shape[0],), (shape[0], 1)):
+        raise _misfit(source.origin(scale), shape)
+    held = [part for part in (order,) if part in source]
+
+    def get() -> Tensor:
+        if held and source[order].any():  # 0 is "row"; others are tiles of one kind of GPU
+            raise BadInput(f"{source.origin(order)} says that rows are in the order of a GPU; save the checkpoint anew")
+        return _codes(source, name, 1).float() * (_numbers(source, scale).reshape(-1, 1) / 127)
+
+    return _Code([name, scale, *held], shape, get)
 
 
 def _four_bits(source: Tensors, name: str, state: str) -> _Code:
-    """nf4 and fp4: two codes a byte, the first in the high half, a table of 16 values and a scale for each block."""
+    """nf4 and fp4: two codes a byte, the first in the high half, a table of 16 values and a scale for each block. The
+    bytes may be stored as larger numbers (`bnb_4bit_quant_storage`)."""
     origin = source.origin(state)
     parts = [name, state, f"{name}.absmax", f"{name}.quant_map"]
     nested = f"{name}.nested_absmax" in source
     parts += [f"{name}.nested_absmax", f"{name}.nested_quant_map"] if nested else []
     _all_there(source, parts)
+    if math.prod(source.shape(state)) > _MOST_STATE:
+        raise BadInput(f"{origin} is too large for settings; copy the checkpoint again")
     try:
         told = json.loads(bytes(source[state].tolist()))
         shape, block = _shape(told["shape"], origin), int(told["blocksize"])
         inner, offset = int(told.get("nested_blocksize", 1)), float(told.get("nested_offset", 0.0))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise BadInput(f"{origin} is damaged ({error!r}); copy the checkpoint again") from None
     count = math.prod(shape)
     blocks = math.ceil(count / block) if 0 < block <= 1 << 20 else 0
-    sizes = {name: (count + 1) // 2, parts[2]: blocks, parts[3]: 16}
+    sizes = {parts[2]: blocks, parts[3]: 16}
     if nested:
         sizes |= {parts[4]: math.ceil(blocks / inner) if 0 < inner <= 1 << 20 else 0, parts[5]: 256}
     for part, size in sizes.items():
         if math.prod(source.shape(part)) != size or not size:
             raise _misfit(source.origin(part), shape)
+    stored = (count + 1) // 2
+    if math.prod(source.shape(name)) not in [stored // size for size in (1, 2, 4) if stored % size == 0]:
+        raise _misfit(source.origin(name), shape)
 
     def get() -> Tensor:
-        scales = source[parts[2]].flatten()  # [blocks]
+        packed = source[name].contiguous().flatten().view(torch.uint8)
+        if packed.numel() != stored:
+            raise _misfit(source.origin(name), shape)
         if nested:
-            coarse = source[parts[4]].float().flatten().repeat_interleave(inner)[:blocks]
-            scales = source[parts[5]].float().flatten()[scales.long()] * coarse + offset
-        packed = source[name].flatten()
+            coarse = _numbers(source, parts[4]).flatten().repeat_interleave(inner)[:blocks]
+            fine = _codes(source, parts[2], 1).flatten().view(torch.uint8).long()
+            scales = _numbers(source, parts[5]).flatten()[fine] * coarse + offset
+        else:
+            scales = _numbers(source, parts[2]).flatten()  # [blocks]
         codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()[:count]  # [count]
-        values = source[parts[3]].float().flatten()[codes.long()]
-        return (values * scales.float().repeat_interleave(block)[:count]).reshape(shape)
+        values = _numbers(source, parts[3]).flatten()[codes.long()]
+        return (values * scales.repeat_interleave(block)[:count]).reshape(shape)
 
     return _Code(parts, shape, get)
 
@@ -256,5 +367,5 @@ def _shape(sides: Any, origin: str) -> Shape:
         isinstance(sides, list) and len(sides) == 2 and all(type(side) is int and 0 < side <= _MOST for side in sides)
     )
     if not good or math.prod(sides) > _MOST:
-        raise BadInput(f"{origin} gives a weight the shape {sides!r}; copy the checkpoint again")
+        raise BadInput(f"{origin} gives a weight the shape {sides!r:.80}; copy the checkpoint again")
     return tuple(sides)

@@ -25,8 +25,8 @@ class Checkpoint:
     `tensors[name]` loads one tensor; nothing else is held in memory. `tokenizer` is a folder with `tokenizer.model`
     (SentencePiece) or `tokenizer.json`. `source` says where the weights came from (kind, path, sha256). `prompt()` is
     what its dialogues look like, and how that is known; without it the system's own is taken. It raises BadInput where
-    that cannot be known. `references` build, by stage, another implementation's module with the same weights: the
-    library's whose layout this is.
+    that cannot be known. `references` build, by stage or "language_model", another implementation's module with
+    the same weights: the library's whose layout this is.
     """
 
     system: str

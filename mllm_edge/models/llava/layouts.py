@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mllm_edge.bundle.manifest import Prompt
 from mllm_edge.checkpoints import lora
-from mllm_edge.checkpoints.dequantize import open_weights
+from mllm_edge.checkpoints.dequantize import open_weights, quantization
 from mllm_edge.checkpoints.tensors import (
     Tensors,
     check_all_used,
@@ -183,7 +183,10 @@ def _port(folder: Path, home: Path) -> Opened:
     language = language_dims({**text, "tie_word_embeddings": tied}, weights, where)
     pixels = read_preprocessing(home, vision.image_size)
     dims = LlavaDims(vision, language, fit=pixels.fit, resample=pixels.resample, mean=pixels.mean, std=pixels.std)
-    return Opened(dims, weights, folders, home, references(config, plain) if plain else {})
+    if plain is None:
+        return Opened(dims, weights, folders, home)
+    numbers = plain if quantization(read_json(where)) else None
+    return Opened(dims, weights, folders, home, references(config, home, language.vocabulary, numbers))
 
 
 def _port_weights(folder: Path, home: Path) -> tuple[Tensors, list[Path], Tensors | None]:

@@ -77,10 +77,11 @@ def language_model(checkpoint: Checkpoint, dims: LlamaDims, names: list[str]) ->
     """The decoder of a checkpoint whose tensors have `names`. Raises BadInput where its tokenizer does not fit."""
     fitting_tokenizer(checkpoint.tokenizer, dims.vocabulary)
     tensors = Part(checkpoint.tensors, names, "language_model.")
+    library = checkpoint.references.get("language_model")
     return LanguageModelExport(
         dims,
         checkpoint.tokenizer,
-        lambda: LlamaReference(filled(llama(dims), Decoder(tensors))),
+        lambda: LlamaReference(library() if library else filled(llama(dims), Decoder(tensors))),
         tensors=tensors,
     )
 

@@ -1,19 +1,26 @@
 """transformers' own classes as the reference of a checkpoint in its layout.
 
-They are filled from the folder by the names that transformers gives its parts, not by our loader's rules: a tensor that
-our loader mistakes differs in parity.
+They are loaded from the folder by transformers' own code: what our loader or our reading of the config mistakes differs
+in parity. Each reference holds its part alone: the decoder of the one for pictures, and CLIP of the one for words, have
+no layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mllm_edge.checkpoints.tensors import Tensors
-from mllm_edge.errors import BadInput
+from mllm_edge.checkpoints.tensors import Tensors, some
+from mllm_edge.errors import BadInput, first_line
+
+_PICTURES = ("vision_tower.", "multi_modal_projector.")
 
 
 class _Eyes(nn.Module):
@@ -29,40 +36,95 @@ class _Eyes(nn.Module):
         return states[:, 1:]
 
 
-def references(config: Any, weights: Tensors) -> Mapping[str, Callable[[], nn.Module]]:
-    """By stage, what builds transformers' module with a checkpoint's weights, in fp32.
+def references(
+    config: Any, folder: Path, vocabulary: int, numbers: Tensors | None
+) -> Mapping[str, Callable[[], nn.Module]]:
+    """By part, what builds transformers' module with a checkpoint's weights, in fp32.
 
     Args:
         config: transformers' `LlavaConfig` of the folder.
-        weights: the folder's tensors under their own names.
+        folder: the checkpoint's.
+        vocabulary: rows of its embedding table.
+        numbers: what its weights stand for under their own names, where they are codes. The language model then has
+            no reference here: transformers takes such numbers as a whole, a second time in memory.
+
+    Returns:
+        "vision_encoder", "connector" and "language_model" (`LlavaForConditionalGeneration`, which reads embeddings).
+        Each raises BadInput where transformers does not load it.
     """
 
-    def eyes() -> nn.Module:
-        from transformers import CLIPVisionModel
+    def pictures() -> Any:
+        small = _plain(config, vocabulary)
+        small.text_config.num_hidden_layers = 0
+        state = None
+        if numbers is not None:
+            state = {name: numbers[name] for name in numbers if any(part in name for part in _PICTURES)}
+        return _loaded(small, folder, state, lambda name: _is_read(name, config)).model
 
-        clip = CLIPVisionModel._from_config(config.vision_config, attn_implementation="eager")
-        return _Eyes(_filled(clip, weights, "vision_tower."), config.vision_feature_layer)
+    def eyes() -> nn.Module:
+        return _Eyes(pictures().vision_tower, config.vision_feature_layer)
 
     def projector() -> nn.Module:
-        from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+        module: nn.Module = pictures().multi_modal_projector
+        return module
 
-        return _filled(LlavaMultiModalProjector(config), weights, "multi_modal_projector.")
+    def words() -> nn.Module:
+        small = _plain(config, vocabulary)
+        small.vision_config.num_hidden_layers = 0
+        module: nn.Module = _loaded(small, folder, None, lambda name: not any(part in name for part in _PICTURES))
+        return module
 
-    return {"vision_encoder": eyes, "connector": projector}
+    by_name = {"vision_encoder": eyes, "connector": projector}
+    return by_name if numbers is not None else {**by_name, "language_model": words}
 
 
-def _filled(module: nn.Module, weights: Tensors, part: str) -> nn.Module:
-    """The module with the tensors whose names have `part` in them; a tower's `vision_model.` came and went between
-    transformers' versions."""
+def _plain(config: Any, vocabulary: int) -> Any:
+    """A copy whose weights are numbers."""
+    plain = copy.deepcopy(config)
+    plain.text_config.vocab_size = vocabulary
+    for one in (plain, plain.text_config, plain.vision_config):
+        if hasattr(one, "quantization_config"):
+            del one.quantization_config
+    return plain
 
-    def tail(name: str) -> str:
-        return name.partition(part)[2].removeprefix("vision_model.")
 
-    state = {tail(name): name for name in weights if part in name}
-    wanted = {name: name.removeprefix("vision_model.") for name in module.state_dict() if "position_ids" not in name}
-    missing = [name for name in wanted.values() if name not in state and not name.startswith("post_layernorm.")]
+def _is_read(name: str, config: Any) -> bool:
+    """Whether a tensor of transformers' LLaVA has an effect on a picture's embeddings."""
+    layer, layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    number = re.search(r"encoder\.layers\.(\d+)\.", name)
+    late = "post_layernorm" in name or (number and int(number[1]) >= (layer if layer >= 0 else layers + 1 + layer))
+    return any(part in name for part in _PICTURES) and not late
+
+
+def _loaded(config: Any, folder: Path, state: dict[str, Tensor] | None, is_needed: Callable[[str], bool]) -> Any:
+    """`LlavaForConditionalGeneration` of a folder, or of `state` where there is one."""
+    from transformers import LlavaForConditionalGeneration
+
+    how = {"config": config, "dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
+    with _quiet():
+        try:
+            model, told = LlavaForConditionalGeneration.from_pretrained(
+                None if state is not None else str(folder), state_dict=state, **how
+            )
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"transformers does not load {folder} ({first_line(error)}); copy it again") from None
+    missing = sorted(name for name in told["missing_keys"] if is_needed(name))
     if missing:
-        raise BadInput(f"the checkpoint lacks {part}{missing[0]}; copy the whole checkpoint")
-    held = {name: weights[state[short]].to(torch.float32) for name, short in wanted.items() if short in state}
-    module.load_state_dict(held, strict=False)
-    return module.eval()
+        raise BadInput(f"transformers finds no {some(missing)} in {folder}; copy the whole checkpoint")
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars and its report of what was left out, which is on purpose here."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

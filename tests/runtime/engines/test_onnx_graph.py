@@ -175,7 +175,11 @@ def test_constants_that_ask_for_more_than_memory(tmp_path: Path, form: Callable[
             check(tmp_path, graph(use, form([1 << 20, 1 << 20])))
         check(tmp_path, graph(use, *[form([1 << 10, 1 << 10])] * 9))  # a name in several graphs
     check(tmp_path, graph(form([0, 0, 512, 512] * 2), node(b"Pad", b"x", b"n")))
-    check(tmp_path, graph(form([2] * 65), node(b"Tile", b"x", b"n")))  # no shape
+    check(tmp_path, graph(form([2] * 65), node(b"Gather", b"x", b"n")))  # no shape
+    with pytest.raises(BadInput, match="Tile makes inf"):
+        check(tmp_path, graph(form([2] * 65), node(b"Tile", b"x", b"n")))
+    with pytest.raises(BadInput, match="Pad makes 1e"):
+        check(tmp_path, graph(form([1 << 20, 1 << 20, 0, 0]), node(b"Pad", b"x", b"n")))
 
 
 def test_ranges_that_ask_for_more_than_memory(tmp_path: Path) -> None:
@@ -183,6 +187,81 @@ def test_ranges_that_ask_for_more_than_memory(tmp_path: Path) -> None:
     check(tmp_path, graph(*ends, node(b"Range", b"a", b"b", b"c")))
     with pytest.raises(BadInput, match="Range makes 1e"):
         check(tmp_path, graph(*ends, text(5, numbers(b"d", [-1], raw=False)), node(b"Range", b"a", b"b", b"d")))
+
+
+def test_ranges_of_other_types(tmp_path: Path) -> None:
+    def ends(kind: int, *values: bytes) -> bytes:
+        return b"".join(
+            text(5, whole(2, kind) + text(8, name) + value) for name, value in zip((b"a", b"b", b"d"), values)
+        )
+
+    span = node(b"Range", b"a", b"b", b"d")
+    doubles = [text(10, struct.pack("<d", value)) for value in (0, 1e12, 1)]
+    halves = [whole(5, int.from_bytes(struct.pack("<e", value), "little")) for value in (0, 6e4, 6e-8)]
+    unpacked = [varint(4 << 3 | 5) + struct.pack("<f", value) for value in (0, 1e12, 1)]
+    for kind, values in ((11, doubles), (10, halves), (1, unpacked)):
+        with pytest.raises(BadInput, match="Range makes 1e"):
+            check(tmp_path, graph(ends(kind, *values), span))
+    check(tmp_path, graph(ends(5, whole(5, 0), whole(5, 30_000), whole(5, 1)), span))
+
+
+def sized(operator: bytes, **sizes: list[int]) -> bytes:
+    """A node whose attributes say sizes."""
+    told = [text(5, text(1, name.encode()) + b"".join(whole(8, size) for size in sizes[name])) for name in sizes]
+    return text(1, text(4, operator) + b"".join(told))
+
+
+def test_attributes_that_ask_for_more_than_memory(tmp_path: Path) -> None:
+    k, m = 1 << 10, 1 << 20
+    honest = sized(b"Conv", kernel_shape=[14, 14], strides=[14, 14], pads=[3, 3, 3, 3], dilations=[1, 1])
+    check(tmp_path, graph(honest, sized(b"Slice", starts=[0], ends=[2**63 - 1]), sized(b"RandomNormal", shape=[k, k])))
+    for bad in (
+        sized(b"RandomNormal", shape=[m, m]),
+        sized(b"Conv", pads=[m, m, 0, 0]),
+        sized(b"Pad", pads=[2**64 - m, 0, m, 0, m, 0]),  # one more than pairs has, one that crops
+        sized(b"ConvTranspose", strides=[k, k], output_padding=[k, k]),
+        sized(b"RoiAlign", output_height=[k], output_width=[k], sampling_ratio=[k]),
+        text(1, text(4, b"Upsample") + text(5, text(1, b"scales") + varint(7 << 3 | 5) + struct.pack("<f", 1e10))),
+    ):
+        with pytest.raises(BadInput, match="elements"):
+            check(tmp_path, graph(bad))
+
+
+def test_shapes_that_stand_elsewhere_size_nothing(tmp_path: Path) -> None:
+    name = text(8, b"n")  # the last one counts
+    check(tmp_path, initializer(tensor(b"a.data") + name))
+    with pytest.raises(BadInput, match="Expand makes inf"):
+        check(tmp_path, graph(text(5, tensor(b"a.data") + name), node(b"Expand", b"x", b"n")))
+    sparse = text(1, text(2, b"n") + text(4, b"Constant") + text(5, text(1, b"sparse_value") + text(22, whole(3, 4))))
+    with pytest.raises(BadInput, match="Expand makes inf"):
+        check(tmp_path, graph(sparse, node(b"Expand", b"x", b"n")))
+
+
+def test_tensors_larger_than_their_bytes(tmp_path: Path) -> None:
+    check(tmp_path, initializer(whole(1, 2) + whole(2, 22) + text(9, b"\x21")))  # two of four bits
+    with pytest.raises(BadInput, match=r"has 1\d bytes"):
+        check(tmp_path, initializer(whole(1, 1 << 40) + whole(2, 1) + text(9, b"1234")))
+    with pytest.raises(BadInput, match="sparse tensor is of the shape"):
+        check(tmp_path, graph(text(15, whole(3, 1 << 20) + whole(3, 1 << 20))))
+    with pytest.raises(BadInput, match=r"of the shape \[1\] has 65 numbers"):  # one counts, which?
+        check(tmp_path, initializer(numbers(b"n", [1], raw=True) + whole(7, 1) * 65))
+
+
+def test_messages_that_protobuf_would_make_one_of(tmp_path: Path) -> None:
+    """Four numbers that the file holds, and in the second half another axis."""
+    half, rest = tensor(b"a.data"), whole(1, 1 << 20)
+    for bad in (
+        graph(text(1, text(4, b"Constant") + text(5, text(5, half) + text(5, rest)))),
+        graph(text(15, text(1, half) + text(1, rest))),
+        initializer(half) + graph(),
+    ):
+        with pytest.raises(BadInput, match="stands twice"):
+            check(tmp_path, bad)
+
+
+def test_links_before_dots(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no file of the manifest"):
+        check(tmp_path, initializer(tensor(b"link/../a.data")))
 
 
 def test_compiled_engines_in_files_of_their_own(tmp_path: Path) -> None:
