@@ -103,9 +103,8 @@ def _loaded(config: Any, folder: Path, state: dict[str, Tensor] | None, is_neede
     how = {"config": config, "dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
     with _quiet():
         try:
-            model, told = LlavaForConditionalGeneration.from_pretrained(
-                None if state is not None else str(folder), state_dict=state, **how
-            )
+            load: Any = LlavaForConditionalGeneration.from_pretrained  # of two results with output_loading_info
+            model, told = load(None if state is not None else str(folder), state_dict=state, **how)
         except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
             raise BadInput(f"transformers does not load {folder} ({first_line(error)}); copy it again") from None
     missing = sorted(name for name in told["missing_keys"] if is_needed(name))
