@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mllm_edge.bundle.read import sha256
+from mllm_edge.bundle.read import read_text, sha256
 from mllm_edge.errors import BadInput
 from mllm_edge.models.glamm.prompts import CAPTION_QUESTIONS, GROUNDED_QUESTION, REGION_QUESTIONS, SEGMENT_TURNS
 from mllm_edge.recipes.data.grounded import region_caption
-from mllm_edge.recipes.data.readers import GroundedEntry, Reference, read_grandf, read_refcoco
+from mllm_edge.recipes.data.readers import LARGEST, GroundedEntry, Reference, read_grandf, read_refcoco
 from mllm_edge.recipes.data.segmentation import decode_segmentation
 from mllm_edge.runtime.images import load_image
 from mllm_edge.scenes import (
@@ -172,7 +172,7 @@ def _first_entry(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise BadInput(f"{path} is neither a set of ours ({', '.join(SCENES)}) nor a file; check the path")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path, LARGEST))
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not valid JSON ({error}); check that it was copied whole") from None
     if not isinstance(data, list) or not data or not isinstance(data[0], dict):

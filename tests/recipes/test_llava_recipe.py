@@ -1,12 +1,18 @@
 """What LLaVA's two stages are fed, and where the connector starts."""
 
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from mllm_edge.bundle.manifest import Prompt
+from mllm_edge.errors import BadInput
 from mllm_edge.models.llava.model import CONFIGS, IMAGE_INDEX, Llava
+from mllm_edge.models.llava.prompts import PROMPTS
 from mllm_edge.models.resolve import resolve
 from mllm_edge.recipes import train
 from mllm_edge.recipes.data.conversation import IGNORE
@@ -97,3 +103,25 @@ def test_a_run_may_begin_at_a_whole_llava_with_another_encoder(tmp_path: Path) -
     head = "language_model.lm_head.weight"
     assert not torch.equal(trained.tensors[head], before.tensors[head])
     assert (trained.tensors[head].float() - before.tensors[head].float()).abs().max() < 0.01
+
+
+def not_followed() -> tuple[Prompt, str]:
+    raise BadInput("chat_template.jinja has a chat template that has a loop; name its prompt by --template")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        (lambda: (PROMPTS["llava_llama_2"], "conv_mode of config.json"), "conv_mode of config.json"),
+        (not_followed, "chat_template.jinja has a chat template that has a loop"),
+    ],
+    ids=["another", "not-followed"],
+)
+def test_a_llava_with_another_prompt_is_trained_with_ours_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, prompt: Callable[[], tuple[Prompt, str]], reason: str
+) -> None:
+    start = replace(resolve("llava", "tiny"), prompt=prompt)
+    monkeypatch.setattr("mllm_edge.recipes.tasks.llava.resolve", lambda *_: start)
+    told = f"its-own has a prompt of its own ({reason}); it is trained, and then exported, with vicuna_v1"
+    with pytest.warns(UserWarning, match=f"^{re.escape(told)}$"):
+        LlavaTask(load("llava-wide", ["init.llava=its-own", "init.vision_encoder=shipped"]), "finetune")

@@ -100,13 +100,23 @@ def _starting_checkpoint(recipe: Recipe) -> Checkpoint | None:
     if "llava" not in recipe.init:
         return None
     start = resolve("llava", recipe.init["llava"])
-    if start.prompt and (own := start.prompt())[0] != PROMPTS[start.dims.template]:
+    if start.prompt and (own := _own_prompt(start)) is not None:
         warnings.warn(
-            f"{recipe.init['llava']} has a prompt of its own ({own[1]}); it is trained, and then exported, with "
+            f"{recipe.init['llava']} has a prompt of its own ({own}); it is trained, and then exported, with "
             f"{start.dims.template}",
             stacklevel=2,
         )
     return start
+
+
+def _own_prompt(start: Checkpoint) -> str | None:
+    """Where a checkpoint's prompt is from, or why it is not known, if it is not the one that it is trained with."""
+    assert start.prompt
+    try:
+        prompt, origin = start.prompt()
+    except BadInput as error:  # with advice for an export
+        return str(error).split("; ")[0]
+    return None if prompt == PROMPTS[start.dims.template] else origin
 
 
 @functools.lru_cache(maxsize=1)
