@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllm_edge.errors import MissingPackage, look_up
+from mllm_edge.errors import BadInput, MissingPackage, look_up
 
 if TYPE_CHECKING:
     from mllm_edge.recipes.recipe import Recipe
     from mllm_edge.recipes.trainer import Report, Task
+
+
+# Settings that only some tasks read
+FOR_SOME = {"connector_lr": ("llava-pretrain", "llava-finetune", "glamm"), "lora": ("llava-finetune", "glamm")}
+
+
+class Watched(dict[str, Any]):
+    """A recipe's `init` or `data`, which knows what was looked up, so that nothing is ignored in silence."""
+
+    def __init__(self, settings: dict[str, Any]):
+        super().__init__(settings)
+        self._read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self._read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:  # type: ignore[override]
+        self._read.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self._read.add(str(key))
+        return super().__contains__(key)
+
+    def unread(self) -> list[str]:
+        """The keys with a value that nothing asked for."""
+        return [key for key, value in self.items() if value not in (None, "") and key not in self._read]
 
 
 def _task(recipe: Recipe) -> Task:
@@ -30,7 +59,16 @@ def _task(recipe: Recipe) -> Task:
         "llava-pretrain": lambda r: LlavaTask(r, "pretrain"),
         "llava-finetune": lambda r: LlavaTask(r, "finetune"),
     }
-    return look_up("task of a recipe", recipe.task, tasks)(recipe)
+    make = look_up("task of a recipe", recipe.task, tasks)
+    for setting, users in FOR_SOME.items():
+        if getattr(recipe, setting) and recipe.task not in users:
+            raise BadInput(f"{setting} changes nothing in the task {recipe.task}; remove it")
+    watched = dataclasses.replace(recipe, init=Watched(recipe.init), data=Watched(recipe.data))
+    task = make(watched)
+    for place, settings in (("init", watched.init), ("data", watched.data)):
+        for key in settings.unread():
+            raise BadInput(f"{place}.{key} changes nothing here; correct its name, or remove it ({place}.{key}=)")
+    return task
 
 
 def train(recipe: str, overrides: list[str], resume: bool, report: Report) -> dict[str, Any]:

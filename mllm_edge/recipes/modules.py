@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,6 +26,18 @@ def add_lora(decoder: nn.Module, settings: LoraSettings) -> nn.Module:
     )
     wrapped: nn.Module = get_peft_model(decoder, config)
     return wrapped
+
+
+def decaying(parameters: Iterable[nn.Parameter], rate: float = 0.0) -> list[dict[str, Any]]:
+    """The optimizer's groups of those that are trained: matrices, and vectors without weight decay; at the learning rate
+    `rate`, or the recipe's."""
+    trained = [p for p in parameters if p.requires_grad]
+    own = {"lr": rate} if rate else {}
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], **own},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, **own},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def plain_attention(decoder: Any) -> Any:

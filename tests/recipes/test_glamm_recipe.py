@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from mllm_edge.errors import BadInput
+from mllm_edge.models.glamm.layouts import read_sam
 from mllm_edge.models.glamm.model import CONFIGS
 from mllm_edge.models.glamm.prompts import BOX, CAPTION_QUESTIONS, SEG
 from mllm_edge.models.resolve import resolve
@@ -19,6 +20,7 @@ from mllm_edge.recipes.data.conversation import IGNORE
 from mllm_edge.recipes.data.grounded import tagged
 from mllm_edge.recipes.data.grounded_files import in_frame
 from mllm_edge.recipes.losses import bce_loss, dice_loss, mean_iou
+from mllm_edge.recipes.parts import read_part
 from mllm_edge.recipes.recipe import Recipe, load
 from mllm_edge.recipes.tasks.glamm import GlammTask
 from mllm_edge.runtime.preprocess import longest_side
@@ -160,6 +162,26 @@ def test_two_steps_and_what_they_leave(sam: Path, tmp_path: Path) -> None:
     checkpoint = resolve("glamm", str(tmp_path / "checkpoint"), None)
     assert checkpoint.dims == CONFIGS["tiny"]
     assert not [name for name in checkpoint.tensors if "lora" in name]
+
+
+def test_a_run_may_begin_at_a_whole_glamm_with_other_parts(tmp_path: Path) -> None:
+    before = resolve("glamm", "tiny").tensors
+    train("sam-wide", [*QUIET, f"out={tmp_path / 'sam'}"], False, lambda *_: None)
+    parts = read_sam(tmp_path / "sam")
+    assert parts.keys() == {name for name in before if name.startswith("mask_") and ".projection." not in name}
+    assert max(float((tensor - before[name].float()).abs().max()) for name, tensor in parts.items()) < 0.01  # two steps
+    task = GlammTask(load("glamm-wide", [*QUIET, f"init.sam={tmp_path / 'sam'}", "init.connector="]))
+    held, encoder = task.model.glamm.state_dict(), read_part("shipped", "vision_encoder")
+    for name, tensor in parts.items():
+        assert torch.equal(held[name], tensor), name
+    for name, tensor in encoder.items():
+        assert torch.equal(held[f"vision_encoder.{name}"], tensor), name
+    head = "language_model.lm_head.weight"
+    assert torch.equal(held[head], before[head].float())
+    rates = {id(p): group.get("lr") for group in task.parameters() for p in group["params"]}
+    assert {rates[id(p)] for p in task.model.glamm.connector.parameters()} == {2e-4}
+    assert rates[id(task.model.glamm.language_model.lm_head.weight)] is None  # the recipe's
+    assert not [p for p in task.model.glamm.vision_encoder.parameters() if id(p) in rates]
 
 
 def test_what_is_trained_and_what_is_frozen(task: GlammTask) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from mllm_edge.errors import BadInput
+from mllm_edge.recipes import train
 from mllm_edge.recipes.recipe import available, load
 
 
@@ -35,6 +36,33 @@ def test_overrides_reach_nested_settings() -> None:
 def test_mistakes_are_named(name: str, overrides: list[str], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         load(name, overrides)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "message"),
+    [
+        ("encoder-wide", "data.widee=0.5", "data.widee changes nothing here"),
+        ("encoder-wide", "init.connector=x", "init.connector changes nothing here"),
+        ("encoder-pretrain", "connector_lr=1e-4", "connector_lr changes nothing in the task encoder"),
+        ("sam-pretrain", "lora.r=8", "lora changes nothing in the task sam"),
+        ("sam-wide", "init.sam=PARTS", "init.glamm changes nothing here"),
+        ("glamm-wide", "init.llava=tiny", "both a GLaMM and a LLaVA"),
+        ("glamm-wide", "data.split=train", "data.split changes nothing here"),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused(tmp_path: Path, name: str, setting: str, message: str) -> None:
+    settings = ["init.vision_encoder=shipped"] if name == "encoder-wide" else []
+    if name == "glamm-wide":
+        settings = [f"init.{part}=" for part in ("sam", "connector")]
+    if "PARTS" in setting:
+        train("sam-pretrain", ["steps=1", "batch=1", "evaluate=0", "workers=0", "precision=fp32", f"out={tmp_path / 'sam'}"], False, quiet)
+        setting = f"init.sam={tmp_path / 'sam'}"
+    with pytest.raises(BadInput, match=message):
+        train(name, [*settings, setting, f"out={tmp_path / 'run'}"], False, quiet)
+
+
+def quiet(step: int, steps: int, metrics: dict[str, float]) -> None:
+    pass
 
 
 def test_broken_yaml(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Its checkpoint takes CLIP's place, shared by all tiny systems. Each patch predicts the color, shape and size of the
 object that covers it, whether the object's center lies in it, and where in the picture that center is; the classes have
-separate heads, so that a color is recognized on shapes it was never seen on. The mean of all patches predicts how many
+separate heads, so that a color is recognized on shapes it was never seen on. Objects count alike, small or large. The mean of all patches predicts how many
 objects there are, and the kind of page.
 """
 
@@ -39,9 +39,9 @@ def dense_labels(scene: Scene, grid: int, size: int) -> dict[str, np.ndarray[Any
 
     Returns:
         `color`, `shape`, `size`, `cell` (of a 3x3 raster over the picture, row-major): int64 [N], -100 where no object
-        covers the patch or has its center in it; `object`, `center`: float32 [N] in {0,1}; `place`: float32 [N,2], the
-        object's center in picture widths and heights from the top left; `count` (objects less one) and `page` (number
-        of its kind): int64 [].
+        covers the patch or has its center in it; `weight`: float32 [N], what the patch counts for: those of one object
+        1 together; `object`, `center`: float32 [N] in {0,1}; `place`: float32 [N,2], the object's center in picture widths
+        and heights from the top left; `count` (objects less one) and `page` (number of its kind): int64 [].
     """
     owned = (
         square_masks(scene, size, centered=True).reshape(-1, grid, size // grid, grid, size // grid).mean(axis=(2, 4))
@@ -60,6 +60,8 @@ def dense_labels(scene: Scene, grid: int, size: int) -> dict[str, np.ndarray[Any
     # The hole of a ring counts as the ring, so that a center patch always has an object.
     owner[middles] = np.where(owner[middles] >= 0, owner[middles], np.arange(len(scene.objects)))
 
+    owned_patches = np.bincount(owner[owner >= 0], minlength=len(scene.objects))  # [n]
+
     def classes(indices: list[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
         return np.where(owner >= 0, np.array(indices)[owner], IGNORE).astype(np.int64)
 
@@ -68,6 +70,7 @@ def dense_labels(scene: Scene, grid: int, size: int) -> dict[str, np.ndarray[Any
         "shape": classes([list(SHAPES).index(thing.shape) for thing in scene.objects]),
         "size": classes([list(SIZES).index(thing.size) for thing in scene.objects]),
         "cell": classes(raster(centers, 3).tolist()),
+        "weight": np.where(owner >= 0, 1 / np.maximum(1, owned_patches)[owner], 0).astype(np.float32),
         "object": (owner >= 0).astype(np.float32),
         "center": center,
         "place": centers[owner].astype(np.float32),
@@ -118,23 +121,24 @@ class DenseModel(nn.Module):
         return {**dict(zip(self.split, parts, strict=True)), **dict(zip(self.whole, wholes, strict=True))}
 
     def forward(self, pixel_values: Tensor, **labels: Tensor) -> dict[str, Tensor]:
-        """`loss` and the accuracy of each class, over covered patches or over pictures."""
+        """`loss` and the accuracy of each class, over objects (the mean of their patches) or over pictures."""
         out = {name: value.float() for name, value in self.predict(pixel_values).items()}
         result: dict[str, Tensor] = {}
         loss = torch.zeros((), device=pixel_values.device)
         for name in self.classes:
             truth = labels[name]  # [B,N]
-            seen = truth != IGNORE
-            count = seen.sum().clamp(min=1)  # a batch may hold only repainted pictures
+            weight = labels["weight"] * (truth != IGNORE)  # [B,N]
+            objects = weight.sum().clamp(min=1)  # a batch may hold only repainted pictures
             flat = out[name].flatten(0, 1), truth.flatten()  # [B*N,classes], [B*N]
-            loss = loss + functional.cross_entropy(*flat, ignore_index=IGNORE, reduction="sum") / count
-            result[name] = ((out[name].argmax(-1) == truth) & seen).sum() / count
+            each = functional.cross_entropy(*flat, ignore_index=IGNORE, reduction="none")  # [B*N]
+            loss = loss + (each * weight.flatten()).sum() / objects
+            result[name] = ((out[name].argmax(-1) == truth) * weight).sum() / objects
         for name in self.whole:
             loss = loss + WHOLE * functional.cross_entropy(out[name], labels[name])
             result[name] = (out[name].argmax(-1) == labels[name]).float().mean()
         flags = torch.stack([labels["object"], labels["center"]], dim=-1)  # [B,N,2]
-        weight = torch.tensor([1.0, 8.0], device=flags.device)  # one patch in about 30 holds a center
-        loss = loss + functional.binary_cross_entropy_with_logits(out["flags"], flags, pos_weight=weight)
+        rare = torch.tensor([1.0, 8.0], device=flags.device)  # one patch in about 30 holds a center
+        loss = loss + functional.binary_cross_entropy_with_logits(out["flags"], flags, pos_weight=rare)
         covered = labels["object"].unsqueeze(-1)  # [B,N,1]
         away = functional.smooth_l1_loss(out["place"] * covered, labels["place"] * covered, beta=0.05)
         return {"loss": loss + 4 * away, **result}
@@ -173,7 +177,7 @@ class EncoderTask:
 
     @torch.no_grad()
     def evaluate(self, samples: int) -> dict[str, float]:
-        """Accuracy per covered patch (of count and page: per picture) on validation scenes and on scenes with held-out
+        """Accuracy per object (of count and page: per picture) on validation scenes and on scenes with held-out
         pairs, and on wide ones of both splits if the recipe trains on such."""
         metrics: dict[str, float] = {}
         device = next(self.model.parameters()).device

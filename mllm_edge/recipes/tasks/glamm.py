@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mllm_edge.errors import BadInput
-from mllm_edge.models.glamm.model import ADDED, CONFIGS, Glamm, GlammDims
+from mllm_edge.models.glamm.model import ADDED, CONFIGS, Glamm, GlammDims, tensor_shapes
 from mllm_edge.models.glamm.plan import preprocessing
 from mllm_edge.models.glamm.prompts import BOX, PROMPT, SEG
 from mllm_edge.models.resolve import resolve
@@ -39,8 +39,10 @@ from mllm_edge.recipes.data.scene_pixels import drawn
 from mllm_edge.recipes.data.scene_turns import single_turns
 from mllm_edge.recipes.data.vocabulary import read_vocabulary
 from mllm_edge.recipes.losses import bce_loss, dice_loss, mean_iou, upscaled
-from mllm_edge.recipes.modules import add_lora, plain_attention
+from mllm_edge.recipes.modules import add_lora, decaying, plain_attention
+from mllm_edge.recipes.parts import read_part
 from mllm_edge.recipes.recipe import Recipe
+from mllm_edge.recipes.tasks.sam import starting_sam
 from mllm_edge.runtime.preprocess import preprocess
 from mllm_edge.scenes import Scene, mixed_scene
 
@@ -133,7 +135,7 @@ class GlammTask:
         if unknown or lacking:
             raise BadInput(f"the parts do not make a GLaMM of config {self.recipe.config}: {(lacking or unknown)[0]}")
         for part in FROZEN:
-            glamm.get_submodule(part).requires_grad_(False)
+            glamm.get_submodule(part).requires_grad_(part == "connector" and self.recipe.connector_lr > 0)
         if self.recipe.lora is not None:
             glamm.language_model = add_lora(glamm.language_model, self.recipe.lora)
             for module in (glamm.language_model.get_input_embeddings(), glamm.language_model.get_output_embeddings()):
@@ -141,11 +143,9 @@ class GlammTask:
         return glamm
 
     def parameters(self) -> list[dict[str, Any]]:
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        return [
-            {"params": [p for p in trained if p.ndim > 1]},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+        connector = set(self.model.glamm.connector.parameters())
+        others = [p for p in self.model.parameters() if p not in connector]
+        return [*decaying(others), *decaying(connector, self.recipe.connector_lr)]
 
     def kind(self, index: int) -> str:
         """The kind of question in the optimizer step of sample `index`."""
@@ -262,27 +262,44 @@ def starting_parts(recipe: Recipe, dims: GlammDims) -> tuple[dict[str, Tensor], 
 
     `init.glamm` is a GLaMM checkpoint. Otherwise `init.llava` is the name of a shipped LLaVA or any LLaVA checkpoint,
     whose embedding and head get rows for the added tokens, and `init.sam` the folder of a run of `sam-pretrain` or a
-    file in SAM's own layout.
+    file in SAM's own layout. `init.sam`, `init.vision_encoder` and `init.connector` replace those parts of a GLaMM.
+
+    Raises:
+        BadInput: a part is missing, or not of these dims.
     """
-    from mllm_edge.models.glamm import model as glamm
-    from mllm_edge.models.glamm.layouts import read_sam
+    if recipe.init.get("glamm"):
+        tensors, tokenizer = _whole(recipe, dims)
+    else:
+        tensors, tokenizer = _from_llava(recipe)
+    if recipe.init.get("sam") or not recipe.init.get("glamm"):
+        tensors |= starting_sam(recipe, dims)
+    for part in ("vision_encoder", "connector"):
+        if recipe.init.get(part):
+            tensors |= {f"{part}.{name}": tensor for name, tensor in read_part(recipe.init[part], part).items()}
+    return tensors, tokenizer
+
+
+def _whole(recipe: Recipe, dims: GlammDims) -> tuple[dict[str, Tensor], Path]:
+    if recipe.init.get("llava"):
+        raise BadInput("init names both a GLaMM and a LLaVA; to begin at the LLaVA say init.glamm=")
+    source = resolve("glamm", recipe.init["glamm"])
+    if source.dims != dims:
+        raise BadInput(f"{recipe.init['glamm']} is not of config {recipe.config}; give a checkpoint of it")
+    return {name: source.tensors[name].float() for name in tensor_shapes(dims)}, source.tokenizer
+
+
+def _from_llava(recipe: Recipe) -> tuple[dict[str, Tensor], Path]:
     from mllm_edge.models.llava import model as llava
 
-    if "glamm" in recipe.init:
-        source = resolve("glamm", recipe.init["glamm"])
-        if source.dims != dims:
-            raise BadInput(f"{recipe.init['glamm']} is not of config {recipe.config}; give a checkpoint of it")
-        return {name: source.tensors[name].float() for name in glamm.tensor_shapes(dims)}, source.tokenizer
-    missing = [part for part in ("llava", "sam") if part not in recipe.init]
-    if missing:
-        raise BadInput(f"the recipe's init names no {missing[0]}; add init.{missing[0]}=PATH")
+    if not recipe.init.get("llava"):
+        raise BadInput("the recipe's init names no llava; add init.llava=PATH")
     checkpoint = resolve("llava", recipe.init["llava"])
     tensors = {name: checkpoint.tensors[name].float() for name in llava.tensor_shapes(checkpoint.dims)}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         table = tensors[f"language_model.{name}"]
         fresh = torch.randn(len(ADDED), table.shape[1]) * table.std(dim=0) + table.mean(dim=0)
         tensors[f"language_model.{name}"] = torch.cat([table, fresh])
-    return {**tensors, **read_sam(Path(recipe.init["sam"]))}, checkpoint.tokenizer
+    return tensors, checkpoint.tokenizer
 
 
 def _shares(shares: dict[str, float], files: GroundedFiles | None) -> dict[str, float]:

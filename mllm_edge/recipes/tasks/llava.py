@@ -37,7 +37,7 @@ from mllm_edge.recipes.data.readers import Conversation, read_llava
 from mllm_edge.recipes.data.scene_pixels import pixels, repaint
 from mllm_edge.recipes.data.scene_turns import brief_turns, dialogue, single_turns
 from mllm_edge.recipes.data.vocabulary import read_vocabulary
-from mllm_edge.recipes.modules import add_lora, hide_channels, plain_attention, unit_variance
+from mllm_edge.recipes.modules import add_lora, decaying, hide_channels, plain_attention, unit_variance
 from mllm_edge.recipes.parts import PACKAGES, read_part, save_part, tokenizer_folder
 from mllm_edge.recipes.recipe import Recipe
 from mllm_edge.runtime.preprocess import preprocess
@@ -190,13 +190,11 @@ class LlavaTask:
         return pixels(mixed_scene("train", index, self.recipe.seed, self.wide), self.dims)
 
     def parameters(self) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = []
-        parts = {"language_model": self.recipe.lr, "connector": self.recipe.connector_lr or self.recipe.lr}
-        for part, rate in parts.items():
-            trained = [p for p in getattr(self.model.llava, part).parameters() if p.requires_grad]
-            groups.append({"params": [p for p in trained if p.ndim > 1], "lr": rate})
-            groups.append({"params": [p for p in trained if p.ndim <= 1], "lr": rate, "weight_decay": 0.0})
-        return [group for group in groups if group["params"]]
+        llava = self.model.llava
+        return [
+            *decaying(llava.language_model.parameters()),
+            *decaying(llava.connector.parameters(), self.recipe.connector_lr),
+        ]
 
     def sample(self, index: int) -> tuple[Sample, np.ndarray[Any, np.dtype[np.float32]]]:
         rng = np.random.default_rng([self.recipe.seed, 17, index])

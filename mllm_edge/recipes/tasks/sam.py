@@ -14,13 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mllm_edge.errors import BadInput
 from mllm_edge.models.blocks.sam import SamImageEncoder
 from mllm_edge.models.blocks.sam_decoder import MaskDecoder, PromptEncoder
-from mllm_edge.models.glamm.model import CONFIGS, GlammDims
+from mllm_edge.models.glamm.model import CONFIGS, GlammDims, tensor_shapes
 from mllm_edge.models.glamm.plan import preprocessing
+from mllm_edge.models.resolve import resolve
 from mllm_edge.recipes.data.mixture import wide_share
 from mllm_edge.recipes.data.scene_pixels import drawn, repaint, square_masks
 from mllm_edge.recipes.losses import bce_loss, dice_loss, mean_iou, upscaled
+from mllm_edge.recipes.modules import decaying
 from mllm_edge.recipes.parts import save_part
 from mllm_edge.recipes.recipe import Recipe
 from mllm_edge.runtime.preprocess import preprocess
@@ -65,6 +68,30 @@ class SamModel(nn.Module):
         }
 
 
+def starting_sam(recipe: Recipe, dims: GlammDims) -> dict[str, Tensor]:
+    """SAM in fp32 under GLaMM's names: `init.sam`, the folder of a run or a file in SAM's own layout, else the SAM in the
+    GLaMM that `init.glamm` names.
+
+    Raises:
+        BadInput: there is neither, or its shapes are not those of `dims`.
+    """
+    from mllm_edge.models.glamm.layouts import read_sam
+
+    if recipe.init.get("sam"):
+        tensors = read_sam(Path(recipe.init["sam"]))
+    elif recipe.init.get("glamm"):
+        source = resolve("glamm", recipe.init["glamm"])
+        parts = ("mask_encoder.", "mask_head.mask_decoder.", "mask_head.prompt_encoder.")
+        tensors = {name: source.tensors[name].float() for name in source.tensors if name.startswith(parts)}
+    else:
+        raise BadInput("the recipe's init names no sam; add init.sam=PATH")
+    shapes = tensor_shapes(dims)
+    for name, tensor in tensors.items():
+        if shapes.get(name) != tuple(tensor.shape):
+            raise BadInput(f"{name} of init is not that of config {recipe.config}; give a SAM of that size")
+    return tensors
+
+
 def _each(embed: Callable[[Tensor], Tensor], places: Tensor) -> Tensor:
     """Apply `embed` to places [B,n,x]: -> [B,n,2,C]."""
     return embed(places.flatten(0, 1)).reshape(*places.shape[:2], 2, -1)
@@ -79,13 +106,18 @@ class SamTask:
         self.dims = CONFIGS[recipe.config]
         self.wide = wide_share(recipe.data)
         self.model = SamModel(self.dims)
+        if recipe.init:
+            self._load(starting_sam(recipe, self.dims))
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        missing, unknown = self.model.load_state_dict(
+            {name.removeprefix("mask_head."): tensor for name, tensor in tensors.items()}, strict=False
+        )
+        if missing or unknown:
+            raise BadInput(f"init is no SAM of config {self.recipe.config}: {(missing or unknown)[0]}")
 
     def parameters(self) -> list[dict[str, Any]]:
-        parameters = list(self.model.parameters())
-        return [
-            {"params": [p for p in parameters if p.ndim > 1]},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+        return decaying(self.model.parameters())
 
     def sample(self, index: int, split: str = "train", wide: float | None = None) -> Sample:
         rng = np.random.default_rng([self.recipe.seed, 41, index])
