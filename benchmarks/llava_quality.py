@@ -3,8 +3,8 @@
     python benchmarks/llava_quality.py llava.bundle [more.bundle ...] [--questions 1000] [--json out.json]
 
 Every question is about a scene of the test split, which no recipe trains on, and is asked through the bundle with the
-short-answer wording of LLaVA's benchmarks. A second set asks about (color, shape) pairs held out of training.
-Exact means: the answer's text equals the expected word or phrase.
+short-answer wording of LLaVA's benchmarks. A second set asks about (color, shape) pairs held out of training; both
+again about wide scenes. Exact means: the answer's text equals the expected word or phrase.
 """
 
 from __future__ import annotations
@@ -22,16 +22,23 @@ from rich.table import Table
 
 import mllm_edge
 from mllm_edge.bundle.sources import Pixels
-from mllm_edge.scenes import SHORT, Question, Scene, held_out_questions, questions, render, sample_scene
+from mllm_edge.scenes import SHORT, Question, Scene, held_out_questions, questions, render, sample_scene, sample_wide
 
+Sampler = Callable[[str, int], Scene]
 Asker = Callable[[Scene, np.random.Generator], list[Question]]
+SETS: dict[str, tuple[Sampler, str, Asker]] = {
+    "test": (sample_scene, "test", questions),
+    "held_out": (sample_scene, "held_out", held_out_questions),
+    "wide test": (sample_wide, "test", questions),
+    "wide held_out": (sample_wide, "held_out", held_out_questions),
+}
 
 
-def cases(split: str, ask: Asker, number: int) -> Iterator[tuple[Scene, Question]]:
+def cases(sample: Sampler, split: str, ask: Asker, number: int) -> Iterator[tuple[Scene, Question]]:
     """One question per scene, its kind drawn first so that all kinds weigh the same."""
     index = found = 0
     while found < number:
-        scene = sample_scene(split, index)
+        scene = sample(split, index)
         rng = np.random.default_rng([23, index])
         index += 1
         asked = ask(scene, rng)
@@ -42,14 +49,15 @@ def cases(split: str, ask: Asker, number: int) -> Iterator[tuple[Scene, Question
             yield scene, of_kind[int(rng.integers(len(of_kind)))]
 
 
-def measure(bundle: str, split: str, ask: Asker, number: int, console: Console) -> dict[str, float]:
+def measure(bundle: str, name: str, number: int, console: Console) -> dict[str, float]:
     """Share of exact answers, over all and by kind of question."""
     right: dict[str, list[bool]] = defaultdict(list)
     with mllm_edge.load(bundle) as model:
         size = next(source.size for source in model.manifest.sources if isinstance(source, Pixels))
-        title = f"{bundle}: {split}"
-        for scene, question in track(cases(split, ask, number), title, total=number, console=console):
-            answer = model.generate(question.question + SHORT, image=render(scene, size), max_tokens=16)
+        asked = track(cases(*SETS[name], number), f"{bundle}: {name}", total=number, console=console)
+        for scene, question in asked:
+            picture = render(scene, scene.finish.side if scene.finish else size)
+            answer = model.generate(question.question + SHORT, image=picture, max_tokens=16)
             exact = answer.text.strip() == question.answer
             right["all"].append(exact)
             right[question.kind].append(exact)
@@ -63,9 +71,8 @@ def main() -> None:
     parser.add_argument("--json", help="also write the numbers here")
     arguments = parser.parse_args()
     console = Console(stderr=True)
-    sets: dict[str, Asker] = {"test": questions, "held_out": held_out_questions}
     rows = {
-        bundle: {split: measure(bundle, split, ask, arguments.questions, console) for split, ask in sets.items()}
+        bundle: {name: measure(bundle, name, arguments.questions, console) for name in SETS}
         for bundle in arguments.bundles
     }
     kinds = ["all", "what", "color", "count", "where", "yesno"]

@@ -53,7 +53,7 @@ _HUES: dict[str, tuple[tuple[float, float], tuple[float, float], tuple[float, fl
     "white": ((0, 360), (0.0, 0.03), (0.94, 1.0)),
 }
 _TURNS = {"square": math.radians(25), "cross": math.radians(18), "triangle": math.pi, "star": math.pi}
-_SIDES = (96, 256)
+_SIDES = (128, 256)  # pixels of the longer side; the tiny models see 128
 _TRIES = 60
 
 

@@ -285,6 +285,17 @@ def test_noisy_logits_fail_where_the_quantization_does_not_explain_them(toy):
     assert rows["end_to_end"].tolerance == {}  # a close decision may turn; it is measured and told
 
 
+@pytest.mark.parametrize(("quant", "kept"), [("q8_0", False), ("f32", True)])
+def test_random_weights_are_held_to_their_numbers_not_to_their_favorite_tokens(toy, quant, kept):
+    write_bundle(toy, "fp32", quant)
+    manifest = read_manifest(toy.folder)
+    assert "top1" in toy.verify()["language_model"].tolerance
+    write_manifest(dataclasses.replace(manifest, source={"kind": "random"}), toy.folder)
+    row = toy.verify()["language_model"]
+    assert ("top1" in row.tolerance) == kept and {"cosine", "relative_max"} < row.tolerance.keys() | {"top1"}
+    assert "top1" in row.measured
+
+
 def test_language_model_is_left_out_when_memory_is_short(toy, monkeypatch):
     monkeypatch.setattr(verify_module, "available_memory", lambda: 1000)
     monkeypatch.setattr(verify_module, "load", None)  # which would take the memory that is short
