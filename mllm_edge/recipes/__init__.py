@@ -29,7 +29,7 @@ class Watched(dict[str, Any]):
         self._read.add(key)
         return super().__getitem__(key)
 
-    def get(self, key: str, default: Any = None) -> Any:  # type: ignore[override]
+    def get(self, key: str, default: Any = None) -> Any:
         self._read.add(key)
         return super().get(key, default)
 
@@ -63,9 +63,9 @@ def _task(recipe: Recipe) -> Task:
     for setting, users in FOR_SOME.items():
         if getattr(recipe, setting) and recipe.task not in users:
             raise BadInput(f"{setting} changes nothing in the task {recipe.task}; remove it")
-    watched = dataclasses.replace(recipe, init=Watched(recipe.init), data=Watched(recipe.data))
-    task = make(watched)
-    for place, settings in (("init", watched.init), ("data", watched.data)):
+    init, data = Watched(recipe.init), Watched(recipe.data)
+    task = make(dataclasses.replace(recipe, init=init, data=data))
+    for place, settings in (("init", init), ("data", data)):
         for key in settings.unread():
             raise BadInput(f"{place}.{key} changes nothing here; correct its name, or remove it ({place}.{key}=)")
     return task

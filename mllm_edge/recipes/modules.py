@@ -29,8 +29,8 @@ def add_lora(decoder: nn.Module, settings: LoraSettings) -> nn.Module:
 
 
 def decaying(parameters: Iterable[nn.Parameter], rate: float = 0.0) -> list[dict[str, Any]]:
-    """The optimizer's groups of those that are trained: matrices, and vectors without weight decay; at the learning rate
-    `rate`, or the recipe's."""
+    """The optimizer's groups of those that are trained: matrices, and vectors without weight decay; at the learning
+    rate `rate`, or the recipe's."""
     trained = [p for p in parameters if p.requires_grad]
     own = {"lr": rate} if rate else {}
     groups = [

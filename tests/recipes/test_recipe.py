@@ -55,7 +55,12 @@ def test_settings_that_nothing_reads_are_refused(tmp_path: Path, name: str, sett
     if name == "glamm-wide":
         settings = [f"init.{part}=" for part in ("sam", "connector")]
     if "PARTS" in setting:
-        train("sam-pretrain", ["steps=1", "batch=1", "evaluate=0", "workers=0", "precision=fp32", f"out={tmp_path / 'sam'}"], False, quiet)
+        train(
+            "sam-pretrain",
+            ["steps=1", "batch=1", "evaluate=0", "workers=0", "precision=fp32", f"out={tmp_path / 'sam'}"],
+            False,
+            quiet,
+        )
         setting = f"init.sam={tmp_path / 'sam'}"
     with pytest.raises(BadInput, match=message):
         train(name, [*settings, setting, f"out={tmp_path / 'run'}"], False, quiet)

@@ -2,8 +2,8 @@
 
 Its checkpoint takes CLIP's place, shared by all tiny systems. Each patch predicts the color, shape and size of the
 object that covers it, whether the object's center lies in it, and where in the picture that center is; the classes have
-separate heads, so that a color is recognized on shapes it was never seen on. Objects count alike, small or large. The mean of all patches predicts how many
-objects there are, and the kind of page.
+separate heads, so that a color is recognized on shapes it was never seen on. Objects count alike, small or large. The
+mean of all patches predicts how many objects there are, and the kind of page.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def dense_labels(scene: Scene, grid: int, size: int) -> dict[str, np.ndarray[Any
     Returns:
         `color`, `shape`, `size`, `cell` (of a 3x3 raster over the picture, row-major): int64 [N], -100 where no object
         covers the patch or has its center in it; `weight`: float32 [N], what the patch counts for: those of one object
-        1 together; `object`, `center`: float32 [N] in {0,1}; `place`: float32 [N,2], the object's center in picture widths
-        and heights from the top left; `count` (objects less one) and `page` (number of its kind): int64 [].
+        1 together; `object`, `center`: float32 [N] in {0,1}; `place`: float32 [N,2], the object's center in picture
+        widths and heights from the top left; `count` (objects less one) and `page` (number of its kind): int64 [].
     """
     owned = (
         square_masks(scene, size, centered=True).reshape(-1, grid, size // grid, grid, size // grid).mean(axis=(2, 4))

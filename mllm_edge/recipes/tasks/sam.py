@@ -69,8 +69,8 @@ class SamModel(nn.Module):
 
 
 def starting_sam(recipe: Recipe, dims: GlammDims) -> dict[str, Tensor]:
-    """SAM in fp32 under GLaMM's names: `init.sam`, the folder of a run or a file in SAM's own layout, else the SAM in the
-    GLaMM that `init.glamm` names.
+    """SAM in fp32 under GLaMM's names: `init.sam`, the folder of a run or a file in SAM's own layout, else the SAM in
+    the GLaMM that `init.glamm` names.
 
     Raises:
         BadInput: there is neither, or its shapes are not those of `dims`.

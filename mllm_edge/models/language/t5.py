@@ -1,0 +1,319 @@
+"""T5 with gated feed-forwards (T5 v1.1, Flan-T5), and beside each of them LION's mixture of adapters.
+
+Ours and not transformers' class because it is exported with keys and values as inputs, and because the adapters stand
+inside it. Parameter names are those of `transformers.T5ForConditionalGeneration`, adapters have LION's
+(`models/lion_adapters.py`); tests show equal outputs with both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class T5Dims:
+    """Shape of a T5. `layers` are those of the encoder and, as many, of the decoder; `head_width` the channels of a
+    head; `bottleneck` the width of each adapter (0: there are none), of which there are as many as `adapters`.
+    `context` is what a prompt, and an answer, may have of positions: T5's are relative and have no end of their own."""
+
+    vocabulary: int
+    width: int
+    ffn_width: int
+    layers: int
+    heads: int
+    head_width: int
+    context: int = 2048
+    activation: str = "gelu_new"
+    tied: bool = False
+    bottleneck: int = 0
+    adapters: int = 2
+    buckets: int = 32
+    furthest: int = 128
+    eps: float = 1e-6
+
+    @property
+    def attention_width(self) -> int:
+        """Channels of a layer's queries."""
+        return self.heads * self.head_width
+
+    @property
+    def kv_width(self) -> int:
+        """Channels of one layer's keys (as many for its values)."""
+        return self.attention_width
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, norms and biases neglected."""
+        attention = 4 * self.width * self.attention_width
+        feed = 3 * self.width * self.ffn_width + 2 * self.adapters * self.width * self.bottleneck
+        layers = self.layers * (3 * attention + 2 * feed)
+        return layers + (1 if self.tied else 2) * self.vocabulary * self.width
+
+    @property
+    def product_weights(self) -> int:
+        """Number of weights that a token of the answer is multiplied with: the decoder's without the keys and values of
+        the prompt, and the head."""
+        attention = 6 * self.width * self.attention_width
+        feed = 3 * self.width * self.ffn_width + 2 * self.adapters * self.width * self.bottleneck
+        return self.layers * (attention + feed) + self.vocabulary * self.width
+
+
+class RmsNorm(nn.Module):
+    """x / rms(x) * weight, in fp32 (T5LayerNorm)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
+        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps) * self.weight
+
+
+def buckets(distances: Tensor, both_ways: bool, number: int, furthest: int) -> Tensor:
+    """The bucket of each distance (a key's position less the query's), int64 of its shape: near ones have a bucket
+    each, far ones share them logarithmically (`T5Attention._relative_position_bucket`)."""
+    if both_ways:
+        number //= 2
+        base, distances = (distances > 0).long() * number, distances.abs()
+    else:
+        base, distances = torch.zeros_like(distances), -distances.clamp(max=0)
+    near = number // 2
+    ratio = torch.log(distances.clamp(min=1).float() / near) / math.log(furthest / near)
+    far = (near + (ratio * (number - near)).long()).clamp(max=number - 1)
+    return base + torch.where(distances < near, distances, far)
+
+
+class Attention(nn.Module):
+    """T5's attention: no biases, no scaling; the first layer of a stack holds the table of relative positions."""
+
+    def __init__(self, dims: T5Dims, has_table: bool):
+        super().__init__()
+        self.dims = dims
+        self.q = nn.Linear(dims.width, dims.attention_width, bias=False)
+        self.k = nn.Linear(dims.width, dims.attention_width, bias=False)
+        self.v = nn.Linear(dims.width, dims.attention_width, bias=False)
+        self.o = nn.Linear(dims.attention_width, dims.width, bias=False)
+        if has_table:
+            self.relative_attention_bias = nn.Embedding(dims.buckets, dims.heads)
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B,S,D] -> keys and values [B,H,S,d]."""
+        return self._split(self.k(x)), self._split(self.v(x))
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """x [B,T,D], keys and values [B,H,S,d], `bias` [B or 1,H or 1,T,S] of their scores -> [B,T,D]."""
+        scores = self._split(self.q(x)) @ keys.transpose(-2, -1)  # [B,H,T,S]
+        if bias is not None:
+            scores = scores + bias
+        mixed = torch.softmax(scores.float(), dim=-1).type_as(scores) @ values  # [B,H,T,d]
+        out: Tensor = self.o(mixed.transpose(1, 2).flatten(2))
+        return out
+
+    def positions(self, queries: int, keys: int, both_ways: bool) -> Tensor:
+        """Scores of the relative positions of the last `queries` of `keys` positions: [1,H,T,S]."""
+        device = self.relative_attention_bias.weight.device
+        key = torch.arange(keys, device=device)  # [S]
+        query = key[keys - queries :]  # [T]
+        found = buckets(key[None] - query[:, None], both_ways, self.dims.buckets, self.dims.furthest)  # [T,S]
+        return self.relative_attention_bias(found).permute(2, 0, 1).unsqueeze(0)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[:2], self.dims.heads, self.dims.head_width).transpose(1, 2)  # [B,H,T,d]
+
+
+class Adapter(nn.Module):
+    """s * (W_u relu(W_d x + b_d) + b_u): [..,D] -> [..,D]. A fresh one gives zeros."""
+
+    def __init__(self, dims: T5Dims):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.down_proj = nn.Linear(dims.width, dims.bottleneck)
+        self.up_proj = nn.Linear(dims.bottleneck, dims.width)
+        nn.init.zeros_(self.down_proj.bias)
+        nn.init.zeros_(self.up_proj.weight)
+        nn.init.zeros_(self.up_proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.scale * self.up_proj(functional.relu(self.down_proj(x)))
+        return out
+
+
+class Mixture(nn.Module):
+    """The adapters of one place and their router: row t of a ratio gates an adapter's channels in tasks of type t
+    (0: regions, 1: whole pictures). A single adapter has no router (LION, section 3.3)."""
+
+    def __init__(self, dims: T5Dims):
+        super().__init__()
+        self.adapters = nn.ModuleList(Adapter(dims) for _ in range(dims.adapters))
+        if dims.adapters == 2:
+            first, second = torch.zeros(2, dims.width), torch.zeros(2, dims.width)
+            first[0], second[1] = 1, 1
+            self.router_ratio1, self.router_ratio2 = nn.Parameter(first), nn.Parameter(second)
+
+    def forward(self, x: Tensor, task: Tensor) -> Tensor:
+        """x [B,T,D] of the residual stream, `task` int64 [] of all of it -> [B,T,D]."""
+        if len(self.adapters) == 1:
+            alone: Tensor = self.adapters[0](x)
+            return alone
+        first, second = self.router_ratio1[task], self.router_ratio2[task]  # [D] each
+        mixed: Tensor = first * self.adapters[0](x) + second * self.adapters[1](x)
+        return mixed
+
+
+class _Feed(nn.Module):
+    """wo(act(wi_0 x) * wi_1 x)."""
+
+    def __init__(self, dims: T5Dims):
+        super().__init__()
+        self.wi_0 = nn.Linear(dims.width, dims.ffn_width, bias=False)
+        self.wi_1 = nn.Linear(dims.width, dims.ffn_width, bias=False)
+        self.wo = nn.Linear(dims.ffn_width, dims.width, bias=False)
+        self.approximate = "tanh" if dims.activation == "gelu_new" else "none"
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.wo(functional.gelu(self.wi_0(x), approximate=self.approximate) * self.wi_1(x))
+        return out
+
+
+class SelfLayer(nn.Module):
+    def __init__(self, dims: T5Dims, first: bool):
+        super().__init__()
+        self.SelfAttention = Attention(dims, first)
+        self.layer_norm = RmsNorm(dims.width, dims.eps)
+
+
+class CrossLayer(nn.Module):
+    def __init__(self, dims: T5Dims):
+        super().__init__()
+        self.EncDecAttention = Attention(dims, False)
+        self.layer_norm = RmsNorm(dims.width, dims.eps)
+
+
+class FeedLayer(nn.Module):
+    """x + feed(norm(x)) + adapters(x): the adapters read the stream before its norm."""
+
+    def __init__(self, dims: T5Dims):
+        super().__init__()
+        self.DenseReluDense = _Feed(dims)
+        self.layer_norm = RmsNorm(dims.width, dims.eps)
+        self.adapter = Mixture(dims) if dims.bottleneck else None
+
+    def forward(self, x: Tensor, task: Tensor | None) -> Tensor:
+        out: Tensor = x + self.DenseReluDense(self.layer_norm(x))
+        if self.adapter is None:
+            return out
+        assert task is not None
+        return out + self.adapter(x, task)
+
+
+class _Block(nn.Module):
+    def __init__(self, layers: Sequence[nn.Module]):
+        super().__init__()
+        self.layer = nn.ModuleList(layers)
+
+
+class T5Encoder(nn.Module):
+    """[B,S,D] -> [B,S,D], every position looking at every other."""
+
+    def __init__(self, dims: T5Dims):
+        super().__init__()
+        self.block = nn.ModuleList(
+            _Block([SelfLayer(dims, number == 0), FeedLayer(dims)]) for number in range(dims.layers)
+        )
+        self.final_layer_norm = RmsNorm(dims.width, dims.eps)
+
+    def forward(self, x: Tensor, task: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """`mask` [B,S], 1 for positions that count."""
+        blocks: Any = self.block
+        bias = blocks[0].layer[0].SelfAttention.positions(x.shape[1], x.shape[1], both_ways=True)
+        if mask is not None:
+            bias = bias + _hidden(mask)[:, None, None]  # [B,H,S,S]
+        for block in blocks:
+            looks, feeds = block.layer
+            normed = looks.layer_norm(x)
+            x = x + looks.SelfAttention(normed, *looks.SelfAttention.keys_values(normed), bias)
+            x = feeds(x, task)
+        out: Tensor = self.final_layer_norm(x)
+        return out
+
+
+KeysValues = tuple[Tensor, Tensor]  # [B,H,S,d] each
+
+
+class T5Decoder(nn.Module):
+    """Tokens of the answer [B,T,D] after those whose keys and values are given -> [B,T,D]."""
+
+    def __init__(self, dims: T5Dims):
+        super().__init__()
+        self.block = nn.ModuleList(
+            _Block([SelfLayer(dims, number == 0), CrossLayer(dims), FeedLayer(dims)]) for number in range(dims.layers)
+        )
+        self.final_layer_norm = RmsNorm(dims.width, dims.eps)
+
+    def cross(self, encoded: Tensor) -> list[KeysValues]:
+        """Keys and values of the prompt, per layer."""
+        blocks: Any = self.block
+        return [block.layer[1].EncDecAttention.keys_values(encoded) for block in blocks]
+
+    def forward(
+        self,
+        x: Tensor,
+        cross: Sequence[KeysValues],
+        past: Sequence[KeysValues] = (),
+        task: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, list[KeysValues]]:
+        """The states, and for each layer the keys and values of all positions so far; `mask` [B,S] is the prompt's."""
+        blocks: Any = self.block
+        new = x.shape[1]
+        length = new + (past[0][0].shape[2] if past else 0)
+        bias = blocks[0].layer[0].SelfAttention.positions(new, length, both_ways=False)
+        order = torch.arange(length, device=x.device)
+        bias = bias + _hidden((order[None] <= order[length - new :, None]).to(x.dtype))  # [1,H,T,S]
+        seen = None if mask is None else _hidden(mask)[:, None, None]  # [B,1,1,S]
+        present: list[KeysValues] = []
+        for number, block in enumerate(blocks):
+            looks, reads, feeds = block.layer
+            normed = looks.layer_norm(x)
+            keys, values = looks.SelfAttention.keys_values(normed)
+            if past:
+                keys, values = (torch.cat(pair, dim=2) for pair in zip(past[number], (keys, values), strict=True))
+            present.append((keys, values))
+            x = x + looks.SelfAttention(normed, keys, values, bias)
+            x = x + reads.EncDecAttention(reads.layer_norm(x), *cross[number], seen)
+            x = feeds(x, task)
+        return self.final_layer_norm(x), present
+
+
+class T5(nn.Module):
+    """Both stacks, the table and the head."""
+
+    def __init__(self, dims: T5Dims):
+        super().__init__()
+        self.dims = dims
+        self.shared = nn.Embedding(dims.vocabulary, dims.width)
+        self.encoder = T5Encoder(dims)
+        self.decoder = T5Decoder(dims)
+        if not dims.tied:
+            self.lm_head = nn.Linear(dims.width, dims.vocabulary, bias=False)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Of the decoder's states [B,T,D]: [B,T,V]. A tied table is scaled, as in T5 v1.0."""
+        if self.dims.tied:
+            return functional.linear(states * self.dims.width**-0.5, self.shared.weight)
+        out: Tensor = self.lm_head(states)
+        return out
+
+
+def _hidden(mask: Tensor) -> Tensor:
+    """What is added to scores so that only what `mask` has 1 for is seen."""
+    return (1.0 - mask) * -1e9
