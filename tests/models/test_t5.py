@@ -6,6 +6,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from mllm_edge.models.language.t5 import T5, Mixture, T5Dims, buckets
 
+IMAGES = torch.tensor([0.0, 1.0])
 DIMS = T5Dims(vocabulary=60, width=32, ffn_width=48, layers=3, heads=4, head_width=6)
 
 
@@ -97,7 +98,7 @@ def test_fresh_adapters_change_nothing() -> None:
     plain, model = ours(theirs), T5(adapted()).eval()
     missing, _ = model.load_state_dict(plain.state_dict(), strict=False)
     assert len(missing) == 2 * 3 * (2 * 5 + 2)  # places x (adapters x their tensors + ratios)
-    embeds, task = torch.randn(1, 10, 32), torch.tensor(1)
+    embeds, task = torch.randn(1, 10, 32), IMAGES
     with torch.no_grad():
         assert torch.equal(plain.encoder(embeds), model.encoder(embeds, task))
 
@@ -114,7 +115,7 @@ def test_a_mixture_by_hand() -> None:
             for adapter, ratio in zip(mixture.adapters, (mixture.router_ratio1, mixture.router_ratio2), strict=True):
                 low = (x @ adapter.down_proj.weight.T + adapter.down_proj.bias).clamp(min=0)
                 expected += ratio[task] * adapter.scale * (low @ adapter.up_proj.weight.T + adapter.up_proj.bias)
-            torch.testing.assert_close(mixture(x, torch.tensor(task)), expected, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(mixture(x, torch.eye(2)[task]), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_each_task_begins_with_its_own_adapter() -> None:

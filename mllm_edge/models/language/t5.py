@@ -160,11 +160,11 @@ class Mixture(nn.Module):
             self.router_ratio1, self.router_ratio2 = nn.Parameter(first), nn.Parameter(second)
 
     def forward(self, x: Tensor, task: Tensor) -> Tensor:
-        """x [B,T,D] of the residual stream, `task` int64 [] of all of it -> [B,T,D]."""
+        """x [B,T,D] of the residual stream; `task` float [2], 1 at the type of task of all of it -> [B,T,D]."""
         if len(self.adapters) == 1:
             alone: Tensor = self.adapters[0](x)
             return alone
-        first, second = self.router_ratio1[task], self.router_ratio2[task]  # [D] each
+        first, second = task @ self.router_ratio1, task @ self.router_ratio2  # [D] each
         mixed: Tensor = first * self.adapters[0](x) + second * self.adapters[1](x)
         return mixed
 
