@@ -22,7 +22,9 @@ def stage_flops(module: nn.Module, inputs: list[TensorSpec]) -> int:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    shapes = {name: tensor.to("meta") for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    shapes = {
+        name: tensor.detach().to("meta") for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    }
     feeds = [
         torch.empty(
             [size if isinstance(size, int) else 1 for size in spec.shape],

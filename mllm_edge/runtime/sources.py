@@ -42,11 +42,15 @@ def boxes(source: Boxes, turn: Turn, held: Held) -> Array:
 
 
 def text(source: Text, turn: Turn, held: Held) -> Array:
+    """int64 [1,length]: see `question_ids`."""
+    return question_ids(source, held.tokenizers[source.tokenizer], turn.question)
+
+
+def question_ids(source: Text, tokenizer: Tokenizer, question: str) -> Array:
     """int64 [1,length]: the question's ids, with BOS and an end where the tokenizer has them, cut and padded."""
-    tokenizer = held.tokenizers[source.tokenizer]
     before, after = ([] if one is None else [one] for one in (tokenizer.bos, tokenizer.eos))
     room = max(0, source.length - len(before) - len(after))
-    ids = tokenizer.tokenize(turn.question)
+    ids = tokenizer.tokenize(question)
     ids = ids[:room] if source.cut == "right" else ids[max(0, len(ids) - room) :]
     ids = [*before, *ids, *after][: source.length]
     return np.array([ids + [source.pad] * (source.length - len(ids))], np.int64)

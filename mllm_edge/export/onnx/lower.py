@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import inspect
 import logging
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -90,7 +91,7 @@ def lower(stage: StageExport) -> ir.Model:
                 opset_version=OPSET,
                 input_names=[spec.name for spec in stage.inputs],
                 output_names=[spec.name for spec in stage.outputs],
-                dynamic_shapes=free if any(free) else None,
+                dynamic_shapes=_nested(module, free) if any(free) else None,
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
@@ -105,6 +106,15 @@ def lower(stage: StageExport) -> ir.Model:
     ClearMetadataAndDocStringPass()(model)  # stack traces would carry the paths of this machine
     model.producer_name, model.producer_version = "mllm-edge", __version__
     return model
+
+
+def _nested(module: torch.nn.Module, free: tuple[dict[int, str], ...]) -> tuple[Any, ...]:
+    """The free axes of each input in the structure of the module's parameters: those of `*others` are one tuple."""
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return free
+    first = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*free[:first], free[first:])
 
 
 def check_graph(path: Path, stage: StageExport) -> None:

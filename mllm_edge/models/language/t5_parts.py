@@ -90,21 +90,24 @@ def part_specs(dims: T5Dims) -> dict[str, tuple[list[TensorSpec], list[TensorSpe
             for name in ("key", "value")
         ]
 
-    cross = caches("cross", 1, "positions")
-    if dims.bottleneck:
-        cross.append(TensorSpec("cross_task", "float32", [TASKS]))
+    def cross(length: str) -> list[TensorSpec]:
+        task = [TensorSpec("cross_task", "float32", [TASKS])] if dims.bottleneck else []
+        return [*caches("cross", 1, length), *task]
+
+    ids = TensorSpec("ids", "int64", ["sequences", "tokens"])
+    embeds = TensorSpec("embeds", "float32", ["sequences", "tokens", dims.width])
     return {
-        "embed": (
-            [TensorSpec("ids", "int64", ["sequences", "tokens"])],
-            [TensorSpec("embeds", "float32", ["sequences", "tokens", dims.width])],
+        "embed": ([ids], [embeds]),
+        "encoder": (
+            [TensorSpec("embeds", "float32", [1, "rows", dims.width])],
+            cross("rows - 1" if dims.bottleneck else "rows"),
         ),
-        "encoder": ([TensorSpec("embeds", "float32", [1, "rows", dims.width])], cross),
         "decoder": (
-            [TensorSpec("ids", "int64", ["sequences", "tokens"]), *cross, *caches("past", "sequences", "before")],
+            [ids, *cross("positions"), *caches("past", "sequences", "past")],
             [
                 TensorSpec("logits", "float32", ["sequences", "tokens", dims.vocabulary]),
                 TensorSpec("hidden", "float32", ["sequences", "tokens", dims.width]),
-                *caches("present", "sequences", "after"),
+                *caches("present", "sequences", "past + tokens"),
             ],
         ),
     }

@@ -17,6 +17,8 @@ from mllm_edge.models.blocks.eva import EvaDims, EvaEncoder
 from mllm_edge.models.blocks.qformer import QFormer, QFormerDims
 from mllm_edge.models.blocks.swin import Swin, SwinDims
 from mllm_edge.models.language.t5 import T5, T5Dims
+from mllm_edge.models.parts import filled
+from mllm_edge.models.plan import Checkpoint
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -185,3 +187,20 @@ CONFIGS: dict[str, LionDims] = {
     "4b": LionDims(EVA_G, _QFORMER, _flan(2048, 5120, 32), tagger=RAM),
     "12b": LionDims(EVA_G, _QFORMER, _flan(4096, 10240, 64), tagger=RAM),
 }
+
+
+SHIPPED: tuple[str, ...] = ()  # configs whose weights ship with the package
+
+
+def tensor_shapes(dims: LionDims) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of every tensor of the system, without allocating any."""
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in Lion(dims).state_dict().items()}
+        if dims.tagger:
+            shapes |= {f"tagger.{name}": tuple(t.shape) for name, t in Tagger(dims.tagger).state_dict().items()}
+    return shapes
+
+
+def build(checkpoint: Checkpoint) -> nn.Module:
+    """All parts but the tagger with the checkpoint's weights, in fp32."""
+    return filled(Lion(checkpoint.dims), checkpoint.tensors)

@@ -1,0 +1,36 @@
+"""What LION reads and says: a picture, tags behind a learned vector, a question (`models/lion_t5.py`)."""
+
+from __future__ import annotations
+
+from mllm_edge.bundle.answers import BoxesAnswer
+from mllm_edge.bundle.manifest import Prompt, Slot
+from mllm_edge.models.lion.model import IMAGE, REGION
+
+SOFT = "<extra_id_0>"
+PICTURE = "<picture>"  # not <image>, which LION's own questions have as words
+TASK = "<task>"
+TASKS = {"caption": IMAGE, "vqa": IMAGE, "rec": REGION, "reg": REGION}  # the router's rows
+CAPTION_QUESTION = "Please describe the image using a single short sentence."
+REC_QUESTION = "In the image <image>, can you locate {what} and let me know its coordinates?"
+REG_QUESTION = "What is in the region {box} of the image?"
+BOX = BoxesAnswer(r"\[([0-9.]+), ?([0-9.]+), ?([0-9.]+), ?([0-9.]+)\]", decimals=3, unit=1.0)
+_TAGS = f"According to {SOFT}, you are allowed to use or partially use the following tags: [{{tags}}]. "
+
+
+def prompt(visual: list[str], tasks: bool, tags: bool) -> Prompt:
+    """LION's template.
+
+    Args:
+        visual: the tensors of a picture, in the order of their rows.
+        tasks: whether the type of task stands in front.
+        tags: whether tags are given.
+    """
+    first = (TASK if tasks else "") + PICTURE + (_TAGS if tags else "") + "{text}</s>"
+    slots = [Slot(PICTURE, "pixels", visual)]
+    if tasks:
+        slots.append(Slot(TASK, "constant", ["task_row"]))
+    if tags:
+        slots.append(Slot(SOFT, "constant", ["soft_prompt"]))
+    return Prompt(
+        "lion", "", first, first, "{text}", [], slots, {"describe": CAPTION_QUESTION, "segment": REC_QUESTION}
+    )
