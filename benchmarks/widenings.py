@@ -29,7 +29,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mllm_edge.models.llava.plan import preprocessing
 from mllm_edge.recipes.data.conversation import IGNORE
 from mllm_edge.recipes.recipe import Recipe, load
 from mllm_edge.recipes.tasks.encoder import EncoderTask
@@ -108,7 +107,7 @@ def right(task: EncoderTask, pixel_values: Tensor, labels: dict[str, NDArray[Any
 
 def drawn_labels(task: EncoderTask, one: Drawing) -> dict[str, NDArray[Any]]:
     """Color and shape per patch of a drawing, from its own masks."""
-    size, grid = task.dims.vision.image_size, task.model.grid
+    size, grid = task.dims.image_size, task.model.grid
     owned = []
     for mask in one.masks:
         side = max(mask.shape)
@@ -143,7 +142,7 @@ def measure(task: EncoderTask, cases: int) -> dict[str, float]:
     for page in PAGES[:-1]:
         for index in range(cases // 4):
             one = draw(page, index)
-            pixel_values = torch.from_numpy(preprocess(one.picture, preprocessing(task.dims)))
+            pixel_values = torch.from_numpy(preprocess(one.picture, task.pixels))
             add("drawings", right(task, pixel_values, drawn_labels(task, one)))
     return {name: round(100 * hits / max(1, total), 1) for name, (hits, total) in sums.items()}
 

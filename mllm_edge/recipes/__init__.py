@@ -46,16 +46,24 @@ def _task(recipe: Recipe) -> Task:
     from mllm_edge.recipes.tasks.encoder import EncoderTask
     from mllm_edge.recipes.tasks.glamm import GlammTask
     from mllm_edge.recipes.tasks.language import LanguageTask
+    from mllm_edge.recipes.tasks.lion import LionTask
+    from mllm_edge.recipes.tasks.lion_language import LionLanguageTask
     from mllm_edge.recipes.tasks.llava import LlavaTask
     from mllm_edge.recipes.tasks.naming import NamingTask
     from mllm_edge.recipes.tasks.sam import SamTask
+    from mllm_edge.recipes.tasks.tagger import TaggerTask
 
     tasks: dict[str, Callable[[Recipe], Task]] = {
         "encoder": EncoderTask,
         "glamm": GlammTask,
         "language": LanguageTask,
+        "lion-language": LionLanguageTask,
+        "lion-stage1": lambda r: LionTask(r, 1),
+        "lion-stage2": lambda r: LionTask(r, 2),
+        "lion-stage3": lambda r: LionTask(r, 3),
         "naming": NamingTask,
         "sam": SamTask,
+        "tagger": TaggerTask,
         "llava-pretrain": lambda r: LlavaTask(r, "pretrain"),
         "llava-finetune": lambda r: LlavaTask(r, "finetune"),
     }

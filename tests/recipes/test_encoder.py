@@ -66,7 +66,7 @@ def test_positions_start_as_sines_of_column_and_row() -> None:
     torch.testing.assert_close(vector[:8], torch.cat([(column * steps).sin(), (column * steps).cos()]))
     torch.testing.assert_close(vector[8:], torch.cat([(row * steps).sin(), (row * steps).cos()]))
     dims = CONFIGS["tiny"].vision
-    start = DenseModel(CONFIGS["tiny"]).vision_encoder.embeddings.position_embedding.weight
+    start = DenseModel(CONFIGS["tiny"].vision).vision_encoder.embeddings.position_embedding.weight
     torch.testing.assert_close(start.detach(), sine_positions(8, dims.width))
 
 

@@ -184,6 +184,15 @@ def _flan(width: int, ffn_width: int, heads: int) -> T5Dims:
 
 
 CONFIGS: dict[str, LionDims] = {
+    "tiny": LionDims(
+        EvaDims(image_size=128, patch_size=16, width=192, heads=3, mlp_width=768, taps=(4, 3, 2)),
+        QFormerDims(96, 4, 3, 128, queries=16, read_width=192, vocabulary=320, positions=48),
+        T5Dims(384, 160, 256, 3, 4, 40, context=512, activation="gelu", bottleneck=16),
+        aggregator_heads=3,
+        aggregator_mlp=192,
+        question_length=48,
+        tagger=TaggerDims(SwinDims(96, 32, (2, 2), (2, 4), window=6), tags=16, label_width=32, width=64, mlp_width=128),
+    ),
     "4b": LionDims(EVA_G, _QFORMER, _flan(2048, 5120, 32), tagger=RAM),
     "12b": LionDims(EVA_G, _QFORMER, _flan(4096, 10240, 64), tagger=RAM),
 }

@@ -23,7 +23,7 @@ from mllm_edge.models.lion.model import CONFIGS as CONFIGS
 from mllm_edge.models.lion.model import SHIPPED as SHIPPED
 from mllm_edge.models.lion.model import build as build
 from mllm_edge.models.lion.model import tensor_shapes as tensor_shapes
-from mllm_edge.models.lion.prompts import BOX, CAPTION_QUESTION, TASKS, prompt
+from mllm_edge.models.lion.prompts import BOX, CAPTION_QUESTIONS, TASKS, prompt
 from mllm_edge.models.parts import Part, filled
 from mllm_edge.models.plan import Checkpoint, ExportPlan, LanguageModelExport, StageExport
 from mllm_edge.runtime.decoding.tokenizers import JsonTokenizer
@@ -75,7 +75,7 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
         heard = Text("question", QUESTION, dims.question_length, cut="left")
         reader = JsonTokenizer(checkpoint.tokenizer / QUESTION / "tokenizer.json", READER)
         sources.append(heard)
-        examples["question"] = question_ids(heard, reader, CAPTION_QUESTION)
+        examples["question"] = question_ids(heard, reader, CAPTION_QUESTIONS[0])
     if dims.language.bottleneck:
         sources.append(Task("task", TASKS))
         examples["task"] = np.array([TASKS["caption"]], np.int64)
@@ -108,7 +108,7 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
             "question.json": checkpoint.tokenizer / QUESTION / "tokenizer.json",
         },
         examples=examples,
-        question=CAPTION_QUESTION,
+        question=CAPTION_QUESTIONS[0],
     )
 
 

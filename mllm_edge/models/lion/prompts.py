@@ -10,11 +10,18 @@ SOFT = "<extra_id_0>"
 PICTURE = "<picture>"  # not <image>, which LION's own questions have as words
 TASK = "<task>"
 TASKS = {"caption": IMAGE, "vqa": IMAGE, "rec": REGION, "reg": REGION}  # the router's rows
-CAPTION_QUESTION = "Please describe the image using a single short sentence."
-REC_QUESTION = "In the image <image>, can you locate {what} and let me know its coordinates?"
-REG_QUESTION = "What is in the region {box} of the image?"
+CAPTION_QUESTIONS = (
+    "Please describe the image using a single short sentence.",
+    "Describe the picture.",
+    "What is in the picture?",
+)
+REC_QUESTIONS = (
+    "In the image <image>, can you locate {what} and let me know its coordinates?",
+    "Where is {what}? Answer with its coordinates.",
+)
+REG_QUESTIONS = ("What is in the region {box} of the image?", "What do you see at {box}?")
 BOX = BoxesAnswer(r"\[([0-9.]+), ?([0-9.]+), ?([0-9.]+), ?([0-9.]+)\]", decimals=3, unit=1.0)
-_TAGS = f"According to {SOFT}, you are allowed to use or partially use the following tags: [{{tags}}]. "
+TAGGED = f"According to {SOFT}, you are allowed to use or partially use the following tags: [{{tags}}]. "
 
 
 def prompt(visual: list[str], tasks: bool, tags: bool) -> Prompt:
@@ -25,12 +32,12 @@ def prompt(visual: list[str], tasks: bool, tags: bool) -> Prompt:
         tasks: whether the type of task stands in front.
         tags: whether tags are given.
     """
-    first = (TASK if tasks else "") + PICTURE + (_TAGS if tags else "") + "{text}</s>"
+    first = (TASK if tasks else "") + PICTURE + (TAGGED if tags else "") + "{text}</s>"
     slots = [Slot(PICTURE, "pixels", visual)]
     if tasks:
         slots.append(Slot(TASK, "constant", ["task_row"]))
     if tags:
         slots.append(Slot(SOFT, "constant", ["soft_prompt"]))
     return Prompt(
-        "lion", "", first, first, "{text}", [], slots, {"describe": CAPTION_QUESTION, "segment": REC_QUESTION}
+        "lion", "", first, first, "{text}", [], slots, {"describe": CAPTION_QUESTIONS[0], "segment": REC_QUESTIONS[0]}
     )

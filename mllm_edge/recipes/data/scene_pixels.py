@@ -39,6 +39,11 @@ def square_masks(scene: Scene, size: int, centered: bool) -> np.ndarray[Any, np.
     return square
 
 
+def squashed_masks(scene: Scene, size: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """`masks` on the square that the picture is squashed into: bool [objects,size,size]."""
+    return np.stack([np.asarray(Image.fromarray(one).resize((size, size))) for one in masks(scene, size)])
+
+
 def padded_centers(scene: Scene) -> np.ndarray[Any, np.dtype[np.float64]]:
     """The objects' centers on that square: float64 [objects,2], x and y in 0..1."""
     shares = np.array([min(1.0, scene.aspect), min(1.0, 1.0 / scene.aspect)])

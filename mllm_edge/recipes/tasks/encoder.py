@@ -18,14 +18,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mllm_edge.bundle.sources import Pixels
 from mllm_edge.errors import BadInput
+from mllm_edge.models.blocks.eva import EvaDims, EvaEncoder
 from mllm_edge.models.blocks.vit import VisionEncoder, VitDims
-from mllm_edge.models.llava.model import CONFIGS, LlavaDims
+from mllm_edge.models.lion.model import CONFIGS as LION_CONFIGS
+from mllm_edge.models.lion.plan import preprocessing as lion_preprocessing
+from mllm_edge.models.llava.model import CONFIGS
+from mllm_edge.models.llava.plan import preprocessing
 from mllm_edge.recipes.data.conversation import IGNORE
 from mllm_edge.recipes.data.mixture import wide_share
-from mllm_edge.recipes.data.scene_pixels import padded_centers, pixels, repaint, square_masks
+from mllm_edge.recipes.data.scene_pixels import drawn, padded_centers, repaint, square_masks, squashed_masks
 from mllm_edge.recipes.parts import read_part, save_part
 from mllm_edge.recipes.recipe import Recipe
+from mllm_edge.runtime.preprocess import preprocess
 from mllm_edge.scenes import COLORS, PAGES, SHAPES, SIZES, Scene, mixed_scene
 from mllm_edge.scenes.wide import MOST_OBJECTS
 
@@ -34,8 +40,8 @@ WHOLE = 0.2  # weight of the losses on whole pictures
 REPAINTED = 0.7  # share of training pictures whose objects get unnamed colors
 
 
-def dense_labels(scene: Scene, grid: int, size: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Labels per patch of a `grid` x `grid` raster.
+def dense_labels(scene: Scene, grid: int, size: int, squashed: bool = False) -> dict[str, np.ndarray[Any, Any]]:
+    """Labels per patch of a `grid` x `grid` raster over the square that a picture is padded to, or squashed into.
 
     Returns:
         `color`, `shape`, `size`, `cell` (of a 3x3 raster over the picture, row-major): int64 [N], -100 where no object
@@ -43,9 +49,8 @@ def dense_labels(scene: Scene, grid: int, size: int) -> dict[str, np.ndarray[Any
         1 together; `object`, `center`: float32 [N] in {0,1}; `place`: float32 [N,2], the object's center in picture
         widths and heights from the top left; `count` (objects less one) and `page` (number of its kind): int64 [].
     """
-    owned = (
-        square_masks(scene, size, centered=True).reshape(-1, grid, size // grid, grid, size // grid).mean(axis=(2, 4))
-    )
+    covered = squashed_masks(scene, size) if squashed else square_masks(scene, size, centered=True)  # [n,S,S]
+    owned = covered.reshape(-1, grid, size // grid, grid, size // grid).mean(axis=(2, 4))
     owned = owned.reshape(len(scene.objects), -1)  # [n,N] covered share
     owner = np.where(owned.max(axis=0) >= COVERED, owned.argmax(axis=0), -1)  # [N]
     centers = np.array([(thing.x, thing.y) for thing in scene.objects])  # [n,2]
@@ -54,7 +59,7 @@ def dense_labels(scene: Scene, grid: int, size: int) -> dict[str, np.ndarray[Any
         columns, rows = np.clip((places * lines).astype(int), 0, lines - 1).T
         return rows * lines + columns
 
-    middles = raster(padded_centers(scene), grid)  # [n], patch of each center
+    middles = raster(centers if squashed else padded_centers(scene), grid)  # [n], patch of each center
     center = np.zeros(grid * grid, np.float32)
     center[middles] = 1
     # The hole of a ring counts as the ring, so that a center patch always has an object.
@@ -97,25 +102,26 @@ def sine_positions(grid: int, width: int) -> Tensor:
 class DenseModel(nn.Module):
     """Vision encoder with the dense heads on the tapped hidden state."""
 
-    def __init__(self, dims: LlavaDims):
+    def __init__(self, dims: VitDims | EvaDims):
         super().__init__()
-        if not isinstance(dims.vision, VitDims):
-            raise BadInput("this recipe trains a vision transformer; use config=tiny")
-        self.grid = dims.vision.image_size // dims.vision.patch_size
-        self.vision_encoder = VisionEncoder(dims.vision)
-        positions = self.vision_encoder.embeddings.position_embedding.weight
+        self.dims = dims
+        self.grid = dims.image_size // dims.patch_size
+        self.vision_encoder = VisionEncoder(dims) if isinstance(dims, VitDims) else EvaEncoder(dims)
+        held: Any = self.vision_encoder
+        positions = (held.embeddings if isinstance(dims, VitDims) else held).position_embedding.weight
         with torch.no_grad():
-            positions.copy_(sine_positions(self.grid, dims.vision.width))
+            positions.copy_(sine_positions(self.grid, dims.width))
         self.classes = {"color": len(COLORS), "shape": len(SHAPES), "size": len(SIZES), "cell": 9}
         self.split = {**self.classes, "flags": 2, "place": 2}
         self.whole = {"count": MOST_OBJECTS, "page": len(PAGES)}
-        self.norm = nn.LayerNorm(dims.vision.width)
-        self.heads = nn.Linear(dims.vision.width, sum(self.split.values()))
-        self.whole_heads = nn.Linear(dims.vision.width, sum(self.whole.values()))
+        self.norm = nn.LayerNorm(dims.width)
+        self.heads = nn.Linear(dims.width, sum(self.split.values()))
+        self.whole_heads = nn.Linear(dims.width, sum(self.whole.values()))
 
     def predict(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """[B,3,S,S] -> logits of each head per patch, [B,N,classes], and per picture, [B,classes]."""
-        features = self.norm(self.vision_encoder(pixel_values))  # [B,N,D]
+        seen = self.vision_encoder(pixel_values)
+        features = self.norm(seen if isinstance(self.dims, VitDims) else seen[0][:, 1:])  # [B,N,D]
         parts = self.heads(features).split(list(self.split.values()), dim=-1)  # [B,N,classes] each
         wholes = self.whole_heads(features.mean(dim=1)).split(list(self.whole.values()), dim=-1)  # [B,classes] each
         return {**dict(zip(self.split, parts, strict=True)), **dict(zip(self.whole, wholes, strict=True))}
@@ -145,16 +151,21 @@ class DenseModel(nn.Module):
 
 
 class EncoderTask:
-    """Train the vision encoder of `recipe.config` on dense labels of scenes."""
+    """Train an encoder of `recipe.config` on dense labels of scenes: CLIP's, or with `data.family` "eva" LION's."""
 
     def __init__(self, recipe: Recipe):
         torch.manual_seed(recipe.seed)
         self.recipe = recipe
-        self.dims = CONFIGS[recipe.config]
         self.wide = wide_share(recipe.data)
+        self.family = str(recipe.data.get("family", "clip"))
+        self.dims, self.pixels = _family(self.family, recipe.config)
         self.model = DenseModel(self.dims)
         if "vision_encoder" in recipe.init:
-            self.model.vision_encoder.load_state_dict(read_part(recipe.init["vision_encoder"], "vision_encoder"))
+            held = read_part(recipe.init["vision_encoder"], "vision_encoder")
+            if isinstance(self.dims, EvaDims) and "patch_embedding.weight" not in held:
+                self.model.vision_encoder.load_state_dict(as_eva(held, self.model.vision_encoder.state_dict()))
+            else:
+                self.model.vision_encoder.load_state_dict(held)
 
     def parameters(self) -> list[dict[str, Any]]:
         return [{"params": list(self.model.parameters())}]
@@ -165,12 +176,12 @@ class EncoderTask:
 
     def labelled(self, scene: Scene, index: int, split: str) -> dict[str, np.ndarray[Any, Any]]:
         """A scene's pixels and labels; in training most are repainted."""
-        labels = dense_labels(scene, self.model.grid, self.dims.vision.image_size)
+        labels = dense_labels(scene, self.model.grid, self.dims.image_size, self.pixels.fit == "squash")
         rng = np.random.default_rng([self.recipe.seed, 13, index])
         if split == "train" and rng.random() < REPAINTED:
             scene = repaint(scene, rng)
             labels["color"] = np.full_like(labels["color"], IGNORE)
-        return {"pixel_values": pixels(scene, self.dims), **labels}
+        return {"pixel_values": preprocess(drawn(scene, self.dims.image_size), self.pixels)[0], **labels}
 
     def collate(self, samples: Sequence[dict[str, np.ndarray[Any, Any]]]) -> dict[str, Tensor]:
         return {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
@@ -190,4 +201,31 @@ class EncoderTask:
         return metrics
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
-        save_part(folder, "vision_encoder", asdict(self.dims.vision), state, "vision_encoder.", self.recipe.dtype)
+        save_part(folder, "vision_encoder", asdict(self.dims), state, "vision_encoder.", self.recipe.dtype)
+
+
+def _family(family: str, config: str) -> tuple[VitDims | EvaDims, Pixels]:
+    """The dims of an encoder and how it sees a picture."""
+    if family == "eva":
+        lion = LION_CONFIGS[config]
+        return lion.vision, lion_preprocessing(lion)[0]
+    if family != "clip":
+        raise BadInput(f"data.family is {family!r}; use clip or eva")
+    llava = CONFIGS[config]
+    if not isinstance(llava.vision, VitDims):
+        raise BadInput("this recipe trains a vision transformer; use config=tiny")
+    return llava.vision, preprocessing(llava)
+
+
+def as_eva(clip: dict[str, Tensor], fresh: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An EVA's tensors begun with those of a CLIP of the same width: all but its first norm, which EVA lacks.
+
+    Raises:
+        BadInput: the CLIP has other sizes.
+    """
+    renamed = {name.replace("encoder.layers.", "layers.").removeprefix("embeddings."): t for name, t in clip.items()}
+    begun = {name: renamed.get(name, tensor) for name, tensor in fresh.items()}
+    for name, tensor in fresh.items():
+        if begun[name].shape != tensor.shape:
+            raise BadInput(f"init.vision_encoder has another {name}; give an encoder of the same size")
+    return begun

@@ -1,0 +1,162 @@
+"""Recipe task `lion-language`: pretrains the small T5 and both of LION's tokenizers on the language of scenes.
+
+As in `language`, a scene is mostly given as bags of words, one row per object, as a picture's rows will be; the T5
+learns to look things up in single rows before it sees any picture.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mllm_edge.models.language.t5 import T5
+from mllm_edge.models.lion.layouts import QUESTION
+from mllm_edge.models.lion.model import CONFIGS, LionDims
+from mllm_edge.recipes.data.conversation import IGNORE
+from mllm_edge.recipes.data.lion_words import TOKENIZER, Words, corpus, prompted, train_tokenizers
+from mllm_edge.recipes.data.mixture import wide_share
+from mllm_edge.recipes.parts import save_part
+from mllm_edge.recipes.recipe import Recipe
+from mllm_edge.scenes import mixed_scene, told_scene
+
+CORPUS = 1_500  # scenes that the tokenizers are trained on
+VALIDATION = 10_000_000  # first scene that is never trained on
+IN_BAGS = 0.85  # share of scenes given as bags of words instead of text
+TAGGED = 0.5  # share of prompts with tags
+QUESTIONS = 4  # of one scene
+COPIES, BLANKS = 8, 24  # most rows of one object, most empty ones
+
+
+@dataclass(frozen=True)
+class Told:
+    """A prompt and its answer; `bags` are rows of word ids in front of the prompt."""
+
+    prompt: list[int]
+    answer: list[int]
+    bags: list[list[int]] = field(default_factory=list)
+
+
+def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Lists of ids as int64 [n,longest]."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+
+
+def answer_tensors(answers: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """What the decoder reads, the start token first, and what it is to say: int64 [n,T] each."""
+    return {
+        "answer": padded([[0, *ids[:-1]] for ids in answers], 0),
+        "labels": padded(answers, IGNORE),
+    }
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Cross-entropy per token of logits [n,T,V] and labels [n,T], and the share of likeliest tokens that are right."""
+    loss = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+    seen = labels != IGNORE
+    right = ((logits.argmax(-1) == labels) & seen).sum() / seen.sum()
+    return {"loss": loss, "token_accuracy": right}
+
+
+class ToldModel(nn.Module):
+    """The T5 with its loss."""
+
+    def __init__(self, dims: LionDims, soft: int):
+        super().__init__()
+        plain = asdict(dims.language) | {"bottleneck": 0}
+        self.t5 = T5(type(dims.language)(**plain))
+        self.soft = soft
+        with torch.no_grad():
+            for parameter in self.t5.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=parameter.shape[-1] ** -0.5)
+
+    def forward(self, bags: Tensor, prompt: Tensor, answer: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """`bags` int64 [n,R,W] padded with -1 (an empty row) or -2 (no row), `prompt` [n,L] padded with -1."""
+        table = self.t5.shared.weight
+        words = functional.embedding(bags.clamp(min=0), table) * (bags >= 0).unsqueeze(-1)  # [n,R,W,D]
+        rows = torch.cat([words.sum(dim=2), functional.embedding(prompt.clamp(min=0), table)], dim=1)  # [n,R+L,D]
+        mask = torch.cat([(bags[..., 0] > -2).float(), (prompt >= 0).float()], dim=1)
+        cross = self.t5.decoder.cross(self.t5.encoder(rows, mask=mask))
+        states, _ = self.t5.decoder(self.t5.shared(answer), cross, mask=mask)
+        return token_loss(self.t5.logits(states), labels)
+
+
+class LionLanguageTask:
+    """Questions about scenes in words."""
+
+    def __init__(self, recipe: Recipe):
+        torch.manual_seed(recipe.seed)
+        self.recipe = recipe
+        self.dims = CONFIGS[recipe.config]
+        self.wide = wide_share(recipe.data)
+        self.folder = Path(recipe.out)
+        if not (self.folder / TOKENIZER).is_file():
+            scenes = (mixed_scene("train", index, recipe.seed, self.wide) for index in range(CORPUS))
+            sizes = self.dims.language.vocabulary, self.dims.qformer.vocabulary
+            train_tokenizers(self.folder, sizes, list(corpus(scenes, recipe.seed)))
+        self.words = Words(self.folder)
+        self.model = ToldModel(self.dims, self.words.soft)
+
+    def parameters(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.model.parameters())}]
+
+    def sample(self, index: int) -> list[Told]:
+        rng = np.random.default_rng([self.recipe.seed, 93, index])
+        told = told_scene(index, self.recipe.seed, other_names=True, wide=self.wide)
+        bags = self._bags(told.things, rng) if rng.random() < IN_BAGS else []
+        made = []
+        for question in told.questions[:QUESTIONS]:
+            asked, answer = question.asked(short=rng.random() < 0.75)
+            text = asked if bags else f"{told.text} {asked}"
+            text = prompted(text, []) if rng.random() < TAGGED else text
+            made.append(Told(self.words.prompt(text), self.words.answer(answer), bags))
+        return made
+
+    def _bags(self, things: Sequence[Sequence[str]], rng: np.random.Generator) -> list[list[int]]:
+        bags: list[list[int]] = [[] for _ in range(int(rng.integers(BLANKS + 1)))]
+        for thing in things:
+            ids = self.words.prompt(" ".join(thing))[:-1]
+            bags += [ids] * (1 + int(rng.integers(COPIES)))
+        return [bags[i] for i in rng.permutation(len(bags))]
+
+    def collate(self, samples: Sequence[list[Told]]) -> dict[str, Tensor]:
+        told = [one for sample in samples for one in sample]
+        rows, width = max(len(one.bags) for one in told), max([1, *(len(bag) for one in told for bag in one.bags)])
+        bags = torch.full((len(told), rows, width), -2)
+        for number, one in enumerate(told):
+            for row, bag in enumerate(one.bags):
+                bags[number, row] = -1
+                bags[number, row, : len(bag)] = torch.tensor(bag, dtype=torch.int64)
+        return {
+            "bags": bags,
+            "prompt": padded([one.prompt for one in told], -1),
+            **answer_tensors([one.answer for one in told]),
+        }
+
+    @torch.no_grad()
+    def evaluate(self, samples: int) -> dict[str, float]:
+        """The share of exact short answers about scenes in words, teacher-forced."""
+        device = next(self.model.parameters()).device
+        exact = []
+        for index in range(VALIDATION, VALIDATION + samples):
+            told = told_scene(index, self.recipe.seed)
+            question, answer = told.questions[0].asked(short=True)
+            one = Told(self.words.prompt(f"{told.text} {question}"), self.words.answer(answer))
+            batch = {key: value.to(device) for key, value in self.collate([[one]]).items()}
+            exact.append(float(self.model(**batch)["token_accuracy"]) == 1.0)
+        return {"validation_exact": round(float(np.mean(exact)), 4)}
+
+    def save(self, folder: Path, state: dict[str, Tensor]) -> None:
+        save_part(folder, "t5", asdict(self.dims.language), state, "t5.", self.recipe.dtype)
+        if folder != self.folder:
+            shutil.copy(self.folder / TOKENIZER, folder / TOKENIZER)
+            shutil.copytree(self.folder / QUESTION, folder / QUESTION, dirs_exist_ok=True)
