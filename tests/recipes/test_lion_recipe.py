@@ -1,0 +1,142 @@
+"""What LION is fed: words as the runtime tokenizes them, batches of one type of task, and what each stage trains."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mllm_edge.bundle import manifest
+from mllm_edge.bundle.manifest import Slot
+from mllm_edge.bundle.sources import Text
+from mllm_edge.models.lion.layouts import QUESTION, load
+from mllm_edge.models.lion.model import CONFIGS
+from mllm_edge.models.lion.plan import READER
+from mllm_edge.models.lion.prompts import TASKS, prompt
+from mllm_edge.recipes import train
+from mllm_edge.recipes.data.lion_words import Words, prompted, spelled, tags_of, turns
+from mllm_edge.recipes.data.scene_pixels import squashed_masks
+from mllm_edge.recipes.recipe import load as recipe
+from mllm_edge.recipes.tasks.encoder import as_eva, dense_labels
+from mllm_edge.recipes.tasks.lion import LionTask, box_iou
+from mllm_edge.runtime.decoding.tokenizers import JsonTokenizer
+from mllm_edge.runtime.prompt import render, tokenized
+from mllm_edge.runtime.sources import question_ids
+from mllm_edge.scenes import boxes, masks, sample_scene, sample_wide
+
+QUIET = ["batch=2", "steps=1", "evaluate=1", "precision=fp32", "workers=0", "save_every=5"]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder: Path = tmp_path_factory.mktemp("parts")
+    for name in ("encoder", "language", "tagger"):
+        train(f"lion-{name}", [*QUIET, f"out={folder / name}"], False, lambda *_: None)
+    return [
+        f"init.vision_encoder={folder / 'encoder'}",
+        f"init.t5={folder / 'language'}",
+        f"init.tagger={folder / 'tagger'}",
+    ]
+
+
+@pytest.fixture(scope="module")
+def words(parts: list[str]) -> tuple[Path, Words]:
+    folder = Path(parts[1].partition("=")[2])
+    return folder, Words(folder)
+
+
+def test_training_and_runtime_read_the_same_tokens(words: tuple[Path, Words]) -> None:
+    folder, known = words
+    entry = manifest.Tokenizer("language_model", "json", "tokenizer.json", ends=["</s>"])
+    runtime = JsonTokenizer(folder / "tokenizer.json", entry)
+    scene = sample_scene("train", 4)
+    form = prompt(["rows"], tasks=True, tags=True)
+    for task in TASKS:
+        for turn in turns(scene, task, np.random.default_rng(0), 3):
+            fields = {"tags": ", ".join(tags_of(scene))}
+            parts = render(form, turn.question, {"pixels": 1}, fields=fields)
+            pieces = tokenized(parts, runtime)
+            ids = [one for piece in pieces for one in (["slot"] if isinstance(piece, Slot) else piece)]
+            task_slot, picture, *rest = ids
+            assert task_slot == picture == "slot"
+            expected = known.prompt(prompted(turn.question, tags_of(scene)))
+            assert rest == ["slot" if one == known.soft else one for one in expected]
+            assert known.text(known.answer(turn.answer)) == turn.answer
+            heard = Text("question", QUESTION, 20, cut="left")
+            reader = JsonTokenizer(folder / QUESTION / "tokenizer.json", READER)
+            assert question_ids(heard, reader, turn.question)[0].tolist() == known.question(turn.question, 20)
+
+
+def test_boxes_are_written_as_lion_writes_them() -> None:
+    assert spelled((0.44, 0.06, 0.65, 0.3666)) == "[0.440,0.060,0.650,0.367]"
+    scene = next(scene for scene in (sample_wide("train", i) for i in range(50)) if scene.aspect > 1.3)
+    wide, high = scene.extent(1000)
+    places = boxes(scene, 1000)
+    for turn in turns(scene, "rec", np.random.default_rng(1), 8):
+        x1, y1, x2, y2 = (float(number) for number in turn.answer.strip("[]").split(","))
+        found = np.abs(places / [wide, high, wide, high] - [x1, y1, x2, y2]).max(axis=1)
+        assert found.min() < 1e-3
+    assert box_iou("it is at [0.0,0.0,0.5,0.5]", "[0.25,0.0,0.75,0.5]") == pytest.approx(1 / 3)
+    assert box_iou("[0.0,0.0,0.5]", "[0.25,0.0,0.75,0.5]") == 0.0 == box_iou("[.,0.1,0.2,0.3]", "[0.2,0.0,0.7,0.5]")
+
+
+def test_a_squashed_scene_has_its_labels_where_its_pixels_are() -> None:
+    scene = next(scene for scene in (sample_wide("train", i) for i in range(50)) if scene.aspect > 1.5)
+    squashed = squashed_masks(scene, 128)
+    assert squashed.shape == (len(scene.objects), 128, 128)
+    share = masks(scene, 256).mean(axis=(1, 2))
+    np.testing.assert_allclose(squashed.mean(axis=(1, 2)), share, rtol=0.15, atol=1e-3)
+    labels = dense_labels(scene, 8, 128, squashed=True)
+    for number, item in enumerate(scene.objects):
+        if sum(int(item.x * 8) == int(o.x * 8) and int(item.y * 8) == int(o.y * 8) for o in scene.objects) == 1:
+            assert labels["center"][int(item.y * 8) * 8 + int(item.x * 8)] == 1, number
+
+
+def test_eva_begins_with_clips_blocks() -> None:
+    clip = {"encoder.layers.0.mlp.fc1.weight": torch.ones(2, 2), "embeddings.class_embedding": torch.ones(2)}
+    clip |= {"pre_layrnorm.weight": torch.ones(2)}
+    fresh = {"layers.0.mlp.fc1.weight": torch.zeros(2, 2), "class_embedding": torch.zeros(2)}
+    fresh |= {"patch_embedding.bias": torch.zeros(2)}
+    begun = as_eva(clip, fresh)
+    assert begun.keys() == fresh.keys()
+    assert {name: float(tensor.mean()) for name, tensor in begun.items()} == {
+        "layers.0.mlp.fc1.weight": 1.0,
+        "class_embedding": 1.0,
+        "patch_embedding.bias": 0.0,
+    }
+
+
+def test_each_stage_has_its_tasks_and_trains_its_parts(parts: list[str], tmp_path: Path) -> None:
+    one = LionTask(recipe("lion-stage1", [*parts, "batch=3", "data.base=false"]), 1)
+    assert {one.task(index) for index in range(60)} == {"caption", "vqa"}
+    train("lion-stage1", [*QUIET, *parts, f"out={tmp_path / '1'}"], False, lambda *_: None)
+    settings = [f"init.lion={tmp_path / '1' / 'checkpoint'}", "batch=3", "data.base=false"]
+    two, three = (LionTask(recipe(f"lion-stage{stage}", settings), stage) for stage in (2, 3))
+    assert {two.task(index) for index in range(60)} == {"rec", "reg"}
+    types = [{TASKS[three.task(index)] for index in range(start, start + 3)} for start in range(0, 90, 3)]
+    assert all(len(of_batch) == 1 for of_batch in types) and set.union(*types) == {0, 1}
+    trained = [
+        {name for name, parameter in task.model.lion.named_parameters() if parameter.requires_grad}
+        for task in (one, two, three)
+    ]
+    assert all("adapters.1" in name or name.startswith("queries.") for name in trained[0])
+    assert all("adapters.0" in name or name.startswith("aggregator.") for name in trained[1])
+    assert trained[0] | trained[1] < trained[2]
+    assert trained[2] - trained[0] - trained[1] == {"soft_prompt"} | {
+        name for name, _ in three.model.lion.named_parameters() if "router_ratio" in name
+    }
+    thawed = LionTask(recipe("lion-stage1", [*parts, "data.base=true"]), 1).model.lion
+    assert thawed.language_model.shared.weight.requires_grad
+    assert not thawed.vision_encoder.patch_embedding.weight.requires_grad
+
+
+def test_what_a_stage_leaves_loads_and_ablations_have_fewer_parts(parts: list[str], tmp_path: Path) -> None:
+    train("lion-stage1", [*QUIET, *parts, f"out={tmp_path / 'run'}"], False, lambda *_: None)
+    held = load(tmp_path / "run" / "checkpoint")
+    assert held.dims == CONFIGS["tiny"]
+    assert (tmp_path / "run" / "checkpoint" / "model.safetensors").stat().st_size <= 12_000_000
+    less = ["data.levels=[query]", "data.router=false", "data.tags=false"]
+    task = LionTask(recipe("lion-stage3", [*parts, "init.lion=", *less]), 3)
+    names = {name for name, _ in task.model.lion.named_parameters()}
+    assert not [name for name in names if name.startswith("aggregator.") or "router" in name or "adapters.1" in name]
+    assert task.words.soft not in task.sample(0, task="vqa").prompts[0]
