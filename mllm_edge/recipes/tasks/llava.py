@@ -192,8 +192,8 @@ class LlavaTask:
     def parameters(self) -> list[dict[str, Any]]:
         llava = self.model.llava
         return [
-            *decaying(llava.language_model.parameters()),
-            *decaying(llava.connector.parameters(), self.recipe.connector_lr),
+            *decaying(llava.language_model.parameters(), self.recipe.lr),
+            *decaying(llava.connector.parameters(), self.recipe.connector_lr or self.recipe.lr),
         ]
 
     def sample(self, index: int) -> tuple[Sample, np.ndarray[Any, np.dtype[np.float32]]]:
