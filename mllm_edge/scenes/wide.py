@@ -55,6 +55,7 @@ _HUES: dict[str, tuple[tuple[float, float], tuple[float, float], tuple[float, fl
 _TURNS = {"square": math.radians(25), "cross": math.radians(18), "triangle": math.pi, "star": math.pi}
 _SIDES = (128, 256)  # pixels of the longer side; the tiny models see 128
 _TRIES = 60
+_REPEATING = 0.15  # share of scenes whose objects are mostly alike; in others two are so at most
 
 
 def sample_wide(split: str, index: int, seed: int = 0, objects: int | None = None) -> Scene:
@@ -104,13 +105,16 @@ def _filled(empty: Scene, count: int, held_out: bool, rng: np.random.Generator) 
     special = int(rng.integers(count)) if held_out else -1
     lined = rng.random() < 0.25
     crowded = rng.random() < 0.3  # objects may overlap
+    again = rng.random() < _REPEATING  # most objects are alike, as three stars in a row
     ground = coarse_page(empty)
     scene = empty
     for _ in range(_TRIES):
         number = len(scene.objects)
         pair = pick(rng, HELD_OUT_PAIRS) if number == special else sample_pair(rng, [o.pair for o in scene.objects])
         size = pick(rng, SIZES) if count < 5 else ("large" if rng.random() < 0.2 else "small")
-        if sum((o.pair, o.size) == (pair, size) for o in scene.objects) == 2:
+        if again and number and number != special and rng.random() < 0.75:
+            pair, size = scene.objects[0].pair, scene.objects[0].size
+        if sum((o.pair, o.size) == (pair, size) for o in scene.objects) == (MOST_OBJECTS if again else 2):
             continue
         item = _place(pair, size, scene.aspect, lined, rng)
         if item is None or not contrasts(item, scene, ground):

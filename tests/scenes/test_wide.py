@@ -213,3 +213,8 @@ def test_without_the_packages_there_are_no_photographs(monkeypatch):
         photograph(PHOTOGRAPHS["train"][0])
     with pytest.raises(ValueError, match="no photograph"):
         photograph("skimage/../secret.png")
+
+
+def test_some_scenes_have_many_of_a_kind():
+    most = [max(Counter((o.pair, o.size) for o in scene.objects).values()) for scene in wide("train", 400)]
+    assert 0.02 < np.mean(np.array(most) > 2) < 0.15 and max(most) > 4
