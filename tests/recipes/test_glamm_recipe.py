@@ -166,11 +166,12 @@ def test_two_steps_and_what_they_leave(sam: Path, tmp_path: Path) -> None:
 
 def test_a_run_may_begin_at_a_whole_glamm_with_other_parts(tmp_path: Path) -> None:
     before = resolve("glamm", "tiny").tensors
-    train("sam-wide", [*QUIET, f"out={tmp_path / 'sam'}"], False, lambda *_: None)
+    train("sam-wide", [*QUIET, "init.sam=", "init.glamm=tiny", f"out={tmp_path / 'sam'}"], False, lambda *_: None)
     parts = read_sam(tmp_path / "sam")
     assert parts.keys() == {name for name in before if name.startswith("mask_") and ".projection." not in name}
     assert max(float((tensor - before[name].float()).abs().max()) for name, tensor in parts.items()) < 0.01  # two steps
-    task = GlammTask(load("glamm-wide", [*QUIET, f"init.sam={tmp_path / 'sam'}", "init.connector="]))
+    parts_of = ["init.glamm=tiny", "init.vision_encoder=shipped", f"init.sam={tmp_path / 'sam'}", "init.connector="]
+    task = GlammTask(load("glamm-wide", [*QUIET, *parts_of]))
     held, encoder = task.model.glamm.state_dict(), read_part("shipped", "vision_encoder")
     for name, tensor in parts.items():
         assert torch.equal(held[name], tensor), name

@@ -51,9 +51,11 @@ def test_mistakes_are_named(name: str, overrides: list[str], message: str) -> No
     ],
 )
 def test_settings_that_nothing_reads_are_refused(tmp_path: Path, name: str, setting: str, message: str) -> None:
-    settings = ["init.vision_encoder=shipped"] if name == "encoder-wide" else []
-    if name == "glamm-wide":
-        settings = [f"init.{part}=" for part in ("sam", "connector")]
+    settings = {
+        "encoder-wide": ["init.vision_encoder=shipped"],
+        "sam-wide": ["init.glamm=tiny"],
+        "glamm-wide": ["init.glamm=tiny", "init.vision_encoder=shipped", "init.sam=", "init.connector="],
+    }.get(name, [])
     if "PARTS" in setting:
         train(
             "sam-pretrain",
