@@ -21,11 +21,13 @@ class MasksAnswer:
 @dataclass(frozen=True)
 class BoxesAnswer:
     """Boxes in the answer's text: `pattern` is a regular expression with four groups, numbers in units of
-    `1 / unit` of the picture's sides with `decimals` decimals."""
+    `1 / unit` of the picture's sides with `decimals` decimals. In `tasks` an answer is one box, "[x1,y1,x2,y2]" in
+    units of 1, and nothing else can be said."""
 
     pattern: str
     decimals: int
     unit: float
+    tasks: list[str] = field(default_factory=list)
     kind: Literal["boxes"] = "boxes"
 
 

@@ -281,6 +281,9 @@ def _answer(entry: AnswerEntry, manifest: Manifest, made: dict[str, tuple[Tensor
     what = f"answers of kind {entry.kind}"
     if isinstance(entry, BoxesAnswer):
         _pattern(entry, where)
+        tasks = {name for source in manifest.sources if isinstance(source, Task) for name in source.values}
+        if entry.tasks and (entry.unit != 1 or not 1 <= entry.decimals <= 6 or not set(entry.tasks) <= tasks):
+            raise BadInput(f"{where}: tasks {entry.tasks} cannot be answered with boxes like {entry}; {AGAIN}")
         return
     states = {source.name for source in manifest.sources if isinstance(source, States)}
     if entry.states not in states and not (isinstance(entry, PicturesAnswer) and not entry.states):

@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from mllm_edge.bundle.answers import AnswerEntry
+from mllm_edge.bundle.answers import AnswerEntry, BoxesAnswer
 from mllm_edge.bundle.manifest import Manifest, Slot
 from mllm_edge.bundle.sources import Labels, States, Task
 from mllm_edge.errors import BadInput
@@ -21,7 +21,7 @@ from mllm_edge.runtime.answer import Answer, Part, Tokens
 from mllm_edge.runtime.answers.kinds import KINDS
 from mllm_edge.runtime.boxes import check_boxes
 from mllm_edge.runtime.decoding.loop import Completion, Decoding, Loop, Script, Watch, script_keys, settings_for
-from mllm_edge.runtime.decoding.rules import at_least, group_members, never
+from mllm_edge.runtime.decoding.rules import Rule, at_least, group_members, never, one_box
 from mllm_edge.runtime.decoding.sampling import check_settings
 from mllm_edge.runtime.engines.interface import Floats, LanguageModel
 from mllm_edge.runtime.engines.lazy import LazyLanguageModel, LazyStage
@@ -149,7 +149,8 @@ class Pipeline:
         positions = len(script_keys(dialogue.script)) + sum(map(self._size, parts))
         most = decoding.settings.max_tokens
         most = self._loop.fit(positions, image_positions, most, self.manifest.language_model.context)
-        decoding = replace(decoding, settings=replace(decoding.settings, max_tokens=most))
+        rules = [*decoding.rules, *self._task_rules(turn.task)]
+        decoding = replace(decoding, settings=replace(decoding.settings, max_tokens=most), rules=rules)
         # 3. The prompt's embeddings, then the text.
         script = [*dialogue.script, *self._script(parts, turn, pictures)]
         for item in self._completions(script, decoding, turn, asked.answer):
@@ -189,6 +190,16 @@ class Pipeline:
 
     def _tasks(self) -> list[str]:
         return [name for source in self.manifest.sources if isinstance(source, Task) for name in source.values]
+
+    def _task_rules(self, task: str) -> list[Rule]:
+        """What an answer may be in a task, by default the first."""
+        task = task or next(iter(self._tasks()), "")
+        found = [entry for entry in self.manifest.answers if isinstance(entry, BoxesAnswer) and task in entry.tasks]
+        if not found:
+            return []
+        number = range(self.tokenizer.vocabulary)
+        pieces = [self.tokenizer.piece(token).decode("utf-8", "replace") for token in number]
+        return [one_box(pieces, [t for t in number if self.tokenizer.is_end(t)], entry.decimals) for entry in found]
 
     def _lazy_ms(self) -> float:
         return sum(stage.load_ms for stage in self._stages.values())

@@ -105,7 +105,7 @@ def test_every_stage_and_answer_is_that_of_pytorch(bundle: Path) -> None:
     assert manifest.generation.beams == 5 and manifest.generation.repeat_penalty == 1.5
 
 
-@pytest.mark.parametrize(("task", "kind"), [("vqa", 1), ("rec", 0)])
+@pytest.mark.parametrize(("task", "kind"), [("vqa", 1), ("reg", 0)])
 def test_answers_by_hand(bundle: Path, checkpoint: Path, task: str, kind: int) -> None:
     question, picture = "where is the ring, please?", noise_picture(2)
     wanted, tags = expected(checkpoint, question, kind, picture, 8)

@@ -20,7 +20,7 @@ REC_QUESTIONS = (
     "Where is {what}? Answer with its coordinates.",
 )
 REG_QUESTIONS = ("What is in the region {box} of the image?", "What do you see at {box}?")
-BOX = BoxesAnswer(r"\[([0-9.]+), ?([0-9.]+), ?([0-9.]+), ?([0-9.]+)\]", decimals=3, unit=1.0)
+BOX = BoxesAnswer(r"\[([0-9.]+), ?([0-9.]+), ?([0-9.]+), ?([0-9.]+)\]", decimals=3, unit=1.0, tasks=["rec"])
 TAGGED = f"According to {SOFT}, you are allowed to use or partially use the following tags: [{{tags}}]. "
 
 

@@ -1,9 +1,13 @@
 """Rules by hand-computed logits."""
 
+import re
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mllm_edge.runtime.decoding.rules import at_least, group_members, never
+from mllm_edge.runtime.decoding.rules import at_least, begins_box, group_members, never, one_box
 
 BARRED = -np.inf
 
@@ -55,3 +59,49 @@ def test_members_of_a_group_but_not_its_first_are_forced() -> None:
     assert group_members({10: [11, 12], 20: [21]}) == [11, 12, 21]
     assert group_members({10: [10, 11]}) == [11]  # the first token again within its own group can still be chosen
     assert group_members({}) == []
+
+
+PIECES = ["</s>", " [", "[", "]", ",", ".", " ", "0.", "0", "1", "12", "5,", "9", "],", "a", "", "0.9", "99"]
+
+
+@given(st.lists(st.integers(0, 10_000), min_size=60, max_size=60), st.integers(1, 4))
+def test_whatever_is_chosen_is_a_box_with_an_area(choices: list[int], decimals: int) -> None:
+    rule, ids = one_box(PIECES, [0], decimals), list[int]()
+    for choice in choices:
+        edited = np.zeros(len(PIECES), np.float32)
+        rule(ids, edited)
+        possible = np.flatnonzero(edited == 0)
+        ids.append(int(possible[choice % len(possible)]))
+        if ids[-1] == 0:
+            break
+    assert ids[-1] == 0 and len(ids) < 60
+    said = "".join(PIECES[token] for token in ids[:-1])
+    number = rf"([01]\.\d{{{decimals}}})"
+    found = re.fullmatch(rf" ?\[{number},{number},{number},{number}\]", said)
+    assert found, said
+    x1, y1, x2, y2 = map(float, found.groups())
+    assert 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
+
+
+@given(st.lists(st.integers(0, 1000), min_size=2, max_size=2, unique=True), st.integers(0, 999))
+def test_every_box_may_be_written(across: list[int], top: int) -> None:
+    (left, right), bottom = sorted(across), top + 1
+    text = "[" + ",".join(f"{value / 1000:.3f}" for value in (left, top, right, bottom)) + "]"
+    assert all(begins_box(text[:length], 3) for length in range(len(text) + 1))
+    assert not begins_box(text + ",", 3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x", "[2", "[1", "[0.1234", "[0,", "[0.5]", "[0.500,0.500,0.4", "[0.500,0.500,0.500,", "[0.500,0.100,1.1", "  [",
+     "[0.100,0.999,0.200,0.", "[.5"],
+)  # fmt: skip
+def test_what_cannot_become_a_box(text: str) -> None:
+    assert not begins_box(text, 3)
+
+
+def test_scores_of_what_remains_are_kept() -> None:
+    edited = np.arange(len(PIECES), dtype=np.float32)
+    one_box(PIECES, [0], 3)([2, 7], edited)  # "[0."
+    assert set(np.flatnonzero(np.isfinite(edited))) == {8, 9, 10, 12, 17}
+    assert edited[12] == 12
