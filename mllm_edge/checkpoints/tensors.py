@@ -74,9 +74,10 @@ def has_weights(folder: Path) -> bool:
     return any((folder / f"{name}{end}").is_file() for name in names for end in ("", ".index.json"))
 
 
-def open_file(path: Path) -> Tensors:
-    """The tensors of one safetensors or `.bin` file. Raises BadInput as `open_folder` does."""
-    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_bin(path)
+def open_file(path: Path, key: str = "") -> Tensors:
+    """The tensors of one safetensors or `.bin` file, there below `key` where it has such a part. Raises BadInput as
+    `open_folder` does."""
+    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_bin(path, key)
 
 
 def merged(sources: list[Tensors]) -> Tensors:
@@ -265,7 +266,7 @@ def _open_safetensors(path: Path) -> Tensors:
     return Tensors(list(shapes), get, lambda name: shapes[name], lambda name: f"{name} of {path}")
 
 
-def _open_bin(path: Path) -> Tensors:
+def _open_bin(path: Path, key: str = "") -> Tensors:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError:
@@ -273,6 +274,8 @@ def _open_bin(path: Path) -> Tensors:
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or ["it ends too early"])[0]
         raise BadInput(f"{path} is damaged ({reason}); copy it again") from None
+    if isinstance(state, dict) and isinstance(state.get(key), dict):
+        state = state[key]  # beside the optimizer and such
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise BadInput(f"{path} does not hold named tensors; give a checkpoint's weights")
     shapes = {str(name): tuple(tensor.shape) for name, tensor in state.items()}

@@ -1,7 +1,7 @@
-"""LION checkpoints in our own layout.
+"""LION checkpoints in our own layout, and in the authors' (`original.py`).
 
-The T5's tokenizer lies in the checkpoint's folder, the Q-Former's in its folder `question`, the tagger's words in
-`tags.json`.
+In ours the T5's tokenizer lies in the checkpoint's folder, the Q-Former's in its folder `question`, and the tagger's
+words are in `tags.json`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mllm_edge.models.fields import bounded, refuse_quantized, well_typed
 from mllm_edge.models.language.t5 import T5Dims
 from mllm_edge.models.layouts import OURS, copy_tokenizer, opened, save, tokenizer_of
 from mllm_edge.models.lion.model import LionDims, TaggerDims, tensor_shapes
+from mllm_edge.models.lion.original import BERT, is_original, open_original, original_tags
 from mllm_edge.models.plan import Checkpoint
 
 if TYPE_CHECKING:
@@ -35,14 +36,40 @@ def load(folder: Path) -> Checkpoint:
     Raises:
         BadInput: not LION (what it is instead is named), missing or misfit tensors.
     """
+    if is_original(folder):
+        dims, tensors, t5 = open_original(folder)
+        check_shapes(tensors, tensor_shapes(dims), str(folder))
+        return opened("lion", folder, {}, dims, tensors, [folder, t5], t5)
     config = read_json(folder / "config.json")
     if config.get(OURS) != "lion":
-        raise BadInput(f"{folder} holds no LION in our layout; train one, see: mllm-edge recipes")
+        raise BadInput(f"{folder} holds no LION, neither in our layout nor its authors'; give a checkpoint's folder")
     refuse_quantized(config, folder / "config.json")
     dims, tensors = _ours(folder, config)
     check_shapes(tensors, tensor_shapes(dims), str(folder))
     check_all_used(tensors, tensor_shapes(dims), {}, str(folder))
     return opened("lion", folder, config, dims, tensors, [folder, folder / QUESTION], tokenizer_of([folder]))
+
+
+def tags_of(tokenizer: Path) -> tuple[list[str], list[float]]:
+    """The tagger's words and their thresholds, of a checkpoint with its T5's tokenizer there: from `tags.json` in our
+    layout, from RAM's two lists in the authors'.
+
+    Raises:
+        BadInput: they are missing, or differ in length.
+    """
+    if not (tokenizer / TAGS).is_file() and is_original(tokenizer.parent):
+        return original_tags(tokenizer.parent)
+    data = read_json(tokenizer / TAGS)
+    tags, thresholds = data.get("tags"), data.get("thresholds")
+    if not isinstance(tags, list) or not isinstance(thresholds, list) or len(tags) != len(thresholds):
+        raise BadInput(f"{tokenizer / TAGS} must hold as many thresholds as tags; copy it again")
+    return [str(tag) for tag in tags], [float(value) for value in thresholds]
+
+
+def question_tokenizer(tokenizer: Path) -> Path:
+    """The Q-Former's `tokenizer.json`, of a checkpoint with its T5's tokenizer there."""
+    original = is_original(tokenizer.parent)
+    return (tokenizer.parent / BERT if original else tokenizer / QUESTION) / "tokenizer.json"
 
 
 def save_lion(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,12 +10,10 @@ from torch import Tensor, nn
 
 from mllm_edge.bundle.manifest import Generation, Prompt, TensorSpec, Tokenizer
 from mllm_edge.bundle.sources import Labels, Pixels, Source, Task, Text
-from mllm_edge.checkpoints.tensors import read_json
-from mllm_edge.errors import BadInput
 from mllm_edge.models.blocks.eva import EvaEncoder
 from mllm_edge.models.language.t5 import T5
 from mllm_edge.models.language.t5_parts import DecoderPart, EmbedPart, EncoderPart, T5Reference, part_specs, task_rows
-from mllm_edge.models.lion.layouts import QUESTION, TAGS
+from mllm_edge.models.lion.layouts import QUESTION, question_tokenizer, tags_of
 from mllm_edge.models.lion.layouts import load as load
 from mllm_edge.models.lion.model import CLIP_MEAN, CLIP_STD, Aggregator, LionDims, Queries, Tagger
 from mllm_edge.models.lion.model import CONFIGS as CONFIGS
@@ -73,14 +70,14 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
     examples: dict[str, np.ndarray] = {}
     if "query" in dims.levels:
         heard = Text("question", QUESTION, dims.question_length, cut="left")
-        reader = JsonTokenizer(checkpoint.tokenizer / QUESTION / "tokenizer.json", READER)
+        reader = JsonTokenizer(question_tokenizer(checkpoint.tokenizer), READER)
         sources.append(heard)
         examples["question"] = question_ids(heard, reader, CAPTION_QUESTIONS[0])
     if dims.language.bottleneck:
         sources.append(Task("task", TASKS))
         examples["task"] = np.array([TASKS["caption"]], np.int64)
     if dims.tagger:
-        tags, thresholds = read_tags(checkpoint.tokenizer)
+        tags, thresholds = tags_of(checkpoint.tokenizer)
         sources.append(Labels("tags", "tag_chances", tags, thresholds))
     return ExportPlan(
         tasks=["captioning", "visual question answering", "referring comprehension", "region captioning"],
@@ -105,7 +102,7 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
         constants={"soft_prompt": checkpoint.tensors["soft_prompt"].float().numpy()[None]},  # [1,D]
         files={
             "tokenizer.json": checkpoint.tokenizer / "tokenizer.json",
-            "question.json": checkpoint.tokenizer / QUESTION / "tokenizer.json",
+            "question.json": question_tokenizer(checkpoint.tokenizer),
         },
         examples=examples,
         question=CAPTION_QUESTIONS[0],
@@ -149,16 +146,3 @@ def _parts(dims: LionDims, model: Callable[[], nn.Module]) -> list[StageExport]:
         StageExport(name, lambda make=make: make(model()), *specs[name], precisions=("fp32", "int8"))  # type: ignore[misc]
         for name, make in modules.items()
     ]
-
-
-def read_tags(folder: Path) -> tuple[list[str], list[float]]:
-    """The tagger's words and their thresholds, from `tags.json`, {"tags": [...], "thresholds": [...]}.
-
-    Raises:
-        BadInput: it is missing, or its lists differ in length.
-    """
-    data = read_json(folder / TAGS)
-    tags, thresholds = data.get("tags"), data.get("thresholds")
-    if not isinstance(tags, list) or not isinstance(thresholds, list) or len(tags) != len(thresholds):
-        raise BadInput(f"{folder}/{TAGS} must hold as many thresholds as tags; copy it again")
-    return [str(tag) for tag in tags], [float(value) for value in thresholds]
