@@ -8,13 +8,17 @@ inside it. Parameter names are those of `transformers.T5ForConditionalGeneration
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from mllm_edge.errors import BadInput
+from mllm_edge.models.fields import check_fixed, real, whole
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,36 @@ class T5Dims:
         attention = 6 * self.width * self.attention_width
         feed = 3 * self.width * self.ffn_width + 2 * self.adapters * self.width * self.bottleneck
         return self.layers * (attention + feed) + self.vocabulary * self.width
+
+
+def t5_dims(config: Mapping[str, Any], where: Path) -> T5Dims:
+    """Dims of a Flan-T5 from its fields in transformers' spelling.
+
+    Args:
+        config: the fields; those that are left out have transformers' defaults.
+        where: the file of the fields.
+
+    Raises:
+        BadInput: a field (named, with its value) that such a T5 cannot have.
+    """
+    check_fixed(config, {"feed_forward_proj": ("gated-gelu",), "is_encoder_decoder": (None, True)}, where)
+    # transformers 5 writes the second and always true for the first, whatever the head is; see T5Config.__post_init__.
+    if config.get("scale_decoder_outputs", config.get("tie_word_embeddings") is not False):
+        raise BadInput(f"{where} has a T5 that scales its outputs (v1.0), which is not supported; use a Flan-T5")
+    layers = whole(config, "num_layers", where, 6)
+    if whole(config, "num_decoder_layers", where, layers) != layers:
+        raise BadInput(f"{where} has another number of layers in the decoder; use another checkpoint")
+    return T5Dims(
+        vocabulary=whole(config, "vocab_size", where, 32128),
+        width=whole(config, "d_model", where, 512),
+        ffn_width=whole(config, "d_ff", where, 2048),
+        layers=layers,
+        heads=whole(config, "num_heads", where, 8),
+        head_width=whole(config, "d_kv", where, 64),
+        buckets=whole(config, "relative_attention_num_buckets", where, 32),
+        furthest=whole(config, "relative_attention_max_distance", where, 128),
+        eps=real(config, "layer_norm_epsilon", where, 1e-6),
+    )
 
 
 class RmsNorm(nn.Module):

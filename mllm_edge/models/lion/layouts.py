@@ -1,4 +1,4 @@
-"""LION checkpoints in our own layout, and in the authors' (`original.py`).
+"""LION in our own layout and its authors' (`original.py`), InstructBLIP and BLIP-2 in transformers' (`blip.py`).
 
 In ours the T5's tokenizer lies in the checkpoint's folder, the Q-Former's in its folder `question`, and the tagger's
 words are in `tags.json`.
@@ -20,6 +20,7 @@ from mllm_edge.models.blocks.swin import SwinDims
 from mllm_edge.models.fields import bounded, refuse_quantized, well_typed
 from mllm_edge.models.language.t5 import T5Dims
 from mllm_edge.models.layouts import OURS, copy_tokenizer, opened, save, tokenizer_of
+from mllm_edge.models.lion.blip import KINDS, READER, open_blip
 from mllm_edge.models.lion.model import LionDims, TaggerDims, tensor_shapes
 from mllm_edge.models.lion.original import BERT, is_original, open_original, original_tags
 from mllm_edge.models.plan import Checkpoint
@@ -41,6 +42,11 @@ def load(folder: Path) -> Checkpoint:
         check_shapes(tensors, tensor_shapes(dims), str(folder))
         return opened("lion", folder, {}, dims, tensors, [folder, t5], t5)
     config = read_json(folder / "config.json")
+    if config.get("model_type") in KINDS:
+        refuse_quantized(config, folder / "config.json")
+        dims, tensors = open_blip(folder, config)
+        check_shapes(tensors, tensor_shapes(dims), str(folder))
+        return opened("lion", folder, config, dims, tensors, [folder], tokenizer_of([folder]))
     if config.get(OURS) != "lion":
         raise BadInput(f"{folder} holds no LION, neither in our layout nor its authors'; give a checkpoint's folder")
     refuse_quantized(config, folder / "config.json")
@@ -68,8 +74,8 @@ def tags_of(tokenizer: Path) -> tuple[list[str], list[float]]:
 
 def question_tokenizer(tokenizer: Path) -> Path:
     """The Q-Former's `tokenizer.json`, of a checkpoint with its T5's tokenizer there."""
-    original = is_original(tokenizer.parent)
-    return (tokenizer.parent / BERT if original else tokenizer / QUESTION) / "tokenizer.json"
+    places = (tokenizer / QUESTION, tokenizer / READER, tokenizer.parent / BERT)
+    return next((place for place in places if place.is_dir()), places[0]) / "tokenizer.json"
 
 
 def save_lion(

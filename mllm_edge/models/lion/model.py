@@ -41,7 +41,8 @@ class TaggerDims:
 @dataclass(frozen=True)
 class LionDims:
     """The whole system's shape. `levels` are the kinds of visual knowledge that the T5 reads: "query" (Q-Former),
-    "region" (Vision Aggregator) or both; `question_length` is the most tokens of a question that the Q-Former reads."""
+    "region" (Vision Aggregator) or both; `question_length` is the most tokens of a question that the Q-Former reads,
+    `norm_eps` that of the norm before it; with `tags` there is a learned vector for the prompt that has them."""
 
     vision: EvaDims
     qformer: QFormerDims
@@ -51,6 +52,8 @@ class LionDims:
     levels: tuple[str, ...] = ("query", "region")
     question_length: int = 128
     tagger: TaggerDims | None = None
+    tags: bool = True
+    norm_eps: float = 1e-5
 
     @property
     def aggregator(self) -> BertDims:
@@ -94,13 +97,15 @@ class Queries(nn.Module):
 
     def __init__(self, dims: LionDims):
         super().__init__()
-        self.norm = nn.LayerNorm(dims.vision.width)
+        self.norm = nn.LayerNorm(dims.vision.width, eps=dims.norm_eps)
         self.qformer = QFormer(dims.qformer)
         self.proj = nn.Linear(dims.qformer.width, dims.language.width)
 
-    def forward(self, features: Tensor, question: Tensor) -> Tensor:
-        """`features` [B,1+N,Dv] of the last tap, `question` int64 [B,L] padded with 0 -> [B,Q,D]."""
-        rows: Tensor = self.proj(self.qformer(self.norm(features), question, (question != 0).to(features.dtype)))
+    def forward(self, features: Tensor, *question: Tensor) -> Tensor:
+        """`features` [B,1+N,Dv] of the last tap; `question` int64 [B,L] padded with 0, where the Q-Former reads words
+        -> [B,Q,D]."""
+        heard = [question[0], (question[0] != 0).to(features.dtype)] if question else []
+        rows: Tensor = self.proj(self.qformer(self.norm(features), *heard))
         return rows
 
 
@@ -139,15 +144,16 @@ class Lion(nn.Module):
             self.queries = Queries(dims)
         if "region" in dims.levels:
             self.aggregator = Aggregator(dims)
-        self.soft_prompt = nn.Parameter(torch.randn(dims.language.width) * 0.02)
+        if dims.tags:
+            self.soft_prompt = nn.Parameter(torch.randn(dims.language.width) * 0.02)
         self.language_model = T5(dims.language)
 
-    def look(self, pixel_values: Tensor, question: Tensor) -> Tensor:
-        """[B,3,S,S] and the Q-Former's ids [B,L] -> the rows of a picture in the prompt [B,M,D]."""
+    def look(self, pixel_values: Tensor, *question: Tensor) -> Tensor:
+        """[B,3,S,S] and the Q-Former's ids [B,L], if it reads any -> the rows of a picture in the prompt [B,M,D]."""
         taps = self.vision_encoder(pixel_values)
         rows = []
         if "query" in self.dims.levels:
-            rows.append(self.queries(taps[0], question))
+            rows.append(self.queries(taps[0], *question))
         if "region" in self.dims.levels:
             rows.append(self.aggregator(*taps))
         return torch.cat(rows, dim=1)

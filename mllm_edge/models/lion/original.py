@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,8 +28,7 @@ from mllm_edge.errors import BadInput
 from mllm_edge.models.blocks.eva import EvaDims
 from mllm_edge.models.blocks.qformer import QFormerDims
 from mllm_edge.models.blocks.swin import SwinDims
-from mllm_edge.models.fields import check_fixed, real, whole
-from mllm_edge.models.language.t5 import T5Dims
+from mllm_edge.models.language.t5 import t5_dims
 from mllm_edge.models.layouts import canonical_name
 from mllm_edge.models.lion.model import LionDims, TaggerDims, tensor_shapes
 
@@ -195,37 +195,13 @@ def _dims(tensors: Tensors, t5: Path, tagger: TaggerDims | None) -> LionDims:
     )
     bottleneck = tensors.shape("language_model.encoder.block.0.layer.1.adapter.adapters.0.down_proj.weight")[0]
     heads, mlp = width // 88, tensors.shape("aggregator.blocks.0.intermediate.dense.weight")[0]
-    return LionDims(vision, qformer, t5_dims(t5, bottleneck), heads, mlp, tagger=tagger)
-
-
-def t5_dims(folder: Path, bottleneck: int, activation: str = "gelu") -> T5Dims:
-    """A Flan-T5's dims from its config, with LION's activation, which is not the config's.
-
-    Raises:
-        BadInput: a field that such a T5 cannot have.
-    """
-    where = folder / "config.json"
-    config = read_json(where)
-    check_fixed(
-        config,
-        {"feed_forward_proj": ("gated-gelu",), "is_encoder_decoder": (None, True), "tie_word_embeddings": (False,)},
-        where,
-    )
-    layers = whole(config, "num_layers", where)
-    if whole(config, "num_decoder_layers", where, layers) != layers:
-        raise BadInput(f"{where} has another number of layers in the decoder; use another checkpoint")
-    return T5Dims(
-        vocabulary=whole(config, "vocab_size", where),
-        width=whole(config, "d_model", where),
-        ffn_width=whole(config, "d_ff", where),
-        layers=layers,
-        heads=whole(config, "num_heads", where),
-        head_width=whole(config, "d_kv", where),
-        activation=activation,
-        bottleneck=bottleneck,
-        buckets=whole(config, "relative_attention_num_buckets", where, 32),
-        furthest=whole(config, "relative_attention_max_distance", where, 128),
-        eps=real(config, "layer_norm_epsilon", where, 1e-6),
+    return LionDims(
+        vision,
+        qformer,
+        replace(t5_dims(read_json(t5 / "config.json"), t5 / "config.json"), activation="gelu", bottleneck=bottleneck),
+        heads,
+        mlp,
+        tagger=tagger,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -68,7 +69,12 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
     language_model = part("language_model.", lambda: T5(dims.language))
     sources: list[Source] = [*preprocessing(dims)]
     examples: dict[str, np.ndarray] = {}
-    if "query" in dims.levels:
+    files = {"tokenizer.json": checkpoint.tokenizer / "tokenizer.json"}
+    tokenizers = [Tokenizer("language_model", "json", "tokenizer.json", ends=["</s>"])]
+    constants: dict[str, np.ndarray] = {}
+    if dims.qformer.vocabulary and "query" in dims.levels:
+        files[READER.file] = question_tokenizer(checkpoint.tokenizer)
+        tokenizers.append(READER)
         heard = Text("question", QUESTION, dims.question_length, cut="left")
         reader = JsonTokenizer(question_tokenizer(checkpoint.tokenizer), READER)
         sources.append(heard)
@@ -79,14 +85,12 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
     if dims.tagger:
         tags, thresholds = tags_of(checkpoint.tokenizer)
         sources.append(Labels("tags", "tag_chances", tags, thresholds))
+        constants["soft_prompt"] = checkpoint.tensors["soft_prompt"].float().numpy()[None]  # [1,D]
     return ExportPlan(
         tasks=["captioning", "visual question answering", "referring comprehension", "region captioning"],
         sources=sources,
         stages=stages,
-        tokenizers=[
-            Tokenizer("language_model", "json", "tokenizer.json", ends=["</s>"]),
-            READER,
-        ],
+        tokenizers=tokenizers,
         language_model=LanguageModelExport(
             dims.language,
             checkpoint.tokenizer,
@@ -96,14 +100,11 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
             start=0,
         ),
         prompt=prompt(visual, dims.language.bottleneck > 0, dims.tagger is not None),
-        answers=[BOX],
+        answers=[BOX if dims.language.bottleneck else replace(BOX, tasks=[])],
         generation=Generation(max_tokens=256, beams=5, repeat_penalty=1.5),
         licences={"weights": checkpoint.source.get("licence", "see the checkpoint's own licence")},
-        constants={"soft_prompt": checkpoint.tensors["soft_prompt"].float().numpy()[None]},  # [1,D]
-        files={
-            "tokenizer.json": checkpoint.tokenizer / "tokenizer.json",
-            "question.json": question_tokenizer(checkpoint.tokenizer),
-        },
+        constants=constants,
+        files=files,
         examples=examples,
         question=CAPTION_QUESTIONS[0],
     )
@@ -119,9 +120,11 @@ def _stages(
     stages = [StageExport("vision_encoder", part("vision_encoder.", lambda: EvaEncoder(dims.vision)), [pixels], taps)]
     visual = []
     if "query" in dims.levels:
-        question = TensorSpec("question", "int64", [1, dims.question_length])
+        reads = [taps[0]]
+        if dims.qformer.vocabulary:
+            reads.append(TensorSpec("question", "int64", [1, dims.question_length]))
         embeds = TensorSpec("query_embeds", "float32", [1, dims.qformer.queries, width])
-        stages.append(StageExport("queries", part("queries.", lambda: Queries(dims)), [taps[0], question], [embeds]))
+        stages.append(StageExport("queries", part("queries.", lambda: Queries(dims)), reads, [embeds]))
         visual.append(embeds.name)
     if "region" in dims.levels:
         embeds = TensorSpec("region_embeds", "float32", [1, rows, width])
