@@ -178,7 +178,7 @@ def cut_out(model: Any, drawing: Drawing, index: int) -> tuple[str, float]:
     truth = drawing.masks[target]
     if not found:
         return expression, 0.0
-    mask = np.asarray(found[0].mask, bool)
+    mask = found[0].pixels
     return expression, float((mask & truth).sum() / max(1, (mask | truth).sum()))
 
 
