@@ -35,7 +35,6 @@ class T5Dims:
     head_width: int
     context: int = 2048
     activation: str = "gelu_new"
-    tied: bool = False
     bottleneck: int = 0
     adapters: int = 2
     buckets: int = 32
@@ -58,7 +57,7 @@ class T5Dims:
         attention = 4 * self.width * self.attention_width
         feed = 3 * self.width * self.ffn_width + 2 * self.adapters * self.width * self.bottleneck
         layers = self.layers * (3 * attention + 2 * feed)
-        return layers + (1 if self.tied else 2) * self.vocabulary * self.width
+        return layers + 2 * self.vocabulary * self.width
 
     @property
     def product_weights(self) -> int:
@@ -337,13 +336,10 @@ class T5(nn.Module):
         self.shared = nn.Embedding(dims.vocabulary, dims.width)
         self.encoder = T5Encoder(dims)
         self.decoder = T5Decoder(dims)
-        if not dims.tied:
-            self.lm_head = nn.Linear(dims.width, dims.vocabulary, bias=False)
+        self.lm_head = nn.Linear(dims.width, dims.vocabulary, bias=False)
 
     def logits(self, states: Tensor) -> Tensor:
-        """Of the decoder's states [B,T,D]: [B,T,V]. A tied table is scaled, as in T5 v1.0."""
-        if self.dims.tied:
-            return functional.linear(states * self.dims.width**-0.5, self.shared.weight)
+        """Of the decoder's states [B,T,D]: [B,T,V]."""
         out: Tensor = self.lm_head(states)
         return out
 

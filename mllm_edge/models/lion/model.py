@@ -20,8 +20,6 @@ from mllm_edge.models.language.t5 import T5, T5Dims
 from mllm_edge.models.parts import filled
 from mllm_edge.models.plan import Checkpoint
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 REGION, IMAGE = 0, 1  # types of tasks, the router's rows
 
 

@@ -16,19 +16,19 @@ from mllm_edge.models.language.t5 import T5
 from mllm_edge.models.language.t5_parts import DecoderPart, EmbedPart, EncoderPart, T5Reference, part_specs, task_rows
 from mllm_edge.models.lion.layouts import QUESTION, question_tokenizer, tags_of
 from mllm_edge.models.lion.layouts import load as load
-from mllm_edge.models.lion.model import CLIP_MEAN, CLIP_STD, Aggregator, LionDims, Queries, Tagger
 from mllm_edge.models.lion.model import CONFIGS as CONFIGS
 from mllm_edge.models.lion.model import SHIPPED as SHIPPED
+from mllm_edge.models.lion.model import Aggregator, LionDims, Queries, Tagger
 from mllm_edge.models.lion.model import build as build
 from mllm_edge.models.lion.model import tensor_shapes as tensor_shapes
 from mllm_edge.models.lion.prompts import BOX, CAPTION_QUESTIONS, TASKS, prompt
+from mllm_edge.models.llava.model import IMAGE_MEAN, IMAGE_STD, IMAGENET_MEAN, IMAGENET_STD
 from mllm_edge.models.parts import Part, filled
 from mllm_edge.models.plan import Checkpoint, ExportPlan, LanguageModelExport, StageExport
 from mllm_edge.runtime.decoding.tokenizers import JsonTokenizer
 from mllm_edge.runtime.sources import question_ids
 
 PROMPTS: dict[str, Prompt] = {}  # a LION has one
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 READER = Tokenizer(QUESTION, "json", "question.json", bos="[CLS]", ends=["[SEP]"])  # the Q-Former's
@@ -49,7 +49,7 @@ class TaskRow(nn.Module):
 def preprocessing(dims: LionDims) -> list[Pixels]:
     """The whole picture squashed into a square, for the encoder and for the tagger."""
     size = dims.vision.image_size
-    found = [Pixels("pixel_values", size, "squash", "bicubic", [0, 0, 0], mean=list(CLIP_MEAN), std=list(CLIP_STD))]
+    found = [Pixels("pixel_values", size, "squash", "bicubic", [0, 0, 0], mean=list(IMAGE_MEAN), std=list(IMAGE_STD))]
     if dims.tagger:
         side, mean, std = dims.tagger.swin.image_size, list(IMAGENET_MEAN), list(IMAGENET_STD)
         found.append(Pixels("tag_pixel_values", side, "squash", "bilinear", [0, 0, 0], mean=mean, std=std))
