@@ -22,12 +22,14 @@ class MasksAnswer:
 class BoxesAnswer:
     """Boxes in the answer's text: `pattern` is a regular expression with four groups, numbers in units of
     `1 / unit` of the picture's sides with `decimals` decimals. In `tasks` an answer is one box, "[x1,y1,x2,y2]" in
-    units of 1, and nothing else can be said."""
+    units of 1, and nothing else can be said. A question's `placeholder` stands for one of the user's boxes, in such
+    words."""
 
     pattern: str
     decimals: int
     unit: float
     tasks: list[str] = field(default_factory=list)
+    placeholder: str = ""
     kind: Literal["boxes"] = "boxes"
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mllm_edge.bundle.answers import AnswerEntry, BoxesAnswer, MasksAnswer, PicturesAnswer, RetrievedAnswer
-from mllm_edge.bundle.manifest import MANIFEST, Manifest, Prompt, StageEntry, TensorSpec
+from mllm_edge.bundle.manifest import MANIFEST, Manifest, StageEntry, TensorSpec
 from mllm_edge.bundle.sources import Boxes, Labels, Pixels, States, Task, Text
 from mllm_edge.errors import BadInput, look_up
 from mllm_edge.targets import BUNDLES
@@ -26,7 +26,7 @@ MOST_TOKENS = 1 << 22  # of a context, a text, a vocabulary
 MOST_STEPS = 1000
 LONGEST_PATTERN = 200
 LONGEST_PATH = 255
-QUESTIONS = ("describe", "segment", "region")
+QUESTIONS = ("describe", "segment", "locate", "region")
 AGAIN = "export the bundle again"
 
 
@@ -165,6 +165,8 @@ def _wiring(manifest: Manifest, where: str) -> dict[str, tuple[TensorSpec | None
             )
         if isinstance(source, Task) and not source.values:
             raise BadInput(f"{where}: {source.name} has no values; {AGAIN}")
+        if isinstance(source, Task) and not set(source.cues) <= set(source.values):
+            raise BadInput(f"{where}: {source.name} has cues for tasks that it has not; {AGAIN}")
     for stage in manifest.stages:
         if stage.engine not in ENGINES:
             raise BadInput(f"{stage.file} asks for engine {stage.engine!r}; known: {', '.join(ENGINES)}")
@@ -186,6 +188,8 @@ def _wiring(manifest: Manifest, where: str) -> dict[str, tuple[TensorSpec | None
                 raise BadInput(
                     f"{where}: {source.field} has {len(source.names)} names and {len(source.thresholds)} thresholds"
                 )
+            if source.around and f"{{{source.field}}}" not in source.around:
+                raise BadInput(f"{where}: what goes around {{{source.field}}} is {source.around!r}; {AGAIN}")
     return made
 
 
@@ -252,7 +256,7 @@ def _prompt(manifest: Manifest, made: dict[str, tuple[TensorSpec | None, str]], 
         raise BadInput(f"{where}: the prompt's placeholders are not all different; {AGAIN}")
     if len(prompt.slots_of("pixels")) > 1:
         raise BadInput(f"{where}: pictures have several placeholders; give one all the tensors; {AGAIN}")
-    _questions(prompt, manifest.tool_version, where)
+    _questions(manifest, where)
     for slot in prompt.slots:
         if slot.of not in ("pixels", "boxes", "constant") or not slot.tensors:
             raise BadInput(
@@ -268,12 +272,15 @@ def _prompt(manifest: Manifest, made: dict[str, tuple[TensorSpec | None, str]], 
                 )
 
 
-def _questions(prompt: Prompt, version: str, where: str) -> None:
-    boxes = sum(prompt.questions.get("region", "").count(slot.placeholder) for slot in prompt.slots_of("boxes"))
+def _questions(manifest: Manifest, where: str) -> None:
+    prompt, version = manifest.prompt, manifest.tool_version
+    spelled = [entry.placeholder for entry in manifest.answers if isinstance(entry, BoxesAnswer) and entry.placeholder]
+    places = [*(slot.placeholder for slot in prompt.slots_of("boxes")), *spelled]
+    boxes = sum(prompt.questions.get("region", "").count(placeholder) for placeholder in places)
     for name, text in prompt.questions.items():
         if name not in QUESTIONS:
             raise BadInput(f"{where}: there is a question {name!r}; install mllm-edge >= {version}")
-        if ("{what}" in text) != (name == "segment") or (name == "region" and boxes != 1):
+        if ("{what}" in text) != (name in ("segment", "locate")) or (name == "region" and boxes != 1):
             raise BadInput(f"{where}: the question {name} is {text!r}, with a wrong place for what is asked; {AGAIN}")
 
 

@@ -97,7 +97,8 @@ class Prompt:
     """A chat template as data. `first` and `next` open a user turn with {system}, {text} and the fields of `Labels`;
     `answer` closes the assistant's turn with {text}. Text between placeholders is tokenized piece by piece.
 
-    `questions` are those that a user need not word: "describe", "segment" (of {what}) and "region" (of one box).
+    `questions` are those that a user need not word: "describe", "segment" and "locate" (of {what}) and "region" (of one
+    box).
     """
 
     name: str

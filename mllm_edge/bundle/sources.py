@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -60,10 +60,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Task:
-    """The chosen task as int64 [1]: one of `values`, the first by default."""
+    """The chosen task as int64 [1]: one of `values`. By default the first of `cues` (by task) that has words which
+    occur in the question, upper or lower case, else the first of `values`."""
 
     name: str
     values: dict[str, int]
+    cues: dict[str, list[str]] = field(default_factory=dict)
     kind: Literal["task"] = "task"
 
 
@@ -79,13 +81,15 @@ class Constant:
 @dataclass(frozen=True)
 class Labels:
     """Words for `{field}` of the template: those of `names` whose value in `tensor` ([1,n]) is above its threshold,
-    with `joint` between."""
+    with `joint` between. Where nothing gives the tensor, `around`, the part of the template that has the field, is left
+    out."""
 
     field: str
     tensor: str
     names: list[str]
     thresholds: list[float]
     joint: str = ", "
+    around: str = ""
     kind: Literal["labels"] = "labels"
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mllm_edge.commands.frame import Boxes, BundleFolder, Decoding, Drawing, Loading, Pictures, TaskName, verb
+from mllm_edge.commands.frame import Boxes, BundleFolder, Decoding, Drawing, Loading, Pictures, Tags, TaskName, verb
 from mllm_edge.commands.screen import Screen
 from mllm_edge.commands.streams import read_all
 from mllm_edge.errors import BadInput
@@ -19,11 +19,12 @@ from mllm_edge.places import can_be_made
 if TYPE_CHECKING:
     import PIL.Image
 
-    from mllm_edge.runtime import Answer
+    from mllm_edge.runtime import Answer, Model
 
 HELP = """/image FILE              show another picture
 /describe                the bundle's own question for a description
 /segment WHAT            a mask, as in: /segment the red circle
+/locate WHAT             a box, as in: /locate the red circle
 /region x1,y1,x2,y2      what is in this region, in pixels
 /box x1,y1,x2,y2         a region for the placeholder in the next question
 /quit, Ctrl-D            end"""
@@ -34,6 +35,7 @@ HELP = """/image FILE              show another picture
     'run my.bundle "What differs?" --image a.png --image b.png --stream',
     "run my.bundle --describe --image scene.png --out answer",
     'run my.bundle --segment "the red circle" --image scene.png --out answer',
+    'run my.bundle --locate "the red circle" --image scene.png --out answer',
     "run my.bundle --region 124,181,247,304 --image scene.png",
     'run my.bundle "USER: <image> Caption: ASSISTANT:" --image scene.png --raw --json',
 )
@@ -52,10 +54,14 @@ def run(
     segment: Annotated[
         str | None, typer.Option(metavar="WHAT", help="Instead of PROMPT: a mask of this, as 'the red circle'.")
     ] = None,
+    locate: Annotated[
+        str | None, typer.Option(metavar="WHAT", help="Instead of PROMPT: a box of this, as 'the red circle'.")
+    ] = None,
     region: Annotated[
         str | None, typer.Option(metavar="x1,y1,x2,y2", help="Instead of PROMPT: what is in this region, in pixels.")
     ] = None,
     task: TaskName = "",
+    tags: Tags = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="DIR", help="Where pictures of the answer go.")
     ] = None,
@@ -67,9 +73,10 @@ def run(
 ) -> None:
     """Ask a bundle once. The answer goes to stdout, its times to stderr."""
     own = [("describe", "")] * describe
-    own += [(name, what) for name, what in (("segment", segment), ("region", region)) if what is not None]
+    others = (("segment", segment), ("locate", locate), ("region", region))
+    own += [(name, what) for name, what in others if what is not None]
     if len(own) + (prompt is not None) > 1:
-        raise BadInput("there are several questions; give one of PROMPT, --describe, --segment and --region")
+        raise BadInput("there are several questions; give one of PROMPT, --describe, --segment, --locate and --region")
     if region is not None and box:
         raise BadInput("--region asks about its own box; leave out --box")
     question = prompt if prompt is not None or own else _piped()
@@ -81,10 +88,11 @@ def run(
             raise BadInput(f"{bundle} ({', '.join(model.manifest.tasks)}) answers with text alone; leave out --out")
         if loading.memory_budget:
             screen.aside(str(model.memory))
-        asked: dict[str, Any] = {"task": task, "raw": raw, "teacher_forced": teacher_forced, "drawing": drawing.open()}
         if own:
             name, what = own[0]
-            question = model.question(name, what if name == "segment" else "")
+            question = model.question(name, "" if name == "region" else what)
+        asked: dict[str, Any] = {"task": _task(screen, model, question or "", task), "tags": _tags(tags)}
+        asked |= {"raw": raw, "teacher_forced": teacher_forced, "drawing": drawing.open()}
         pieces = model.stream(question or "", pictures, boxes, **asked, **vars(decoding))
         stream = stream and not screen.as_json and teacher_forced is None
         answer = _shown(screen, pieces, stream)
@@ -103,6 +111,7 @@ def chat(
     bundle: BundleFolder,
     image: Pictures = None,
     task: TaskName = "",
+    tags: Tags = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="DIR", help="Where pictures of the answers go.")
     ] = None,
@@ -132,14 +141,15 @@ def chat(
                 if command == "/box":
                     boxes += _checked(_boxes([argument.strip()]), size)
                     continue
-                if command in ("/describe", "/segment"):
+                if command in ("/describe", "/segment", "/locate"):
                     text = model.question(command[1:], argument)
                 elif command == "/region":
                     boxes, text = _checked(_boxes([argument.strip()]), size), model.question("region")
                 elif command.startswith("/"):
                     raise BadInput(f"there is no {command}; /help lists what there is")
                 if text:
-                    items = dialogue.stream(text, pictures, boxes, task, drawing.open())
+                    chosen = _task(screen, model, text, task)
+                    items = dialogue.stream(text, pictures, boxes, chosen, drawing.open(), _tags(tags))
                     answer = _shown(screen, items, not screen.as_json)
                     turns.append({"prompt": text, **answer.to_json()})
                     pictures, boxes = [], []
@@ -147,6 +157,19 @@ def chat(
                     screen.times(answer)
     if screen.as_json:
         screen.result(screen.finished)
+
+
+def _task(screen: Screen, model: Model, question: str, task: str) -> str:
+    """The question's task; one that is guessed is said."""
+    chosen = model.task_of(question, task)
+    if chosen and not task:
+        screen.aside(f"task {chosen}, as the question sounds; --task chooses another")
+    return chosen
+
+
+def _tags(text: str | None) -> list[str] | None:
+    """Tags as they are typed."""
+    return None if text is None else [tag.strip() for tag in text.split(",")] if text.strip() else []
 
 
 def _typed_path(text: str) -> Path:

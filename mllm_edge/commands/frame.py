@@ -33,7 +33,13 @@ Boxes = Annotated[
     ),
 ]
 TaskName = Annotated[
-    str, typer.Option("--task", metavar="NAME", help="One of the bundle's tasks; by default its first.")
+    str, typer.Option("--task", metavar="NAME", help="One of the bundle's tasks; by default as the question sounds.")
+]
+Tags = Annotated[
+    str | None,
+    typer.Option(
+        "--tags", metavar="A,B,...", help="What is in the picture, instead of what the bundle's tagger finds."
+    ),
 ]
 NoVerifyHash = Annotated[bool, typer.Option("--no-verify-hash", help="Do not compare the files' hashes.")]
 
@@ -65,6 +71,10 @@ class Loading:
     ] = None
     kv_type: Annotated[str, typer.Option(metavar="|".join(KV_TYPES), help="Element type of the KV cache.")] = "f16"
     no_verify_hash: NoVerifyHash = False
+    no_tagger: Annotated[
+        bool,
+        typer.Option("--no-tagger", help="Do not load the bundle's tagger; the prompt has the tags of --tags or none."),
+    ] = False
     memory_budget: Annotated[
         str | None,
         typer.Option(
@@ -78,10 +88,11 @@ class Loading:
         from mllm_edge.runtime import load
         from mllm_edge.runtime.memory import parse_size
 
-        options = {name: value for name, value in vars(self).items() if name not in ("no_verify_hash", "memory_budget")}
+        apart = ("no_verify_hash", "no_tagger", "memory_budget")
+        options = {name: value for name, value in vars(self).items() if name not in apart}
         if self.memory_budget is not None:
             options["memory_budget"] = parse_size(self.memory_budget)
-        return load(bundle, **options, verify_hash=not self.no_verify_hash)
+        return load(bundle, **options, verify_hash=not self.no_verify_hash, tagger=not self.no_tagger)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,8 @@ class Answer:
     `parts` are what it holds beside text. `timings` are milliseconds: `load` is the bundle's loading, `total` runs from
     the call to the last token or part and so does not contain it. Stages may run while tokens are written, so times may
     sum to more than `total`. A stage that did not run, because its result was known, took 0. `memory` is in MB (10^6).
-    `picture` is the one that was looked at.
+    `picture` is the one that was looked at, `task` the one that was done, where the bundle has several, and `tags` are
+    the words for the picture that the prompt held, if it holds such.
     """
 
     text: str
@@ -112,6 +113,8 @@ class Answer:
     memory: dict[str, float | None]
     parts: Sequence[Part] = field(default_factory=list)
     picture: Image.Image | None = None
+    task: str = ""
+    tags: list[str] | None = None
 
     @property
     def masks(self) -> list[Mask]:
@@ -138,6 +141,8 @@ class Answer:
         """The document that `mllm-edge run --json` prints."""
         return {
             "text": self.text,
+            **({"task": self.task} if self.task else {}),
+            **({} if self.tags is None else {"tags": self.tags}),
             "tokens": vars(self.tokens),
             "masks": [mask.to_json() for mask in self.masks],
             "boxes": self.boxes,

@@ -1,4 +1,4 @@
-"""Boxes from the user: checked against the picture, and normalized for the region encoder."""
+"""Boxes from the user: checked against the picture, and normalized for the region encoder or as text."""
 
 from __future__ import annotations
 
@@ -38,6 +38,11 @@ def check_boxes(boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> list
             warnings.warn(f"{named} reaches beyond the picture and is cut to {cut}", RuntimeWarning, stacklevel=2)
         checked.append(inside)
     return checked
+
+
+def spelled(box: Sequence[float], size: tuple[float, float], unit: float = 1.0, decimals: int = 3) -> str:
+    """A box as text, "[x1,y1,x2,y2]" in units of `1 / unit` of the sides `size`: "[0.440,0.060,0.650,0.367]"."""
+    return f"[{','.join(f'{value / side * unit:.{decimals}f}' for value, side in zip(box, (*size, *size)))}]"
 
 
 def normalized(boxes: Sequence[Box], size: tuple[int, int]) -> Floats:

@@ -23,7 +23,7 @@ from mllm_edge.runtime.engines.table import LANGUAGE_MODEL_ENGINES, STAGE_ENGINE
 from mllm_edge.runtime.memory import plan_memory, stage_bytes
 from mllm_edge.runtime.model import Model
 from mllm_edge.runtime.sources import Held
-from mllm_edge.runtime.wiring import needed_for
+from mllm_edge.runtime.wiring import needed_for, taggers
 from mllm_edge.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def load(
     verify_hash: bool = True,
     memory_budget: int | None = None,
     gpu_layers: int | None = None,
+    tagger: bool = True,
 ) -> Model:
     """Load a bundle. The manifest, its files' hashes and all dims are checked before any engine starts.
 
@@ -58,6 +59,7 @@ def load(
             loaded for their use and unloaded after it, and in the end the language model, too, while masks or pictures
             are made.
         gpu_layers: how many layers of the language model go to the GPU; by default as many as fit its free memory.
+        tagger: whether to have the stages that find tags for the prompt; without them tags are given or left out.
 
     Returns:
         A `Model`; use it as a context manager or call `close`.
@@ -70,6 +72,8 @@ def load(
     start = time.perf_counter()
     folder = Path(folder)
     manifest = read_manifest(folder, verify_hash, engines=target in (None, "trt"))
+    if not tagger:
+        manifest = _without_tagger(manifest)
     options = _options(manifest, target, threads, kv_type, context, memory_budget, gpu_layers)
     place = plan_memory(manifest, options, memory_budget)
     pictures = [name for slot in manifest.prompt.slots if slot.of == "pixels" for name in slot.tensors]
@@ -101,6 +105,13 @@ def load(
         model = Model(manifest, stages, language_model, held, load_ms, opened, place, options.target)
         model.opened = opened.pop_all()
         return model
+
+
+def _without_tagger(manifest: Manifest) -> Manifest:
+    left_out = taggers(manifest.prompt, manifest.answers, manifest.stages, manifest.sources)
+    if not left_out:
+        raise BadInput("this bundle has no tagger; load it without --no-tagger")
+    return dataclasses.replace(manifest, stages=[stage for stage in manifest.stages if stage.name not in left_out])
 
 
 def _device(manifest: Manifest, folder: Path, opened: contextlib.ExitStack) -> Device:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from mllm_edge.bundle.manifest import Manifest, Slot
 from mllm_edge.errors import BadInput
 from mllm_edge.runtime.answer import Answer
+from mllm_edge.runtime.asked import Asked, BoxList, Images, task_of
 from mllm_edge.runtime.decoding.loop import Decoding, script_embeds
 from mllm_edge.runtime.engines.interface import Floats, LanguageModel
 from mllm_edge.runtime.engines.lazy import LazyStage
 from mllm_edge.runtime.images import ImageSource
 from mllm_edge.runtime.memory import MemoryPlan
-from mllm_edge.runtime.pipeline import Asked, BoxList, Dialogue, Images, Pipeline
+from mllm_edge.runtime.pipeline import Dialogue, Pipeline
 from mllm_edge.runtime.sources import Held
 from mllm_edge.runtime.turn import Drawing
 
@@ -88,6 +89,7 @@ class Model:
         boxes: BoxList = None,
         *,
         task: str = "",
+        tags: Sequence[str] | None = None,
         raw: bool = False,
         drawing: Drawing | None = None,
         teacher_forced: str | Sequence[int] | None = None,
@@ -100,7 +102,9 @@ class Model:
                 the front. Each placeholder of a box takes one box.
             image: a path, the bytes of a file, a PIL image, a uint8 array [H,W,3], or a list of these.
             boxes: x1,y1,x2,y2 each, in pixels of the last picture.
-            task: one of the bundle's tasks; by default its first.
+            task: one of the bundle's tasks; by default the one that the question's words suggest (`task_of`).
+            tags: words for what is in the picture, where the prompt holds such; by default the bundle's tagger finds
+                them.
             raw: `prompt` is the whole text, placeholders and control strings included; no template, no system text.
             drawing: how to make pictures, where the bundle does.
             teacher_forced: an answer, as text or ids, whose masks or pictures are wanted; nothing is generated.
@@ -110,7 +114,14 @@ class Model:
             BadInput: an unusable picture, box or option, placeholders that do not go with pictures or boxes, or a
                 prompt that is longer than the context.
         """
-        more: Any = {"task": task, "raw": raw, "drawing": drawing, "teacher_forced": teacher_forced, **options}
+        more: Any = {
+            "task": task,
+            "tags": tags,
+            "raw": raw,
+            "drawing": drawing,
+            "teacher_forced": teacher_forced,
+            **options,
+        }
         return _last(self.stream(prompt, image, boxes, **more))
 
     def stream(
@@ -120,13 +131,14 @@ class Model:
         boxes: BoxList = None,
         *,
         task: str = "",
+        tags: Sequence[str] | None = None,
         raw: bool = False,
         drawing: Drawing | None = None,
         teacher_forced: str | Sequence[int] | None = None,
         **options: Unpack[DecodingOptions],
     ) -> Iterator[str | Answer]:
         """Like `generate`, in pieces: strings of whole characters, then the `Answer` as the last item."""
-        asked = Asked(prompt, image, boxes, task, raw, drawing or Drawing(), teacher_forced)
+        asked = Asked(prompt, image, boxes, task, tags, raw, drawing or Drawing(), teacher_forced)
         for item in self._pipeline.turn(Dialogue([], None), asked, self._pipeline.decoding(raw, **options)):
             yield item if isinstance(item, str) else item.answer
 
@@ -134,8 +146,14 @@ class Model:
         """A dialogue of several turns, each decoded with `options`. Pictures are read once."""
         return Chat(self._pipeline, self._pipeline.decoding(False, **options))
 
+    def task_of(self, prompt: str, task: str = "") -> str:
+        """The task of a question: `task`, else the one that its words suggest, else the bundle's first; "" where the
+        bundle has none to choose. Raises BadInput for a task that it has not."""
+        return task_of(self.manifest, prompt, task)
+
     def question(self, name: str, what: str = "") -> str:
-        """One of the bundle's own questions, for `generate`: "describe", "segment" (`what`) or "region" (of one box).
+        """One of the bundle's own questions, for `generate`: "describe", "segment" or "locate" (`what`), or "region"
+        (of one box).
 
         Raises:
             BadInput: the bundle has no such question, or `what` is missing or of no use.
@@ -187,16 +205,28 @@ class Chat:
         self._dialogue = Dialogue([], None)
 
     def ask(
-        self, text: str, image: Images = None, boxes: BoxList = None, task: str = "", drawing: Drawing | None = None
+        self,
+        text: str,
+        image: Images = None,
+        boxes: BoxList = None,
+        task: str = "",
+        drawing: Drawing | None = None,
+        tags: Sequence[str] | None = None,
     ) -> Answer:
         """Ask, perhaps about new pictures; earlier turns and their pictures are remembered. See `Model.generate`."""
-        return _last(self.stream(text, image, boxes, task, drawing))
+        return _last(self.stream(text, image, boxes, task, drawing, tags))
 
     def stream(
-        self, text: str, image: Images = None, boxes: BoxList = None, task: str = "", drawing: Drawing | None = None
+        self,
+        text: str,
+        image: Images = None,
+        boxes: BoxList = None,
+        task: str = "",
+        drawing: Drawing | None = None,
+        tags: Sequence[str] | None = None,
     ) -> Iterator[str | Answer]:
         """Like `ask`, in pieces: strings, then the `Answer`."""
-        asked = Asked(text, image, boxes, task, drawing=drawing or Drawing())
+        asked = Asked(text, image, boxes, task, tags, drawing=drawing or Drawing())
         for item in self._pipeline.turn(self._dialogue, asked, self._decoding):
             if isinstance(item, str):
                 yield item

@@ -6,19 +6,20 @@ import itertools
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import numpy as np
 
 from mllm_edge.bundle.answers import AnswerEntry, BoxesAnswer
-from mllm_edge.bundle.manifest import Manifest, Slot
-from mllm_edge.bundle.sources import Labels, States, Task
+from mllm_edge.bundle.manifest import Manifest, Prompt, Slot
+from mllm_edge.bundle.sources import Labels, States
 from mllm_edge.errors import BadInput
 from mllm_edge.machine.facts import peak_rss
 from mllm_edge.runtime import prompt as prompt_parts
 from mllm_edge.runtime.answer import Answer, Part, Tokens
 from mllm_edge.runtime.answers.kinds import KINDS
+from mllm_edge.runtime.asked import Asked, Counts, Images, completed
 from mllm_edge.runtime.boxes import check_boxes
 from mllm_edge.runtime.decoding.loop import Completion, Decoding, Loop, Script, Watch, script_keys, settings_for
 from mllm_edge.runtime.decoding.rules import Rule, at_least, group_members, never, one_box
@@ -29,35 +30,8 @@ from mllm_edge.runtime.images import ImageSource, load_image, pixel_hash
 from mllm_edge.runtime.prompt import WORDS, Span, answer_parts, ids_of, render, render_raw, tokenized
 from mllm_edge.runtime.sources import Held
 from mllm_edge.runtime.tensors import Tensors
-from mllm_edge.runtime.turn import Drawing, InputPicture, Rows, Turn
+from mllm_edge.runtime.turn import InputPicture, Rows, Turn
 from mllm_edge.runtime.wiring import answer_tensors
-
-Images = ImageSource | Sequence[ImageSource] | None
-BoxList = Sequence[Sequence[float]] | None
-Counts = Mapping[str, int]
-
-
-@dataclass
-class Asked:
-    """What a user asks: words, and what they are about.
-
-    Attributes:
-        text: the question.
-        images: pictures for this turn.
-        boxes: x1,y1,x2,y2 each, in pixels of the dialogue's last picture.
-        task: one of the bundle's tasks; "" is its first.
-        raw: `text` is the whole prompt, placeholders and control strings included; no template, no system text.
-        drawing: how to make pictures.
-        answer: an answer that is given (teacher forcing): nothing is generated.
-    """
-
-    text: str
-    images: Images = None
-    boxes: BoxList = None
-    task: str = ""
-    raw: bool = False
-    drawing: Drawing = field(default_factory=Drawing)
-    answer: str | Sequence[int] | None = None
 
 
 class Dialogue(NamedTuple):
@@ -111,12 +85,14 @@ class Pipeline:
     def prompt(self, asked: Asked) -> Script:
         """What the language model reads for a question that opens a dialogue."""
         pictures = _pictures(asked.images)
+        asked = completed(asked, self.manifest, pictures[-1] if pictures else None)
         turn = self._new_turn(asked, pictures[-1] if pictures else None, {})
         return self._script(self.parts(asked), turn, pictures)
 
     def parts(self, asked: Asked) -> list[list[int] | Slot]:
         """The runs of ids and the slots of a question that opens a dialogue."""
         pictures = _pictures(asked.images)
+        asked = completed(asked, self.manifest, pictures[-1] if pictures else None)
         turn = self._new_turn(asked, pictures[-1] if pictures else None, {})
         return self._parts(asked, turn, _counts(asked, pictures), opening=True)
 
@@ -142,7 +118,9 @@ class Pipeline:
         timings = {"load": self._load_ms, "preprocess": 1000 * (time.perf_counter() - start)}
         timings |= dict.fromkeys(self._stages, 0.0)
         loaded = self._lazy_ms()
-        turn = self._new_turn(asked, pictures[-1] if pictures else dialogue.picture, timings)
+        picture = pictures[-1] if pictures else dialogue.picture
+        asked = completed(asked, self.manifest, picture)
+        turn = self._new_turn(asked, picture, timings)
         parts = self._parts(asked, turn, _counts(asked, pictures), opening=not dialogue.script)
         # 2. Whether it fits, before any picture is encoded or any position decoded.
         image_positions = _picture_rows(dialogue.script) + sum(self._size(p) for p in parts if _is_picture(p))
@@ -168,11 +146,9 @@ class Pipeline:
             memory = {"peak_rss": peak_rss(), "peak_device": None}
             image = turn.picture.image if turn.picture else None
             following = Dialogue([*script, self._closed(item)], turn.picture)
-            yield Done(Answer(item.text, tokens, timings, memory, found, image), following)
+            yield Done(Answer(item.text, tokens, timings, memory, found, image, turn.task, turn.tags), following)
 
     def _new_turn(self, asked: Asked, picture: InputPicture | None, timings: dict[str, float]) -> Turn:
-        if asked.task and asked.task not in (known := self._tasks()):
-            raise BadInput(f"there is no task {asked.task!r}; this bundle has {', '.join(known) or 'none to choose'}")
         given = None if asked.boxes is None else [tuple(box) for box in asked.boxes]
         if given and picture is None and self.manifest.prompt.slots_of("boxes"):
             raise BadInput("boxes were given but no picture; give the picture that they are of")
@@ -182,18 +158,15 @@ class Pipeline:
             tokenizer=self.tokenizer,
             boxes=check_boxes(given, picture.image.size) if given and picture else [],
             task=asked.task,
+            tags=None if asked.tags is None else list(asked.tags),
             drawing=asked.drawing,
             timings=timings,
             marks={source.name: source.tokens for source in self._states},
             added=self._entry.added,
         )
 
-    def _tasks(self) -> list[str]:
-        return [name for source in self.manifest.sources if isinstance(source, Task) for name in source.values]
-
     def _task_rules(self, task: str) -> list[Rule]:
-        """What an answer may be in a task, by default the first."""
-        task = task or next(iter(self._tasks()), "")
+        """What an answer may be in a task."""
         found = [entry for entry in self.manifest.answers if isinstance(entry, BoxesAnswer) and task in entry.tasks]
         if not found:
             return []
@@ -211,7 +184,8 @@ class Pipeline:
         if asked.raw:
             spans = render_raw(template, asked.text, counts, lead)
         else:
-            spans = render(template, asked.text, counts, first=opening, lead=lead, fields=self._labels(turn))
+            template, fields = self._labeled(turn)
+            spans = render(template, asked.text, counts, first=opening, lead=lead, fields=fields)
         parts = tokenized(spans, self.tokenizer, self._entry.added)
         first, bos = cast("list[int]", parts[0]), self.tokenizer.bos
         if opening and bos is not None and first[:1] != [bos]:
@@ -220,15 +194,22 @@ class Pipeline:
             raise BadInput("the prompt is empty; ask something")
         return parts
 
-    def _labels(self, turn: Turn) -> dict[str, str]:
-        """Words that a tensor becomes, by the template's field."""
-        found = {}
+    def _labeled(self, turn: Turn) -> tuple[Prompt, dict[str, str]]:
+        """The template, without what goes around words that nothing gives, and its words by their fields: what the user
+        says, else what a tensor becomes."""
+        template, found = self.manifest.prompt, {}
         for source in self.manifest.sources:
-            if isinstance(source, Labels):
+            if not isinstance(source, Labels):
+                continue
+            if turn.tags is None and self._tensors.can_make(source.tensor):
                 values = np.asarray(self._tensors.need(turn, source.tensor)).reshape(-1)
-                chosen = [n for n, value, least in zip(source.names, values, source.thresholds) if value > least]
-                found[source.field] = source.joint.join(chosen)
-        return found
+                turn.tags = [n for n, value, least in zip(source.names, values, source.thresholds) if value > least]
+            if turn.tags is None:
+                first, following = (text.replace(source.around, "") for text in (template.first, template.next))
+                template = replace(template, first=first, next=following)
+            else:
+                found[source.field] = source.joint.join(turn.tags)
+        return template, found
 
     def _size(self, part: list[int] | Slot) -> int:
         """Positions that a part of a prompt takes."""

@@ -71,6 +71,10 @@ class Tensors:
         for name in ready_ahead(names, self._entries, self._depends):
             self._thread.submit(self.need, turn, name)
 
+    def can_make(self, name: str) -> bool:
+        """Whether a source or a stage gives a tensor."""
+        return name in self._depends
+
     def depends_on(self, name: str) -> frozenset[str]:
         """The kinds of sources that a tensor depends on."""
         return self._depends.get(name, frozenset())

@@ -61,7 +61,8 @@ class Turn:
         question: the user's words.
         picture: the one that is looked at, the dialogue's last.
         boxes: in pixels of that picture.
-        task: one of the bundle's, "" for the first.
+        task: one of the bundle's, "" where it has none.
+        tags: the prompt's words that name what is in the picture, None before they are known.
         drawing: how to make pictures.
         timings: milliseconds by part; they are added up here.
         text: the answer's, as it is shown.
@@ -78,6 +79,7 @@ class Turn:
     tokenizer: Tokenizer
     boxes: list[Box] = field(default_factory=list)
     task: str = ""
+    tags: list[str] | None = None
     drawing: Drawing = field(default_factory=Drawing)
     timings: dict[str, float] = field(default_factory=dict)
     text: str = ""

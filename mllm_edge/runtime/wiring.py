@@ -57,6 +57,16 @@ def prompt_tensors(prompt: Prompt, sources: Sequence[Source]) -> list[str]:
     return [*(name for slot in prompt.slots for name in slot.tensors), *words]
 
 
+def taggers(
+    prompt: Prompt, answers: Iterable[AnswerEntry], stages: Sequence[Wired], sources: Sequence[Source]
+) -> set[str]:
+    """Names of the stages that serve only the words of `Labels`."""
+    words = [source.tensor for source in sources if isinstance(source, Labels)]
+    others = [name for slot in prompt.slots for name in slot.tensors]
+    others += [name for entry in answers for name in answer_tensors(entry, stages)]
+    return needed_for(words, stages) - needed_for(others, stages)
+
+
 def answer_tensors(entry: AnswerEntry, stages: Sequence[Wired]) -> list[str]:
     """Tensors that an answer is made of, without those that change in its loop."""
     if isinstance(entry, MasksAnswer):

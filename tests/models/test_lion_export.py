@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from calls_for_tests import Call
 from PIL import Image
 from toys import letters, noise_picture
 
 import mllm_edge
 from mllm_edge import models
 from mllm_edge.bundle.read import read_manifest
+from mllm_edge.errors import BadInput
 from mllm_edge.export.export import export
 from mllm_edge.models.blocks.eva import EvaDims
 from mllm_edge.models.blocks.qformer import QFormerDims
@@ -114,3 +116,61 @@ def test_answers_by_hand(bundle: Path, checkpoint: Path, task: str, kind: int) -
     with mllm_edge.load(bundle, threads=1) as model:
         answer = model.generate(question, picture, task=task, beams=1, repeat_penalty=1.0, max_tokens=8)
     assert answer.tokens.ids == wanted
+
+
+@pytest.mark.parametrize(
+    ("question", "task"),
+    [
+        ("In the image <image>, can you locate a ring and let me know its coordinates?", "rec"),
+        ("What is in the region [0.1,0.1,0.2,0.2]?", "reg"),
+        ("Please DESCRIBE the image.", "caption"),
+        ("how many rings?", "vqa"),
+    ],
+)
+def test_the_words_suggest_the_task(bundle: Path, question: str, task: str) -> None:
+    with mllm_edge.load(bundle, threads=1) as model:
+        assert model.task_of(question) == task and model.task_of(question, "reg") == "reg"
+        answer = model.generate(question, noise_picture(1), beams=1, max_tokens=30)
+        assert answer.task == answer.to_json()["task"] == task
+
+
+def test_tags_of_the_tagger_of_the_user_and_none(bundle: Path, checkpoint: Path) -> None:
+    question = "a ring?"
+    seen = [(picture, expected(checkpoint, question, 1, picture, 1)[1]) for picture in map(noise_picture, range(12))]
+    picture, found = next((picture, tags) for picture, tags in seen if tags)
+    with mllm_edge.load(bundle, threads=1) as model:
+        answer = model.generate(question, picture, beams=1, max_tokens=3)
+        assert answer.tags == answer.to_json()["tags"] == found and found
+        same = model.generate(question, picture, tags=found, beams=1, max_tokens=3)
+        assert same.tokens == answer.tokens
+        other = model.generate(question, picture, tags=["tiny things"], beams=1, max_tokens=3)
+        assert other.tags == ["tiny things"] and other.tokens.prompt != answer.tokens.prompt
+        assert model.generate(question, picture, tags=[], beams=1, max_tokens=3).tags == []
+        for tag in ("a]", "[b", " ", "two\nlines"):
+            with pytest.raises(BadInput, match="cannot stand in the list of tags"):
+                model.generate(question, picture, tags=[tag])
+    with mllm_edge.load(bundle, threads=1, tagger=False) as model:
+        assert "tagger" not in model.stages
+        bare = model.generate(question, picture, beams=1, max_tokens=3)
+        assert bare.tags is None and "tags" not in bare.to_json()
+        assert bare.tokens.prompt == 1 + 5 + 17 + len(question) + 1  # task, queries, regions, letters, end
+        assert model.generate(question, picture, tags=found, beams=1, max_tokens=3).tokens == answer.tokens
+
+
+def test_boxes_are_words(bundle: Path, picture: Path, call: Call) -> None:
+    said = call("run", bundle, "--region", "3,5,15,20", "--image", picture, "--beams", 1, "--max-tokens", 2, "--json")
+    words = call("run", bundle, "What is in the region [0.100,0.250,0.500,1.000] of the image?", "--image", picture,
+                 "--beams", 1, "--max-tokens", 2, "--json")  # fmt: skip
+    assert said.document["tokens"] == words.document["tokens"] and said.document["task"] == "reg"
+    assert "task reg, as the question sounds; --task chooses another" in said.err
+    for command, part in (
+        (("What is at <bbox>?",), "the question has 1 <bbox> for 0 box(es); give one box (--box) for each"),
+        (("--locate", " "), "needs what it is about"),
+        (("", "--task", "rec"), "does not say what to look for (task rec)"),
+        (("In the image <image>, can you locate  and let me know its coordinates?",), "does not say what to look for"),
+        (("red?", "--task", "find"), "there is no task 'find'; this bundle has vqa, caption, rec, reg"),
+        (("red?", "--tags", "red]"), "the tag 'red]' cannot stand in the list of tags"),
+        (("a" * 300,), "the prompt takes 420 positions (22 of them for pictures) but the encoder takes 256"),
+    ):
+        refused = call("run", bundle, *command, "--image", picture)
+        assert refused.code == 2 and part in refused.err, refused.err

@@ -14,11 +14,12 @@ from mllm_edge.models.lion.model import CONFIGS
 from mllm_edge.models.lion.plan import READER
 from mllm_edge.models.lion.prompts import TASKS, prompt
 from mllm_edge.recipes import train
-from mllm_edge.recipes.data.lion_words import Words, prompted, spelled, tags_of, turns
+from mllm_edge.recipes.data.lion_words import Words, prompted, tags_of, turns
 from mllm_edge.recipes.data.scene_pixels import squashed_masks
 from mllm_edge.recipes.recipe import load as recipe
 from mllm_edge.recipes.tasks.encoder import as_eva, dense_labels
 from mllm_edge.recipes.tasks.lion import LionTask, box_iou
+from mllm_edge.runtime.boxes import spelled
 from mllm_edge.runtime.decoding.tokenizers import JsonTokenizer
 from mllm_edge.runtime.prompt import render, tokenized
 from mllm_edge.runtime.sources import question_ids
@@ -68,7 +69,7 @@ def test_training_and_runtime_read_the_same_tokens(words: tuple[Path, Words]) ->
 
 
 def test_boxes_are_written_as_lion_writes_them() -> None:
-    assert spelled((0.44, 0.06, 0.65, 0.3666)) == "[0.440,0.060,0.650,0.367]"
+    assert spelled((44, 3, 65, 18.33), (100, 50)) == "[0.440,0.060,0.650,0.367]"
     scene = next(scene for scene in (sample_wide("train", i) for i in range(50)) if scene.aspect > 1.3)
     wide, high = scene.extent(1000)
     places = boxes(scene, 1000)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from mllm_edge.models.lion.model import SHIPPED as SHIPPED
 from mllm_edge.models.lion.model import Aggregator, LionDims, Queries, Tagger
 from mllm_edge.models.lion.model import build as build
 from mllm_edge.models.lion.model import tensor_shapes as tensor_shapes
-from mllm_edge.models.lion.prompts import BOX, CAPTION_QUESTIONS, TASKS, prompt
+from mllm_edge.models.lion.prompts import BOX, CAPTION_QUESTIONS, CUES, TAGGED, TASKS, prompt
 from mllm_edge.models.llava.model import IMAGE_MEAN, IMAGE_STD, IMAGENET_MEAN, IMAGENET_STD
 from mllm_edge.models.parts import Part, filled
 from mllm_edge.models.plan import Checkpoint, ExportPlan, LanguageModelExport, StageExport
@@ -80,11 +79,11 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
         sources.append(heard)
         examples["question"] = question_ids(heard, reader, CAPTION_QUESTIONS[0])
     if dims.language.bottleneck:
-        sources.append(Task("task", TASKS))
+        sources.append(Task("task", TASKS, CUES))
         examples["task"] = np.array([TASKS["caption"]], np.int64)
     if dims.tagger:
         tags, thresholds = tags_of(checkpoint.tokenizer)
-        sources.append(Labels("tags", "tag_chances", tags, thresholds))
+        sources.append(Labels("tags", "tag_chances", tags, thresholds, around=TAGGED))
         constants["soft_prompt"] = checkpoint.tensors["soft_prompt"].float().numpy()[None]  # [1,D]
     return ExportPlan(
         tasks=["captioning", "visual question answering", "referring comprehension", "region captioning"],
@@ -100,7 +99,7 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
             start=0,
         ),
         prompt=prompt(visual, dims.language.bottleneck > 0, dims.tagger is not None),
-        answers=[BOX if dims.language.bottleneck else replace(BOX, tasks=[])],
+        answers=[BOX] if dims.language.bottleneck else [],  # BLIP was not taught boxes
         generation=Generation(max_tokens=256, beams=5, repeat_penalty=1.5),
         licences={"weights": checkpoint.source.get("licence", "see the checkpoint's own licence")},
         constants=constants,

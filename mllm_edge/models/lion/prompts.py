@@ -9,7 +9,13 @@ from mllm_edge.models.lion.model import IMAGE, REGION
 SOFT = "<extra_id_0>"
 PICTURE = "<picture>"  # not <image>, which LION's own questions have as words
 TASK = "<task>"
-TASKS = {"caption": IMAGE, "vqa": IMAGE, "rec": REGION, "reg": REGION}  # the router's rows
+BOX_PLACE = "<bbox>"  # in a question, for a box that is spelled there
+TASKS = {"vqa": IMAGE, "caption": IMAGE, "rec": REGION, "reg": REGION}  # the router's rows
+CUES = {
+    "rec": ["coordinates", "bounding box", "locate"],
+    "reg": ["region", " at ["],
+    "caption": ["describe", "caption", "what is in the picture", "what is in the image"],
+}
 CAPTION_QUESTIONS = (
     "Please describe the image using a single short sentence.",
     "Describe the picture.",
@@ -20,7 +26,9 @@ REC_QUESTIONS = (
     "Where is {what}? Answer with its coordinates.",
 )
 REG_QUESTIONS = ("What is in the region {box} of the image?", "What do you see at {box}?")
-BOX = BoxesAnswer(r"\[([0-9.]+), ?([0-9.]+), ?([0-9.]+), ?([0-9.]+)\]", decimals=3, unit=1.0, tasks=["rec"])
+BOX = BoxesAnswer(
+    r"\[([0-9.]+), ?([0-9.]+), ?([0-9.]+), ?([0-9.]+)\]", decimals=3, unit=1.0, tasks=["rec"], placeholder=BOX_PLACE
+)
 TAGGED = f"According to {SOFT}, you are allowed to use or partially use the following tags: [{{tags}}]. "
 
 
@@ -38,6 +46,7 @@ def prompt(visual: list[str], tasks: bool, tags: bool) -> Prompt:
         slots.append(Slot(TASK, "constant", ["task_row"]))
     if tags:
         slots.append(Slot(SOFT, "constant", ["soft_prompt"]))
-    return Prompt(
-        "lion", "", first, first, "{text}", [], slots, {"describe": CAPTION_QUESTIONS[0], "segment": REC_QUESTIONS[0]}
-    )
+    questions = {"describe": CAPTION_QUESTIONS[0]}
+    if tasks:
+        questions |= {"locate": REC_QUESTIONS[0], "region": REG_QUESTIONS[0].format(box=BOX_PLACE)}
+    return Prompt("lion", "", first, first, "{text}", [], slots, questions)

@@ -14,6 +14,7 @@ from mllm_edge.errors import BadInput
 from mllm_edge.models.lion.layouts import QUESTION
 from mllm_edge.models.lion.prompts import CAPTION_QUESTIONS, REC_QUESTIONS, REG_QUESTIONS, SOFT, TAGGED
 from mllm_edge.recipes.data.grounded import region_caption
+from mllm_edge.runtime.boxes import spelled
 from mllm_edge.scenes import Scene, boxes, pick, questions, referring_expressions
 from mllm_edge.scenes.captions import full_caption
 from mllm_edge.scenes.model import COLORS, SHAPES
@@ -115,11 +116,6 @@ class LionTurn:
     answer: str
 
 
-def spelled(box: Sequence[float]) -> str:
-    """x1, y1, x2, y2 in 0..1 as LION writes them: "[0.440,0.060,0.650,0.367]"."""
-    return "[" + ",".join(f"{value:.3f}" for value in box) + "]"
-
-
 def tags_of(scene: Scene) -> list[str]:
     """Colors, shapes and sizes that a scene has, in the order of `TAGS`."""
     there = {word for item in scene.objects for word in (item.color, item.shape, item.size)}
@@ -138,15 +134,15 @@ def turns(scene: Scene, task: str, rng: np.random.Generator, number: int) -> lis
     if task == "vqa":
         drawn = draw_questions(questions(scene, rng), rng, number)
         return [LionTurn(task, *question.asked(short=rng.random() < 0.75)) for question in drawn]
-    places = boxes(scene, 1000) / np.tile(scene.extent(1000), 2)  # [n,4] in 0..1
+    places = [spelled(box, scene.extent(1000)) for box in boxes(scene, 1000)]
     if task == "rec":
         found = referring_expressions(scene, rng)[:number]
         return [
-            LionTurn(task, pick(rng, REC_QUESTIONS).format(what=expression), spelled(places[target]))
+            LionTurn(task, pick(rng, REC_QUESTIONS).format(what=expression), places[target])
             for expression, target in found
         ]
     return [
-        LionTurn(task, pick(rng, REG_QUESTIONS).format(box=spelled(place)), region_caption(item))
+        LionTurn(task, pick(rng, REG_QUESTIONS).format(box=place), region_caption(item))
         for item, place in list(zip(scene.objects, places, strict=True))[:number]
     ]
 

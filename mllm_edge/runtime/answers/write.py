@@ -1,4 +1,4 @@
-"""An answer as files: masks over the picture with the text below, its phrases in the colors of their masks; and the
+"""An answer as files: masks and boxes over the picture with the text below, its phrases in their colors; and the
 pictures that it holds. A list of them, `.mllm-edge-answer`, tells the next answer which files are ours to take away."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from mllm_edge.errors import BadInput
 from mllm_edge.places import no_link, writing
-from mllm_edge.runtime.answer import Answer, Mask
+from mllm_edge.runtime.answer import Answer, Mask, TextBox
 from mllm_edge.runtime.answers.fonts import Font, drawable, font_for
 
 # Far apart for most eyes and readable on white (Okabe & Ito 2008, the yellow left out, then darker relatives).
@@ -34,6 +34,7 @@ SMALLEST = 640  # pixels of an overlay's longest side, and of the text's width; 
 LARGEST = 4096  # pixels of an overlay's longest side; it is for people, the masks have the picture's own size
 LIST = ".mllm-edge-answer"
 _OURS = re.compile(r"overlay\.(png|txt)|(mask|image)_\d+\.png")
+Mark = Mask | TextBox
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 
 
@@ -65,8 +66,9 @@ def write(answer: Answer, folder: Path) -> list[Path]:
         files.append(folder / name)
 
     with writing(folder):
-        if answer.masks and answer.picture is not None:
-            put("overlay.png", overlay(answer.picture, answer.masks, answer.text).save)
+        marks = [part for part in answer.parts if isinstance(part, (Mask, TextBox))]
+        if marks and answer.picture is not None:
+            put("overlay.png", overlay(answer.picture, marks, answer.text).save)
             if not all(map(drawable, answer.text)):
                 warnings.warn("the overlay's fonts lack characters of the answer; overlay.txt has them", stacklevel=2)
                 put("overlay.txt", lambda path: path.write_text(answer.text + "\n", encoding="utf-8"))
@@ -90,8 +92,8 @@ def clear(folder: Path) -> None:
         listed.unlink()
 
 
-def overlay(picture: Image.Image, masks: Sequence[Mask], text: str) -> Image.Image:
-    """The picture under its tinted and outlined masks, and the text below it."""
+def overlay(picture: Image.Image, marks: Sequence[Mark], text: str) -> Image.Image:
+    """The picture under its tinted and outlined masks and its boxes, and the text below it."""
     scale = max(1, -(-SMALLEST // max(picture.size)))
     size = picture.width * scale, picture.height * scale
     if max(size) > LARGEST:
@@ -101,14 +103,21 @@ def overlay(picture: Image.Image, masks: Sequence[Mask], text: str) -> Image.Ima
     filter_ = Image.Resampling.NEAREST if scale > 1 or size == picture.size else Image.Resampling.BOX
     pixels = np.asarray(picture.convert("RGB").resize(size, filter_)).astype(np.float32)
     reach = max(1, round(max(size) / 400))
-    for number, mask in enumerate(masks):
+    for number, mask in enumerate(marks):
+        if isinstance(mask, TextBox):
+            continue
         covered = np.asarray(Image.fromarray(mask.pixels).resize(size, Image.Resampling.NEAREST))
         color = np.array(COLORS[number % len(COLORS)], np.float32)
         pixels[covered] = pixels[covered] * (1 - TINT) + color * TINT
         edge = covered & ~_shrunk(covered, reach)
         pixels[edge] = color
     tinted = Image.fromarray(pixels.astype(np.uint8))
-    return _with_text(tinted, masks, text)
+    draw = ImageDraw.Draw(tinted)
+    for number, box in enumerate(marks):
+        if isinstance(box, TextBox):
+            at = [value * side / of for value, side, of in zip(box.box, size * 2, picture.size * 2, strict=True)]
+            draw.rectangle(at, outline=COLORS[number % len(COLORS)], width=2 * reach)
+    return _with_text(tinted, marks, text)
 
 
 def _shrunk(mask: NDArray[np.bool_], reach: int) -> NDArray[np.bool_]:
@@ -124,7 +133,7 @@ def _shrunk(mask: NDArray[np.bool_], reach: int) -> NDArray[np.bool_]:
     return inner
 
 
-def _with_text(picture: Image.Image, masks: Sequence[Mask], text: str) -> Image.Image:
+def _with_text(picture: Image.Image, marks: Sequence[Mark], text: str) -> Image.Image:
     """The picture with the text below, on paper that is wide enough to read it."""
     across = max(picture.width, SMALLEST)
     size = max(16, across // 36)
@@ -132,7 +141,7 @@ def _with_text(picture: Image.Image, masks: Sequence[Mask], text: str) -> Image.
     space, pad, line = plain.getlength(" "), size // 2, int(size * 1.45)
     places: list[tuple[float, int, str, tuple[int, int, int], Font]] = []
     x, y = float(pad), pad
-    for word, color, apart in _colored(masks, text):
+    for word, color, apart in _colored(marks, text):
         x += space * apart
         font = font_for(word, size)
         for piece in _pieces(word, font, across - 2 * pad):
@@ -161,20 +170,20 @@ def _pieces(word: str, font: Font, most: float) -> list[str]:
     return [word[at : at + length] for at in range(0, len(word), length)]
 
 
-def _colored(masks: Sequence[Mask], text: str) -> list[tuple[str, tuple[int, int, int], bool]]:
-    """The words of the text with the color of the mask that each is tied to, and whether a space stands before them.
+def _colored(marks: Sequence[Mark], text: str) -> list[tuple[str, tuple[int, int, int], bool]]:
+    """The words of the text with the color of the mark that each is tied to, and whether a space stands before them.
 
     Punctuation after a phrase is a word of its own. Masks without words follow as numbers.
     """
-    ends = sorted({mask.span[1] for mask in masks})
+    ends = sorted({mark.span[1] for mark in marks})
     words: list[tuple[str, tuple[int, int, int], bool]] = []
     for found in re.finditer(r"\S+", text):
         cuts = [found.start(), *(end for end in ends if found.start() < end < found.end()), found.end()]
         for start, end in pairwise(cuts):
-            owner = next((n for n, m in enumerate(masks) if m.span[0] <= start < m.span[1]), None)
+            owner = next((n for n, m in enumerate(marks) if m.span[0] <= start < m.span[1]), None)
             color = INK if owner is None else COLORS[owner % len(COLORS)]
             words.append((text[start:end], color, start == found.start() and start > 0))
-    for number, mask in enumerate(masks):
-        if not mask.phrase:
+    for number, mark in enumerate(marks):
+        if isinstance(mark, Mask) and not mark.phrase:
             words.append((f"mask {number}", COLORS[number % len(COLORS)], True))
     return words

@@ -123,9 +123,14 @@ class Loop:
         room = context - positions if self._model.keeps else context if positions <= context else 0
         if room < 1:
             larger = f", or load with a context of up to {largest_context}" if largest_context > context else ""
+            has = (
+                f"context has {context} and the answer needs at least one"
+                if self._model.keeps
+                else f"encoder takes {context}"
+            )
             raise BadInput(
-                f"the prompt takes {positions} positions ({image_positions} of them for pictures) but the context has "
-                f"{context} and the answer needs at least one; shorten it or give fewer pictures{larger}"
+                f"the prompt takes {positions} positions ({image_positions} of them for pictures) but the {has}; "
+                f"shorten it or give fewer pictures{larger}"
             )
         if max_tokens > room:
             warnings.warn(

@@ -1,5 +1,6 @@
 """The picture of an answer."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mllm_edge.errors import BadInput
-from mllm_edge.runtime.answer import Answer, Mask, Tokens
+from mllm_edge.runtime.answer import Answer, Mask, TextBox, Tokens
 from mllm_edge.runtime.answers.write import COLORS, INK, LIST, clear, overlay, write
 
 
@@ -37,6 +38,17 @@ def test_a_mask_without_words_is_named_by_its_number() -> None:
     named = overlay(Image.new("RGB", (64, 48)), [mask("", (6, 6), 2)], "It is.")
     assert COLORS[0] in {tuple(pixel) for pixel in np.asarray(named)[480:].reshape(-1, 3).tolist()}
     assert named.size == bare.size
+
+
+def test_boxes_are_outlined_in_the_colors_of_their_words(tmp_path: Path) -> None:
+    box = TextBox((3, 7), "where?", [8.0, 12.0, 40.0, 36.0])
+    drawn = np.asarray(overlay(Image.new("RGB", (64, 48), (0, 0, 0)), [box], "At [..] it is."))  # enlarged 10 times
+    for at in ((120, 240), (360, 240), (200, 80), (200, 400)):  # y, x on each side
+        assert tuple(drawn[at]) == COLORS[0]
+    assert tuple(drawn[240, 240]) == (0, 0, 0) == tuple(drawn[60, 40])
+    assert (drawn[480:] == COLORS[0]).all(axis=-1).any() and (drawn[480:] == INK).all(axis=-1).any()
+    spoken = replace(answer([]), parts=[box])
+    assert [file.name for file in write(spoken, tmp_path / "out")] == ["overlay.png"]
 
 
 def test_files_of_an_answer(tmp_path: Path) -> None:
