@@ -20,7 +20,7 @@ from mllm_edge.errors import BadInput, look_up
 from mllm_edge.targets import BUNDLES
 
 ENGINES = sorted({target.engine for target in BUNDLES.values()})
-LANGUAGE_MODELS = {("causal", "gguf"), ("seq2seq", "onnx")}  # kind and engine
+LANGUAGE_MODELS = {("causal", "gguf"), ("causal", "onnx"), ("seq2seq", "onnx")}  # kind and engine
 MOST_PIXELS = 4096  # along a side of what an encoder reads
 MOST_TOKENS = 1 << 22  # of a context, a text, a vocabulary
 MOST_STEPS = 1000

@@ -161,7 +161,7 @@ class GgufDetails(FileEntry):
 class LanguageModelEntry:
     """The part that steps: `kind` "causal" or "seq2seq".
 
-    Its weights are a GGUF file, or ONNX `parts`, whose names and tensors `runtime/engines/ort_seq2seq.py` describes;
+    Its weights are a GGUF file, or ONNX `parts`, as `runtime/engines/ort_language_model.py` describes them;
     `start` is the token that a seq2seq answer starts with. `context` counts positions: of prompt and answer together
     ("causal"), or of each ("seq2seq"). `kv_bytes_per_token` are the bytes of one position's keys and values at 16 bits
     a number. `flops_per_token` counts the operations of the products with weights, `bytes_per_token` the weights that

@@ -64,8 +64,9 @@ class LanguageModelExport:
     """The language model.
 
     `kind` "causal" is written as a GGUF file from `tensors`, which have the names of transformers' class of that
-    `architecture`; "seq2seq" as the ONNX `parts` of `runtime/engines/ort_seq2seq.py`, whose answers start with token
-    `start`. `tokenizer` is the checkpoint's folder, `tokenizer_name` its name among the plan's tokenizers.
+    `architecture`; or, as "seq2seq" is, as the ONNX `parts` of `runtime/engines/ort_language_model.py`. Answers of
+    "seq2seq" start with token `start`. `tokenizer` is the checkpoint's folder, `tokenizer_name` its name among the
+    plan's tokenizers.
     `reference()` builds the PyTorch reference of it alone, in fp32.
     """
 

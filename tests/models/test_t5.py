@@ -4,6 +4,7 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from mllm_edge.models.language.t5 import T5, Mixture, T5Dims, buckets
+from mllm_edge.models.language.t5_parts import extended
 
 IMAGES = torch.tensor([0.0, 1.0])
 DIMS = T5Dims(vocabulary=60, width=32, ffn_width=48, layers=3, heads=4, head_width=6)
@@ -60,7 +61,8 @@ def test_tokens_one_by_one_equal_transformers_generate() -> None:
         cross = model.decoder.cross(model.encoder(embeds))
         tokens, past = [0], ()
         while len(tokens) <= len(expected):
-            states, past = model.decoder(model.shared(torch.tensor([tokens[-1:]])), cross, past)
+            states, new = model.decoder(model.shared(torch.tensor([tokens[-1:]])), cross, past)
+            past = extended(past, new)
             tokens.append(int(model.logits(states)[0, -1].argmax()))
     assert tokens[1:] == expected and len(set(expected)) > 2
 

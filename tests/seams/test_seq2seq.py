@@ -98,7 +98,8 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        ids: Tensor,
+        embeds: Tensor,
+        length: Tensor,
         cross_key_0: Tensor,
         cross_value_0: Tensor,
         cross_key_1: Tensor,
@@ -110,28 +111,28 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, ...]:
         cross = [(cross_key_0, cross_value_0), (cross_key_1, cross_value_1)]
         past = [(past_key_0, past_value_0), (past_key_1, past_value_1)]
-        x = self.decoder.embed_tokens(ids)  # [B,T,D]
-        tokens, before = ids.shape[1], past_key_0.shape[2]
-        here = torch.arange(tokens)[:, None] + before  # [T,1]
-        there = torch.arange(tokens + before)[None]  # [1,P+T]
+        x = embeds  # [B,T,D]
+        here = length[:, None] + torch.arange(embeds.shape[1])[:, None]  # [T,1]
+        held = torch.arange(past_key_0.shape[2])[None]  # [1,C]
+        there = torch.cat([held, here.T], 1)  # [1,C+T]
+        unseen = torch.cat([(held >= length).expand(len(here), -1), here < here.T], 1)  # [T,C+T]
         first = self.decoder.block[0].layer[0].SelfAttention
         buckets = first._relative_position_bucket(
             there - here, False, first.relative_attention_num_buckets, first.relative_attention_max_distance
         )
-        bias = first.relative_attention_bias(buckets).permute(2, 0, 1)[None]  # [1,H,T,P+T]
-        bias = bias.masked_fill(there > here, torch.finfo(torch.float32).min)
-        present: list[Tensor] = []
+        bias = first.relative_attention_bias(buckets).permute(2, 0, 1)[None]  # [1,H,T,C+T]
+        bias = bias.masked_fill(unseen, torch.finfo(torch.float32).min)
+        new: list[Tensor] = []
         for block, (keys, values), (k, v) in zip(self.decoder.block, past, cross, strict=True):
             own, other = block.layer[0], block.layer[1]
             y = own.layer_norm(x)
-            keys = torch.cat([keys, _heads(own.SelfAttention.k(y))], 2)  # [B,H,P+T,d]
-            values = torch.cat([values, _heads(own.SelfAttention.v(y))], 2)
+            new += [_heads(own.SelfAttention.k(y)), _heads(own.SelfAttention.v(y))]
+            keys, values = torch.cat([keys, new[-2]], 2), torch.cat([values, new[-1]], 2)  # [B,H,C+T,d]
             x = x + own.SelfAttention.o(_attended(own.SelfAttention.q(y), keys, values, bias))
             x = x + other.EncDecAttention.o(_attended(other.EncDecAttention.q(other.layer_norm(x)), k, v, 0.0))
             x = block.layer[2](x)
-            present += [keys, values]
         hidden = self.decoder.final_layer_norm(x)
-        return self.head(hidden), hidden, *present
+        return self.head(hidden[:, -1]), hidden, *new
 
 
 def _attended(query: Tensor, keys: Tensor, values: Tensor, bias: Any) -> Tensor:
@@ -188,16 +189,15 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
     ids = TensorSpec("ids", "int64", ["beams", "tokens"])
     encoder = TensorSpec("embeds", "float32", [1, "prompt", WIDTH])
     fp32 = ("fp32",)
-    decoder = [ids, *cache("cross", 1, "prompt"), *cache("past", "beams", "past")]
+    embeds, length = TensorSpec("embeds", "float32", ["beams", "tokens", WIDTH]), TensorSpec("length", "int64", [1])
+    decoder = [embeds, length, *cache("cross", 1, "prompt"), *cache("past", "beams", "capacity")]
     outputs = [
-        TensorSpec("logits", "float32", ["beams", "tokens", VOCABULARY]),
+        TensorSpec("logits", "float32", ["beams", VOCABULARY]),
         TensorSpec("hidden", "float32", ["beams", "tokens", WIDTH]),
-        *cache("present", "beams", "past + tokens"),
+        *cache("new", "beams", "tokens"),
     ]
     parts = [
-        StageExport(
-            "embed", lambda: Embed(t5()), [ids], [TensorSpec("embeds", "float32", ["beams", "tokens", WIDTH])], fp32
-        ),
+        StageExport("embed", lambda: Embed(t5()), [ids], [embeds], fp32),
         StageExport("encoder", lambda: Encoder(t5()), [encoder], cache("cross", 1, "prompt"), fp32),
         StageExport("decoder", lambda: Decoder(t5()), decoder, outputs, fp32),
     ]

@@ -125,6 +125,10 @@ def buckets(distances: Tensor, both_ways: bool, number: int, furthest: int) -> T
     return base + torch.where(distances < near, distances, far)
 
 
+KeysValues = tuple[Tensor, Tensor]  # [B,H,S,d] each
+Seen = tuple[Tensor, Tensor, Tensor | None]  # with what is added to their scores, [B or 1,H or 1,T,S]
+
+
 class Attention(nn.Module):
     """T5's attention: no biases, no scaling; the first layer of a stack holds the table of relative positions."""
 
@@ -142,21 +146,21 @@ class Attention(nn.Module):
         """[B,S,D] -> keys and values [B,H,S,d]."""
         return self._split(self.k(x)), self._split(self.v(x))
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        """x [B,T,D], keys and values [B,H,S,d], `bias` [B or 1,H or 1,T,S] of their scores -> [B,T,D]."""
-        scores = self._split(self.q(x)) @ keys.transpose(-2, -1)  # [B,H,T,S]
-        if bias is not None:
-            scores = scores + bias
-        mixed = torch.softmax(scores.float(), dim=-1).type_as(scores) @ values  # [B,H,T,d]
+    def forward(self, x: Tensor, *seen: Seen) -> Tensor:
+        """x [B,T,D] and what it looks at, one beside the other -> [B,T,D]."""
+        queries = self._split(self.q(x))  # [B,H,T,d]
+        scores = torch.cat([_scores(queries, *part) for part in seen], dim=-1)  # [B,H,T,S of all]
+        shares = torch.softmax(scores.float(), dim=-1).type_as(scores)
+        mixed, first = torch.zeros_like(queries), 0
+        for _, values, _ in seen:
+            mixed = mixed + shares[..., first : first + values.shape[2]] @ values  # [B,H,T,d]
+            first += values.shape[2]
         out: Tensor = self.o(mixed.transpose(1, 2).flatten(2))
         return out
 
-    def positions(self, queries: int, keys: int, both_ways: bool) -> Tensor:
-        """Scores of the relative positions of the last `queries` of `keys` positions: [1,H,T,S]."""
-        device = self.relative_attention_bias.weight.device
-        key = torch.arange(keys, device=device)  # [S]
-        query = key[keys - queries :]  # [T]
-        found = buckets(key[None] - query[:, None], both_ways, self.dims.buckets, self.dims.furthest)  # [T,S]
+    def positions(self, queries: Tensor, keys: Tensor, both_ways: bool) -> Tensor:
+        """What relative positions add to scores, of positions [T] and [S]: [1,H,T,S]."""
+        found = buckets(keys[None] - queries[:, None], both_ways, self.dims.buckets, self.dims.furthest)  # [T,S]
         return self.relative_attention_bias(found).permute(2, 0, 1).unsqueeze(0)
 
     def _split(self, x: Tensor) -> Tensor:
@@ -267,19 +271,17 @@ class T5Encoder(nn.Module):
     def forward(self, x: Tensor, task: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """`mask` [B,S], 1 for positions that count."""
         blocks: Any = self.block
-        bias = blocks[0].layer[0].SelfAttention.positions(x.shape[1], x.shape[1], both_ways=True)
+        order = torch.arange(x.shape[1], device=x.device)
+        bias = blocks[0].layer[0].SelfAttention.positions(order, order, both_ways=True)
         if mask is not None:
             bias = bias + _hidden(mask)[:, None, None]  # [B,H,S,S]
         for block in blocks:
             looks, feeds = block.layer
             normed = looks.layer_norm(x)
-            x = x + looks.SelfAttention(normed, *looks.SelfAttention.keys_values(normed), bias)
+            x = x + looks.SelfAttention(normed, (*looks.SelfAttention.keys_values(normed), bias))
             x = feeds(x, task)
         out: Tensor = self.final_layer_norm(x)
         return out
-
-
-KeysValues = tuple[Tensor, Tensor]  # [B,H,S,d] each
 
 
 class T5Decoder(nn.Module):
@@ -302,29 +304,36 @@ class T5Decoder(nn.Module):
         x: Tensor,
         cross: Sequence[KeysValues],
         past: Sequence[KeysValues] = (),
+        length: Tensor | None = None,
         task: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, list[KeysValues]]:
-        """The states, and for each layer the keys and values of all positions so far; `mask` [B,S] is the prompt's."""
+        """The states, and for each layer the keys and values of these tokens.
+
+        `past` [B,H,C,d] holds those of tokens before, as many as `length` [1] says (by default all); `mask` [B,S] is
+        the prompt's.
+        """
         blocks: Any = self.block
-        new = x.shape[1]
-        length = new + (past[0][0].shape[2] if past else 0)
-        bias = blocks[0].layer[0].SelfAttention.positions(new, length, both_ways=False)
-        order = torch.arange(length, device=x.device)
-        bias = bias + _hidden((order[None] <= order[length - new :, None]).to(x.dtype))  # [1,H,T,S]
+        positions = blocks[0].layer[0].SelfAttention.positions
+        before = torch.arange(past[0][0].shape[2] if past else 0, device=x.device)  # [C]
+        if length is None:
+            length = before.new_full((1,), len(before))
+        here = length + torch.arange(x.shape[1], device=x.device)  # [T]
+        own = positions(here, here, both_ways=False) + _hidden((here[None] <= here[:, None]).to(x.dtype))  # [1,H,T,T]
+        if past:
+            earlier = positions(here, before, both_ways=False) + _hidden((before < length).to(x.dtype))  # [1,H,T,C]
         seen = None if mask is None else _hidden(mask)[:, None, None]  # [B,1,1,S]
-        present: list[KeysValues] = []
+        new: list[KeysValues] = []
         for number, block in enumerate(blocks):
             looks, reads, feeds = block.layer
             normed = looks.layer_norm(x)
             keys, values = looks.SelfAttention.keys_values(normed)
-            if past:
-                keys, values = (torch.cat(pair, dim=2) for pair in zip(past[number], (keys, values), strict=True))
-            present.append((keys, values))
-            x = x + looks.SelfAttention(normed, keys, values, bias)
-            x = x + reads.EncDecAttention(reads.layer_norm(x), *cross[number], seen)
+            new.append((keys, values))
+            parts = [(*past[number], earlier)] if past else []
+            x = x + looks.SelfAttention(normed, *parts, (keys, values, own))
+            x = x + reads.EncDecAttention(reads.layer_norm(x), (*cross[number], seen))
             x = feeds(x, task)
-        return self.final_layer_norm(x), present
+        return self.final_layer_norm(x), new
 
 
 class T5(nn.Module):
@@ -342,6 +351,11 @@ class T5(nn.Module):
         """Of the decoder's states [B,T,D]: [B,T,V]."""
         out: Tensor = self.lm_head(states)
         return out
+
+
+def _scores(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    scores = queries @ keys.transpose(-2, -1)  # [B,H,T,S]
+    return scores if bias is None else scores + bias
 
 
 def _hidden(mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What of a T5 is lowered to the three graphs of `engines/ort_seq2seq.py`, and the reference they are compared with.
+"""What of a T5 is lowered to the graphs of `engines/ort_language_model.py`, and the reference they are compared with.
 
 Where there are adapters, the first row of a prompt is not text: its first two channels are 1 at the type of the task
 (`task_rows`). So the language model still reads nothing but a prompt, and one bundle has both types.
@@ -59,20 +59,19 @@ class EncoderPart(nn.Module):
 
 
 class DecoderPart(nn.Module):
-    """Tokens after those whose keys and values are given: see `part_specs` for the order of the tensors."""
+    """Tokens [B,T,D] after the `length` [1] whose keys and values the caches hold: see `part_specs` for the order."""
 
     def __init__(self, model: T5):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, embeds: Tensor, length: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         layers = self.model.dims.layers
         has_task = self.model.dims.bottleneck > 0
         cross, past = given[: 2 * layers], given[2 * layers + has_task :]
-        states, present = self.model.decoder(
-            self.model.shared(ids), _paired(cross), _paired(past), given[2 * layers] if has_task else None
-        )
-        return (self.model.logits(states), states, *(tensor for pair in present for tensor in pair))
+        task = given[2 * layers] if has_task else None
+        states, new = self.model.decoder(embeds, _paired(cross), _paired(past), length, task)
+        return (self.model.logits(states[:, -1]), states, *(tensor for pair in new for tensor in pair))
 
 
 def _paired(tensors: Sequence[Tensor]) -> list[KeysValues]:
@@ -95,6 +94,7 @@ def part_specs(dims: T5Dims) -> dict[str, tuple[list[TensorSpec], list[TensorSpe
         return [*caches("cross", 1, length), *task]
 
     ids = TensorSpec("ids", "int64", ["sequences", "tokens"])
+    length = TensorSpec("length", "int64", [1])
     embeds = TensorSpec("embeds", "float32", ["sequences", "tokens", dims.width])
     return {
         "embed": ([ids], [embeds]),
@@ -103,14 +103,21 @@ def part_specs(dims: T5Dims) -> dict[str, tuple[list[TensorSpec], list[TensorSpe
             cross("rows - 1" if dims.bottleneck else "rows"),
         ),
         "decoder": (
-            [ids, *cross("positions"), *caches("past", "sequences", "past")],
+            [embeds, length, *cross("positions"), *caches("past", "sequences", "capacity")],
             [
-                TensorSpec("logits", "float32", ["sequences", "tokens", dims.vocabulary]),
+                TensorSpec("logits", "float32", ["sequences", dims.vocabulary]),
                 TensorSpec("hidden", "float32", ["sequences", "tokens", dims.width]),
-                *caches("present", "sequences", "past + tokens"),
+                *caches("new", "sequences", "tokens"),
             ],
         ),
     }
+
+
+def extended(past: Sequence[KeysValues], new: Sequence[KeysValues]) -> list[KeysValues]:
+    """Keys and values with those of further tokens behind them."""
+    if not past:
+        return [*new]
+    return [(torch.cat([k, a], 2), torch.cat([v, b], 2)) for (k, v), (a, b) in zip(past, new, strict=True)]
 
 
 class T5Reference:
@@ -140,7 +147,8 @@ class T5Reference:
         past: list[KeysValues] = []
         while len(tokens) <= most and not (len(tokens) > 1 and is_end(tokens[-1])):
             ids = torch.tensor([tokens[-1:]])
-            states, past = self._model.decoder(self._model.shared(ids), cross, past, task)
+            states, new = self._model.decoder(self._model.shared(ids), cross, past, task=task)
+            past = extended(past, new)
             tokens.append(int(self._model.logits(states)[0, -1].argmax()))
         return tokens[1:]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,23 +40,29 @@ class OnnxStage:
 
     def __init__(self, path: Path, spec: StageEntry, options: Options):
         self.spec = spec
-        self._failures = _failures()
+        self.failures = _failures()
         check_graph_file(path, spec)
-        self._session: onnxruntime.InferenceSession | None = _open(path, options, self._failures)
+        self._session: onnxruntime.InferenceSession | None = _open(path, options, self.failures)
         _check_graph(path, "takes", self._session.get_inputs(), spec.inputs)
         _check_graph(path, "gives", self._session.get_outputs(), spec.outputs)
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
         """Run the graph. Raises MllmEdgeError when an array does not fit the spec, or after `close`."""
-        if self._session is None:
-            raise MllmEdgeError(f"stage {self.spec.name} is closed; load the bundle again")
+        session = self.session
         check_arrays(self.spec.name, self.spec.inputs, arrays)
         names = [output.name for output in self.spec.outputs]
         inputs = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         try:
-            return dict(zip(names, self._session.run(names, inputs)))
-        except self._failures as error:
+            return dict(zip(names, session.run(names, inputs)))
+        except self.failures as error:
             raise MllmEdgeError(f"stage {self.spec.name}: ONNX Runtime failed ({first_line(error)})") from error
+
+    @property
+    def session(self) -> onnxruntime.InferenceSession:
+        """ONNX Runtime's own. Raises MllmEdgeError after `close`."""
+        if self._session is None:
+            raise MllmEdgeError(f"stage {self.spec.name} is closed; load the bundle again")
+        return self._session
 
     @property
     def provider(self) -> str:
@@ -65,6 +72,39 @@ class OnnxStage:
     def close(self) -> None:
         """Free the session."""
         self._session = None
+
+
+class Binding:
+    """A stage whose inputs and outputs are bound to arrays: a run reads and fills them where they are."""
+
+    def __init__(self, stage: OnnxStage):
+        self._stage = stage
+        self._arrays: list[Array] = []  # kept alive
+        self._io: onnxruntime.IOBinding | None = None
+
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        """Take these arrays from now on. Raises MllmEdgeError when they do not fit the spec, or the stage is closed."""
+        spec, session = self._stage.spec, self._stage.session
+        check_arrays(spec.name, spec.inputs, inputs)
+        check_arrays(spec.name, spec.outputs, outputs)
+        self._arrays = [*inputs.values(), *outputs.values()]
+        if not all(array.flags.c_contiguous for array in self._arrays):
+            raise MllmEdgeError(f"stage {spec.name} can only be bound to contiguous arrays")
+        self._io = session.io_binding()
+        for given, bind in ((inputs, self._io.bind_input), (outputs, self._io.bind_output)):
+            for name, array in given.items():
+                bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+    def run(self) -> None:
+        """Compute the outputs. Raises MllmEdgeError when ONNX Runtime fails, or the stage is closed."""
+        try:
+            self._stage.session.run_with_iobinding(self._io)
+        except self._stage.failures as error:
+            raise MllmEdgeError(f"stage {self._stage.spec.name}: ONNX Runtime failed ({first_line(error)})") from error
+
+    def close(self) -> None:
+        """Let go of the arrays."""
+        self._io, self._arrays = None, []
 
 
 def _failures() -> tuple[type[Exception], ...]:

@@ -27,10 +27,10 @@ def _gguf(folder: Path, entry: LanguageModelEntry, options: Options) -> Language
     return LlamaLanguageModel(folder, entry, options)
 
 
-def _seq2seq(folder: Path, entry: LanguageModelEntry, options: Options) -> LanguageModel:
-    from mllm_edge.runtime.engines.ort_seq2seq import OrtSeq2Seq
+def _onnx_language_model(folder: Path, entry: LanguageModelEntry, options: Options) -> LanguageModel:
+    from mllm_edge.runtime.engines.ort_language_model import OrtLanguageModel
 
-    return OrtSeq2Seq(folder, entry, options)
+    return OrtLanguageModel(folder, entry, options)
 
 
 STAGE_ENGINES: dict[str, Callable[[Path, StageEntry, Options], Stage]] = {
@@ -39,5 +39,5 @@ STAGE_ENGINES: dict[str, Callable[[Path, StageEntry, Options], Stage]] = {
 }
 LANGUAGE_MODEL_ENGINES: dict[str, Callable[[Path, LanguageModelEntry, Options], LanguageModel]] = {
     "gguf": _gguf,
-    "onnx": _seq2seq,
+    "onnx": _onnx_language_model,
 }
