@@ -6,6 +6,7 @@ the largest difference over the largest value of the reference.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -40,6 +41,14 @@ QUANTS = {
     "q5_k_m": Quant(0.72, _allowed(0.98, 0.3, 0.7), "Q5_K", "MOSTLY_Q5_K_M", k=True),
     "q4_k_m": Quant(0.62, _allowed(0.95, 0.5, 0.5), "Q4_K", "MOSTLY_Q4_K_M", k=True),
 }
+ONNX_QUANTS = {  # of a language model that ONNX Runtime runs
+    "fp32": Precision(4.0, _allowed(0.9999, 1e-3, 1.0)),
+    "fp16": Precision(2.0, _allowed(0.999, 0.05, 0.9)),
+    "int8": Precision(1.1, _allowed(0.98, 0.3, 0.8)),
+    "int4": Precision(0.65, _allowed(0.95, 0.5, 0.5)),
+}
+ENGINES: dict[str, Mapping[str, Precision]] = {"gguf": QUANTS, "onnx": ONNX_QUANTS}
+USUAL = {"gguf": "q8_0", "onnx": "int8"}
 PLAIN = ("bf16", *(name for name, quant in QUANTS.items() if quant.plain))  # that llama.cpp never repacks
 PRECISIONS = {
     "fp32": Precision(4.0, {"cosine": 0.9999, "relative_max": 1e-4}),

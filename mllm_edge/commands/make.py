@@ -14,7 +14,7 @@ from mllm_edge import models
 from mllm_edge.commands.frame import BundleFolder, needs, verb
 from mllm_edge.commands.screen import Screen
 from mllm_edge.errors import OutOfTolerance, look_up
-from mllm_edge.quants import PRECISIONS, QUANTS
+from mllm_edge.quants import ENGINES, ONNX_QUANTS, PRECISIONS, QUANTS
 from mllm_edge.targets import BUNDLES
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def train(
 @verb(
     "export SYSTEM --target cpu",
     "export SYSTEM --target cpu --weights HUB_ID --quant q4_k_m -o small.bundle",
+    "export SYSTEM --target cpu --llm onnx --quant int4 -o without-llama.cpp.bundle",
     "export SYSTEM --target cuda --weights random --config 1b",
     "export SYSTEM --target trt --device sm_89,orin-nano",
 )
@@ -65,7 +66,20 @@ def export(
     precision: Annotated[
         str | None, typer.Option(metavar="|".join(PRECISIONS), help="Of the stages; by default the target's.")
     ] = None,
-    quant: Annotated[str, typer.Option(metavar="|".join(QUANTS), help="Of the language model.")] = "q8_0",
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join((*QUANTS, *ONNX_QUANTS)),
+            help="Of the language model; by default q8_0 for gguf, int8 for onnx.",
+        ),
+    ] = None,
+    llm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(ENGINES),
+            help="What runs the language model: llama.cpp, by default where it can, or ONNX Runtime.",
+        ),
+    ] = None,
     device: Annotated[
         str,
         typer.Option(
@@ -87,7 +101,8 @@ def export(
     # Words first: a typing error should not send anyone to install PyTorch.
     info = models.get(system)
     look_up("target", target, BUNDLES)
-    look_up("quantization", quant, QUANTS)
+    if quant is not None:
+        look_up("quantization", quant, {**QUANTS, **ONNX_QUANTS})
     if precision is not None:
         look_up("precision", precision, PRECISIONS)
     if config is not None:
@@ -100,7 +115,14 @@ def export(
 
     screen.kept = "finished steps are kept, the same command continues where it stopped"
     started = time.monotonic()
-    options: dict[str, Any] = {"target": target, "precision": precision, "quant": quant, "out": out, "force": force}
+    options: dict[str, Any] = {
+        "target": target,
+        "precision": precision,
+        "quant": quant,
+        "llm": llm,
+        "out": out,
+        "force": force,
+    }
     options |= {"template": template, "merge_tokens": merge_tokens, "mmproj": mmproj}
     options |= {"devices": [name for name in device.split(",") if name]}
     with screen.steps() as report:

@@ -25,28 +25,29 @@ from mllm_edge.bundle.manifest import (
     LanguageModelEntry,
     Manifest,
     StageEntry,
+    Tokenizer,
 )
 from mllm_edge.bundle.read import graph_of, write_manifest
 from mllm_edge.bundle.sources import Constant, FileEntry
 from mllm_edge.checkpoints.tensors import check_finite
-from mllm_edge.errors import BadInput, look_up
+from mllm_edge.errors import BadInput
 from mllm_edge.export.cost import stage_flops
 from mllm_edge.export.gguf.chat_template import chat_template
 from mllm_edge.export.gguf.writer import About, export_language_model
 from mllm_edge.export.onnx.footprint import activation_bytes
+from mllm_edge.export.onnx.language_model import TOKENIZER, export_part, write_tokenizer
 from mllm_edge.export.onnx.lower import export_stage
 from mllm_edge.export.onnx.merging import with_merged_tokens
+from mllm_edge.export.options import check_devices, check_language_model, check_options
 from mllm_edge.export.tensorrt.build import make_engine
-from mllm_edge.export.tensorrt.engine import ahead, settings, usual_devices
+from mllm_edge.export.tensorrt.engine import ahead, settings
 from mllm_edge.export.verify.samples import Samples, pictures
 from mllm_edge.export.verify.verify import PICTURES, require, verify
 from mllm_edge.export.workplace import Finished, Workplace, disk_full_explained
-from mllm_edge.machine.facts import gpu_capability
 from mllm_edge.models.counts import kv_bytes_per_token
-from mllm_edge.models.language.reference import DecoderDims
 from mllm_edge.models.plan import Checkpoint, ExportPlan, LanguageModelExport, StageExport
 from mllm_edge.models.resolve import resolve
-from mllm_edge.quants import PRECISIONS, QUANTS
+from mllm_edge.quants import ENGINES
 from mllm_edge.runtime.engines.tensorrt.packages import RTX
 from mllm_edge.runtime.turn import Drawing
 from mllm_edge.targets import BUNDLES
@@ -68,7 +69,8 @@ def export(
     *,
     target: str = "cpu",
     precision: str | None = None,
-    quant: str = "q8_0",
+    quant: str | None = None,
+    llm: str | None = None,
     out: str | Path | None = None,
     force: bool = False,
     devices: Sequence[str] = (),
@@ -91,7 +93,9 @@ def export(
         target: "cpu", "cuda" or "trt".
         precision: of the stages, "fp32", "fp16" or "int8"; by default fp32 for cpu and fp16 for the others. A stage
             that is not made for it takes the last of those that it is made for.
-        quant: of the language model: "f32", "f16", "q8_0", "q6_k", "q5_k_m" or "q4_k_m".
+        quant: of the language model: for llama.cpp "f32", "f16", "q8_0" (the default), "q6_k", "q5_k_m" or "q4_k_m",
+            for ONNX Runtime "fp32", "fp16", "int8" (the default) or "int4".
+        llm: what runs the language model: "gguf" (llama.cpp, the default where it can) or "onnx" (ONNX Runtime).
         out: the bundle's folder; by default `<system>-<config>.bundle` in the working directory.
         force: replace a bundle that is already there.
         devices: of target trt: compute capabilities such as "sm_89" or GPUs by name ("rtx-4060-laptop"), for which
@@ -114,13 +118,14 @@ def export(
         OutOfTolerance: the bundle differs too much from PyTorch.
         MllmEdgeError: the disk is full, or a stage cannot be lowered.
     """
-    precision = _check_options(target, precision, quant)
-    devices = _check_devices(target, devices)
+    precision = check_options(target, precision)
+    devices = check_devices(target, devices)
     capabilities = ahead(devices)
     how = settings(devices)
     module = models.get(system).load_module()
     checkpoint = resolve(system, weights, config, template)
     plan = module.plan(checkpoint)
+    llm, quant = check_language_model(plan.language_model, llm, quant, system)
     if mmproj and "mmproj" not in plan.extras:
         raise BadInput(f"{system} has no multimodal projector in llama.cpp; export without --mmproj")
     if merge_tokens is not None:
@@ -133,11 +138,12 @@ def export(
     if checkpoint.source["kind"] != "random":
         check_finite(checkpoint.tensors, module.tensor_shapes(checkpoint.dims))
     with disk_full_explained(final.parent), Workplace(final, force) as place:
+        graphs = len(plan.language_model.parts) if llm == "onnx" else 1
         clock = _Clock(
             report,
-            len(plan.stages) * (2 if capabilities else 1) + max(1, len(plan.language_model.parts)) + mmproj + check,
+            len(plan.stages) * (2 if capabilities else 1) + graphs + mmproj + check,
         )
-        job = _Job(place, checkpoint, plan, target, capabilities, how, precision, quant, clock)
+        job = _Job(place, checkpoint, plan, target, capabilities, how, precision, llm, quant, clock)
         manifest = job.manifest()
         if mmproj:
             manifest.extra_files.append(job.extra_file("mmproj", "mmproj.gguf"))
@@ -148,23 +154,6 @@ def export(
             require(rows)
             write_manifest(dataclasses.replace(manifest, parity=rows), place.folder)
         return place.publish(manifest.files())
-
-
-def _check_options(target: str, precision: str | None, quant: str) -> str:
-    usual = look_up("target", target, BUNDLES).precision
-    precision = usual if precision is None else precision
-    look_up("precision", precision, PRECISIONS)
-    look_up("quantization", quant, QUANTS)
-    return precision
-
-
-def _check_devices(target: str, devices: Sequence[str]) -> Sequence[str]:
-    """What a bundle of target trt is for; nothing for the others."""
-    if target != "trt":
-        if devices:
-            raise BadInput(f"--device goes with --target trt; leave it out for target {target}")
-        return []
-    return devices or usual_devices(gpu_capability())
 
 
 class _Clock:
@@ -196,14 +185,22 @@ class _Job:
     capabilities: list[str]
     how: BuildSettings
     precision: str
+    llm: str
     quant: str
     clock: _Clock
 
     def manifest(self) -> Manifest:
         """Lower all stages and the language model."""
         plan, lm = self.plan, self.plan.language_model
-        self.place.need(_language_model_bytes(lm.dims, self.quant), "the language model")
+        room = int(lm.dims.weights * ENGINES[self.llm][self.quant].bytes_per_weight * 1.05)
+        self.place.need(room, "the language model")
         stages = [self._with_engine(self._stage(stage)) for stage in plan.stages]
+        tokenizers, copied = plan.tokenizers, [self._copied(name, path) for name, path in plan.files.items()]
+        if self.llm == "gguf":
+            language_model = self._decoder(lm)
+        else:
+            language_model = self._onnx_language_model(lm)
+            tokenizers = [self._json(entry, copied) if entry.kind == "gguf" else entry for entry in tokenizers]
         constants = [Constant(name, self._constant(name, array)) for name, array in plan.constants.items()]
         return Manifest(
             system=self.checkpoint.system,
@@ -216,12 +213,12 @@ class _Job:
             tasks=plan.tasks,
             sources=[*plan.sources, *constants],
             stages=stages,
-            tokenizers=plan.tokenizers,
-            language_model=self._decoder(lm) if lm.kind == "causal" else self._seq2seq(lm),
+            tokenizers=tokenizers,
+            language_model=language_model,
             prompt=plan.prompt,
             generation=plan.generation,
             answers=plan.answers,
-            extra_files=[self._copied(name, path) for name, path in plan.files.items()],
+            extra_files=copied,
             build=self.how,
         )
 
@@ -234,6 +231,13 @@ class _Job:
         shutil.copyfile(path, self.place.folder / name)
         return self.place.entry(self.place.folder / name)
 
+    def _json(self, entry: Tokenizer, files: list[FileEntry]) -> Tokenizer:
+        """A tokenizer as a file of its own, which is added to `files`, where there is no GGUF to hold it."""
+        path = self.place.folder / TOKENIZER
+        made = write_tokenizer(self.plan.language_model, path, entry)
+        files.append(self.place.entry(path))
+        return made
+
     def extra_file(self, step: str, file: str) -> FileEntry:
         """A file that belongs to the bundle but to no stage."""
 
@@ -244,7 +248,7 @@ class _Job:
         with self.clock.step(step):
             return self.place.step(step, self._made_from(file=file), build).files[0]
 
-    def _stage(self, stage: StageExport, prefix: str = "") -> StageEntry:
+    def _stage(self, stage: StageExport) -> StageEntry:
         precision = self.precision if self.precision in stage.precisions else stage.precisions[-1]
         if precision != self.precision:
             log.info("%s is lowered to %s: it is not made for %s", stage.name, precision, self.precision)
@@ -253,7 +257,7 @@ class _Job:
             module = stage.module()
             weights = sum(parameter.nbytes for parameter in module.parameters())
             self.place.need(int(weights * 2.5), stage.name)  # the fp32 graph, its copy for calibration, the result
-            path = self.place.folder / f"{prefix}{stage.name}.onnx"
+            path = self.place.folder / f"{stage.name}.onnx"
             samples = Samples(self.plan, pictures(CALIBRATION_PICTURES[precision], first=PICTURES))
             feeds = samples.inputs(stage) if precision != "fp32" else []
             built = dataclasses.replace(stage, module=lambda: module)
@@ -264,8 +268,8 @@ class _Job:
         shapes = [dataclasses.asdict(spec) for spec in (*stage.inputs, *stage.outputs)]
         sources = [dataclasses.asdict(source) for source in self.plan.sources]
         key = self._made_from(precision=precision, shapes=shapes, sources=sources, trt=self.target == "trt")
-        with self.clock.step(prefix + stage.name):
-            finished = self.place.step(prefix + stage.name, key, build)
+        with self.clock.step(stage.name):
+            finished = self.place.step(stage.name, key, build)
         return StageEntry(
             **dataclasses.asdict(finished.files[0]),
             name=stage.name,
@@ -275,6 +279,28 @@ class _Job:
             outputs=stage.outputs,
             data_files=finished.files[1:],
             **finished.details,
+        )
+
+    def _part(self, part: StageExport) -> StageEntry:
+        """A graph of the language model."""
+        name = f"language_model.{part.name}"
+
+        def build() -> Finished:
+            path = self.place.folder / f"{name}.onnx"
+            files = export_part(part, path, self.quant)
+            return Finished([self.place.entry(file) for file in (path, *files)])
+
+        shapes = [dataclasses.asdict(spec) for spec in (*part.inputs, *part.outputs)]
+        with self.clock.step(name):
+            finished = self.place.step(name, self._made_from(quant=self.quant, shapes=shapes), build)
+        return StageEntry(
+            **dataclasses.asdict(finished.files[0]),
+            name=part.name,
+            engine="onnx",
+            precision=self.quant,
+            inputs=part.inputs,
+            outputs=part.outputs,
+            data_files=finished.files[1:],
         )
 
     def _with_engine(self, stage: StageEntry) -> StageEntry:
@@ -320,15 +346,15 @@ class _Job:
         gguf = {**details["gguf"], "embedding": EmbeddingTable(**details["gguf"]["embedding"])}
         return LanguageModelEntry(**{**details, "gguf": GgufDetails(**gguf)})
 
-    def _seq2seq(self, lm: LanguageModelExport) -> LanguageModelEntry:
-        """An encoder-decoder: ONNX parts."""
-        parts = [self._stage(part, "language_model.") for part in lm.parts]
+    def _onnx_language_model(self, lm: LanguageModelExport) -> LanguageModelEntry:
+        """ONNX parts."""
+        parts = [self._part(part) for part in lm.parts]
         decoder = next(part for part in parts if part.name == "decoder")
         return LanguageModelEntry(
             name="language_model",
             engine="onnx",
             kind=lm.kind,
-            precision=decoder.precision,
+            precision=self.quant,
             tokenizer=lm.tokenizer_name,
             context=lm.dims.context,
             width=lm.dims.width,
@@ -343,8 +369,3 @@ class _Job:
     def _made_from(self, **options: Any) -> dict[str, Any]:
         weights = {"source": self.checkpoint.source, "dims": repr(self.checkpoint.dims)}
         return {"tool": __version__, **weights, **options}
-
-
-def _language_model_bytes(dims: DecoderDims, quant: str) -> int:
-    """Room that the language model takes."""
-    return int(dims.weights * QUANTS[quant].bytes_per_weight * 1.05)

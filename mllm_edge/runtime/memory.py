@@ -78,7 +78,8 @@ def stage_bytes(entry: StageEntry) -> int:
 
 def language_model_bytes(entry: LanguageModelEntry, options: Options) -> int:
     """Memory of the language model with its whole context in use."""
-    cache = entry.kv_bytes_per_token / 2 * KV_TYPES[options.kv_type] * options.context
+    number = KV_TYPES["f32" if entry.engine == "onnx" else options.kv_type]  # of ONNX Runtime's caches
+    cache = entry.kv_bytes_per_token / 2 * number * options.context
     return int(entry.bytes + cache) + SCRATCH + SCRATCH_PER_WIDTH * entry.width
 
 

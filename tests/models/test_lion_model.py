@@ -9,7 +9,7 @@ from mllm_edge.models.blocks.eva import EvaDims
 from mllm_edge.models.blocks.qformer import QFormerDims
 from mllm_edge.models.blocks.swin import SwinDims
 from mllm_edge.models.language.t5 import T5, T5Dims
-from mllm_edge.models.language.t5_parts import DecoderPart, EncoderPart, T5Reference, part_specs, task_rows
+from mllm_edge.models.language.t5_parts import DecoderPart, EmbedPart, EncoderPart, T5Reference, part_specs, task_rows
 from mllm_edge.models.lion.model import CONFIGS, Aggregator, Lion, LionDims, Tagger, TaggerDims
 
 T5_DIMS = T5Dims(vocabulary=60, width=32, ffn_width=48, layers=2, heads=2, head_width=8, bottleneck=4)
@@ -111,15 +111,17 @@ def test_the_three_graphs_are_the_model(task: int) -> None:
         cross = EncoderPart(model)(torch.from_numpy(prompt)[None])
         assert [tuple(t.shape) for t in cross] == [(1, 2, 9, 8)] * 4 + [(2,)]
         assert len(cross) == len(specs["encoder"][1])
-        past = [torch.zeros(1, 2, 0, 8)] * 4
+        past = [torch.full((1, 2, 16, 8), 50.0) for _ in range(4)]  # what does not count is not looked at
         for number, token in enumerate([0, *tokens[:-1]]):
-            given = [torch.tensor([[token]]), *cross, *past]
+            (embeds,) = EmbedPart(model)(torch.tensor([[token]]))[None]
+            given = [embeds, torch.tensor([number]), *cross, *past]
             assert len(given) == len(specs["decoder"][0])
             found = DecoderPart(model)(*given)
             assert len(found) == len(specs["decoder"][1])
-            np.testing.assert_allclose(found[0][0, 0].numpy(), logits[number], rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(found[0][0].numpy(), logits[number], rtol=1e-4, atol=1e-4)
             np.testing.assert_allclose(found[1][0, 0].numpy(), states[number], rtol=1e-4, atol=1e-4)
-            past = list(found[2:])
+            for cache, new in zip(past, found[2:], strict=True):
+                cache[:, :, number : number + 1] = new
 
 
 def test_training_and_generation_agree() -> None:

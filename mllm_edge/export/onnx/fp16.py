@@ -27,13 +27,16 @@ CONTROL_FLOW = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 LARGEST = float(np.finfo(np.float16).max) / 2
 
 
-def to_float16(model: ir.Model, peaks: Mapping[str, float], float32: tuple[str, ...] = ()) -> dict[str, float]:
+def to_float16(
+    model: ir.Model, peaks: Mapping[str, float], float32: tuple[str, ...] = (), products_only: bool = False
+) -> dict[str, float]:
     """Cast `model` to fp16 in place; graph inputs and outputs keep their names and stay float32.
 
     Args:
         model: an fp32 graph with typed values and without subgraphs.
         peaks: largest absolute value seen in a tensor, by name. Other tensors are assumed to be in range.
         float32: name prefixes of nodes that stay in fp32.
+        products_only: no operation follows its inputs; only those of `COMPUTE` run in fp16.
 
     Returns:
         The nodes kept in fp32 because one of their values or weights exceeds `LARGEST`: node name -> largest absolute
@@ -42,13 +45,13 @@ def to_float16(model: ir.Model, peaks: Mapping[str, float], float32: tuple[str, 
     Raises:
         MllmEdgeError: the graph has control flow or a value without a type.
     """
-    half, kept = _choose(model.graph, peaks, float32)
+    half, kept = _choose(model.graph, peaks, float32, frozenset() if products_only else FOLLOW)
     _Caster(model.graph, half).rewrite()
     return kept
 
 
 def _choose(
-    graph: ir.Graph, peaks: Mapping[str, float], float32: tuple[str, ...]
+    graph: ir.Graph, peaks: Mapping[str, float], float32: tuple[str, ...], follow: frozenset[str]
 ) -> tuple[set[ir.Node], dict[str, float]]:
     """The nodes that run in fp16, and those that their values' range keeps in fp32."""
     half: set[ir.Node] = set()
@@ -62,7 +65,7 @@ def _choose(
         read, written = _floats(node.inputs), _floats(node.outputs)
         makers = [value.producer() for value in read if not value.is_initializer()]
         from_half = not makers or any(maker in half for maker in makers)
-        if not written or not (node.op_type in COMPUTE or (node.op_type in FOLLOW and from_half)):
+        if not written or not (node.op_type in COMPUTE or (node.op_type in follow and from_half)):
             continue
         if (node.name or "").startswith(float32):
             continue

@@ -62,10 +62,10 @@ def export_stage(
     model.metadata_props.update(stage=stage.name, precision=precision, mllm_edge=__version__)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         plain = path if precision == "fp32" else Path(scratch) / "fp32.onnx"
-        data_files = _save(model, plain)
+        data_files = save_graph(model, plain)
         if precision == "fp16":
             _announce(stage.name, to_float16(model, activation_peaks(plain, calibration), stage.float32))
-            data_files = _save(model, path)
+            data_files = save_graph(model, path)
         elif precision == "int8":
             del model
             data_files = quantize(plain, path, calibration, bool(data_files), for_tensorrt)
@@ -157,7 +157,8 @@ def _name_nodes(graph: ir.Graph) -> None:
         node.name = name
 
 
-def _save(model: ir.Model, path: Path) -> list[Path]:
+def save_graph(model: ir.Model, path: Path) -> list[Path]:
+    """Write a graph; weights above 200 MB go beside it, into a file that is returned."""
     weights = sum(
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
     )

@@ -11,7 +11,7 @@ from mllm_edge.export.verify.difference import compare, parity, worst
 from mllm_edge.export.verify.samples import Samples
 from mllm_edge.models.language.reference import Reference
 from mllm_edge.models.plan import ExportPlan
-from mllm_edge.quants import PRECISIONS, QUANTS
+from mllm_edge.quants import ENGINES
 from mllm_edge.runtime.engines.interface import Floats, LanguageModel
 from mllm_edge.runtime.model import Model
 
@@ -46,8 +46,9 @@ def language_rows(
 
 def _tolerance(manifest: Manifest) -> dict[str, float]:
     """Of the precision; random weights, quantized, prefer no token by more than rounding moves it."""
-    name = manifest.language_model.precision
-    allowed = {**QUANTS, **PRECISIONS}[name].tolerance
+    lm = manifest.language_model
+    name = lm.precision
+    allowed = ENGINES[lm.engine][name].tolerance
     if manifest.source.get("kind") == "random" and name not in EXACT:
         return {key: limit for key, limit in allowed.items() if key != "top1"}
     return allowed

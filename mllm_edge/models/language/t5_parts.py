@@ -74,6 +74,16 @@ class DecoderPart(nn.Module):
         return (self.model.logits(states[:, -1]), states, *(tensor for pair in new for tensor in pair))
 
 
+def wide_products(dims: T5Dims) -> tuple[str, ...]:
+    """Modules whose inputs leave the range of fp16 (transformers' `_keep_in_fp32_modules`), in both stacks."""
+    stacks = (("encoder", 1), ("model.decoder", 2))
+    return tuple(
+        f"{stack}.block.{layer}.layer.{place}.DenseReluDense.wo"
+        for stack, place in stacks
+        for layer in range(dims.layers)
+    )
+
+
 def _paired(tensors: Sequence[Tensor]) -> list[KeysValues]:
     return list(zip(tensors[::2], tensors[1::2], strict=True))
 

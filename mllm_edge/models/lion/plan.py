@@ -12,7 +12,15 @@ from mllm_edge.bundle.manifest import Generation, Prompt, TensorSpec, Tokenizer
 from mllm_edge.bundle.sources import Labels, Pixels, Source, Task, Text
 from mllm_edge.models.blocks.eva import EvaEncoder
 from mllm_edge.models.language.t5 import T5
-from mllm_edge.models.language.t5_parts import DecoderPart, EmbedPart, EncoderPart, T5Reference, part_specs, task_rows
+from mllm_edge.models.language.t5_parts import (
+    DecoderPart,
+    EmbedPart,
+    EncoderPart,
+    T5Reference,
+    part_specs,
+    task_rows,
+    wide_products,
+)
 from mllm_edge.models.lion.layouts import QUESTION, question_tokenizer, tags_of
 from mllm_edge.models.lion.layouts import load as load
 from mllm_edge.models.lion.model import CONFIGS as CONFIGS
@@ -145,6 +153,6 @@ def _parts(dims: LionDims, model: Callable[[], nn.Module]) -> list[StageExport]:
     specs = part_specs(dims.language)
     modules: dict[str, Callable[[T5], nn.Module]] = {"embed": EmbedPart, "encoder": EncoderPart, "decoder": DecoderPart}
     return [
-        StageExport(name, lambda make=make: make(model()), *specs[name], precisions=("fp32", "int8"))  # type: ignore[misc]
+        StageExport(name, lambda make=make: make(model()), *specs[name], float32=wide_products(dims.language))  # type: ignore[misc]
         for name, make in modules.items()
     ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mllm_edge.bundle.manifest import Generation, TensorSpec, Tokenizer
 from mllm_edge.bundle.sources import Pixels
 from mllm_edge.checkpoints.tokenizer import fitting_tokenizer, lead, require_tokens
 from mllm_edge.models.blocks.encoders import float32_modules, vision_encoder
 from mllm_edge.models.language.llama import LlamaDims, LlamaReference, llama
+from mllm_edge.models.language.llama_parts import parts
 from mllm_edge.models.llava.conversation import marked
 from mllm_edge.models.llava.layouts import load as load
 from mllm_edge.models.llava.model import CONFIGS as CONFIGS
@@ -20,6 +22,9 @@ from mllm_edge.models.llava.prompts import EMBEDS, MARKS
 from mllm_edge.models.llava.prompts import PROMPTS as PROMPTS
 from mllm_edge.models.parts import Decoder, Part, filled
 from mllm_edge.models.plan import Checkpoint, ExportPlan, LanguageModelExport, StageExport
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def plan(checkpoint: Checkpoint) -> ExportPlan:
@@ -78,11 +83,16 @@ def language_model(checkpoint: Checkpoint, dims: LlamaDims, names: list[str]) ->
     fitting_tokenizer(checkpoint.tokenizer, dims.vocabulary)
     tensors = Part(checkpoint.tensors, names, "language_model.")
     library = checkpoint.references.get("language_model")
+
+    def model() -> nn.Module:
+        return library() if library else filled(llama(dims), Decoder(tensors))
+
     return LanguageModelExport(
         dims,
         checkpoint.tokenizer,
-        lambda: LlamaReference(library() if library else filled(llama(dims), Decoder(tensors))),
+        lambda: LlamaReference(model()),
         tensors=tensors,
+        parts=parts(dims, model),
     )
 
 

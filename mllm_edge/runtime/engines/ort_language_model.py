@@ -62,6 +62,8 @@ class OrtLanguageModel:
         self._decoder = Binding(self._parts["decoder"])
         self._cross: dict[str, Array] = {}
         self._cache: dict[str, Array] = {}
+        self._fed: dict[str, Array] = {}
+        self._given: dict[str, Array] = {}
         self._length = 0
         self._read = self.keeps  # whether there is something to continue
         self._bound: tuple[int, ...] = ()
@@ -158,8 +160,7 @@ class OrtLanguageModel:
     def _bind(self, sequences: int, tokens: int, positions: int) -> None:
         """Memory for what a step of this shape reads and gives."""
         decoder = self._parts["decoder"].spec
-        known = {"embeds": np.empty((sequences, tokens, self.width), np.float32), "length": np.zeros(1, np.int64)}
-        self._fed = known | self._cross
+        self._fed = {"embeds": np.empty((sequences, tokens, self.width), np.float32), "length": np.zeros(1, np.int64)}
         short = {name: np.zeros(_sized(tensor, sequences, 1), tensor.dtype) for name, tensor in self._past.items()}
         self._given = {
             spec.name: np.empty(
@@ -167,7 +168,7 @@ class OrtLanguageModel:
             )
             for spec in decoder.outputs
         }
-        self._decoder.bind(self._fed | (short if self._length == 0 else self._cache), self._given)
+        self._decoder.bind(self._fed | self._cross | (short if self._length == 0 else self._cache), self._given)
         self._bound = (sequences, tokens, positions)
 
     def _rows(self, ids: Sequence[Sequence[int]]) -> Floats:
