@@ -137,6 +137,9 @@ def _options(
     look_up("KV cache type", kv_type, KV_TYPES)
     if wanted == "trt" and manifest.target != "trt":
         raise MllmEdgeError(f"the bundle was made for {manifest.target}; export it with --target trt")
+    if manifest.language_model.engine == "onnx" and (kv_type == "q8_0" or gpu_layers is not None):
+        which = "the KV cache is f32; leave out --kv-type" if kv_type == "q8_0" else "leave out --gpu-layers"
+        raise BadInput(f"this bundle's language model runs on ONNX Runtime, where {which}")
     if gpu_layers is not None and gpu_layers < 0:
         raise BadInput(f"gpu_layers is {gpu_layers}; it must be 0 or more")
     if threads is not None and not 1 <= threads <= most_threads():

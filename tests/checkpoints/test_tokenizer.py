@@ -14,8 +14,8 @@ from tokenizers_to_test import FLAGS, byte_level, llama_fast, llama_sentencepiec
 from mllm_edge.checkpoints.tokenizer import checkpoint_tokenizer, lead, read_tokenizer
 from mllm_edge.errors import BadInput, OutOfTolerance
 from mllm_edge.export.gguf.maps import tensor_shapes
-from mllm_edge.export.gguf.same_tokens import NASTY, assert_same_tokens
 from mllm_edge.export.gguf.writer import export_language_model
+from mllm_edge.export.verify.same_tokens import NASTY, assert_same_tokens
 from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.runtime.engines.llama.tokenizer import GgufTokenizer
 

@@ -15,8 +15,8 @@ from tokenizers_to_test import byte_level, llama_fast, llama_sentencepiece, writ
 from mllm_edge.checkpoints.tokenizer import lead, read_tokenizer
 from mllm_edge.errors import BadInput, OutOfTolerance
 from mllm_edge.export.gguf.maps import tensor_shapes
-from mllm_edge.export.gguf.same_tokens import assert_same_tokens
 from mllm_edge.export.gguf.writer import About, export_language_model
+from mllm_edge.export.verify.same_tokens import assert_same_tokens
 from mllm_edge.models.language.llama import LlamaDims, llama
 from mllm_edge.models.language.llama_gguf import interleave_rotary
 from mllm_edge.models.plan import LanguageModelExport

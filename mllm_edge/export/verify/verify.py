@@ -18,12 +18,12 @@ from mllm_edge import models
 from mllm_edge.bundle.manifest import Parity
 from mllm_edge.bundle.read import read_manifest, write_manifest
 from mllm_edge.errors import BadInput, OutOfTolerance
-from mllm_edge.export.gguf.same_tokens import assert_same_tokens
 from mllm_edge.export.onnx.merging import merged_like
 from mllm_edge.export.tensorrt.check import with_rows
 from mllm_edge.export.verify.answers import answer_rows
 from mllm_edge.export.verify.difference import AT_LEAST
 from mllm_edge.export.verify.language_model import language_rows, reference_prompts
+from mllm_edge.export.verify.same_tokens import assert_same_tokens
 from mllm_edge.export.verify.samples import Samples, pictures
 from mllm_edge.export.verify.stages import stage_row
 from mllm_edge.machine.facts import available_memory
@@ -66,7 +66,8 @@ def verify(
     lm = plan.language_model
     if manifest.language_model.gguf:
         require_sound(folder / manifest.language_model.gguf.file)
-        assert_same_tokens(folder / manifest.language_model.gguf.file, lm.tokenizer)
+    if lm.kind == "causal":
+        assert_same_tokens(folder / manifest.tokenizer(manifest.language_model.tokenizer).file, lm.tokenizer)
     samples = Samples(plan, pictures)
     # Engines need their GPU; the graphs that they are made of do not.
     target = None if manifest.target != "trt" else "cpu"

@@ -1,4 +1,4 @@
-"""Checks on a corpus of difficult strings that a GGUF tokenizes like its checkpoint's tokenizer."""
+"""Checks on a corpus of difficult strings that a bundle tokenizes like its checkpoint's tokenizer."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ NASTY = (
 )
 
 
-def assert_same_tokens(gguf_path: Path, folder: Path, corpus: Iterable[str] = NASTY) -> None:
-    """Compare the GGUF's tokenizer with the checkpoint's on `corpus`, with and without added tokens in it.
+def assert_same_tokens(path: Path, folder: Path, corpus: Iterable[str] = NASTY) -> None:
+    """Compare the tokenizer of a GGUF, or a `tokenizer.json`, with the checkpoint's on `corpus`, with and without added
+    tokens in it.
 
     If the checkpoint's tokenizer composes Unicode first, which llama.cpp does not, composed text is compared.
 
@@ -57,7 +58,7 @@ def assert_same_tokens(gguf_path: Path, folder: Path, corpus: Iterable[str] = NA
     expected = checkpoint_tokenizer(folder)
     texts = list(corpus)
     lead = " " if tokenizer.first_space else ""
-    with _tokenizer_of(gguf_path) as (tokenize, rows):
+    with (_json if path.suffix == ".json" else _gguf)(path) as (tokenize, rows):
         held = zip(tokenizer.tokens[:rows], tokenizer.types)
         added = [token for token, kind in held if kind in (CONTROL, USER_DEFINED)]
         for token in added:
@@ -70,13 +71,22 @@ def assert_same_tokens(gguf_path: Path, folder: Path, corpus: Iterable[str] = NA
             got, want = tokenize(text if text.startswith(" ") else lead + text), expected(text)
             if got != want:
                 raise OutOfTolerance(
-                    f"the GGUF tokenizes {text!r} as {got}, the checkpoint's tokenizer as {want}; "
+                    f"{path.name} tokenizes {text!r} as {got}, the checkpoint's tokenizer as {want}; "
                     "please report this tokenizer"
                 )
 
 
 @contextlib.contextmanager
-def _tokenizer_of(path: Path) -> Iterator[tuple[Callable[[str], list[int]], int]]:
+def _json(path: Path) -> Iterator[tuple[Callable[[str], list[int]], int]]:
+    """A `tokenizer.json`, and how many tokens it has."""
+    import tokenizers
+
+    made = tokenizers.Tokenizer.from_file(str(path))
+    yield lambda text: list(made.encode(text, add_special_tokens=False).ids), made.get_vocab_size()
+
+
+@contextlib.contextmanager
+def _gguf(path: Path) -> Iterator[tuple[Callable[[str], list[int]], int]]:
     """llama.cpp's tokenizer of a GGUF file, loaded without the weights, and how many tokens it has."""
     llama = library()
     settings = llama.llama_model_default_params()
