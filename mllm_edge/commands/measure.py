@@ -121,6 +121,8 @@ def compare(
 @verb(
     "eval my.bundle scenes-referring -n 500",
     "eval my.bundle GranDf_HA_GCG_val.json --images val --out answers.jsonl --resume",
+    "eval my.bundle scenes-boxes",
+    "eval my.bundle questions.json --instances annotations.json --images val2014",
     "eval my.bundle refs.json --instances instances.json --images train2014 --split val --teacher-forced",
 )
 def eval_(
@@ -131,8 +133,8 @@ def eval_(
         str,
         typer.Argument(
             metavar="DATASET",
-            help="scenes-questions, -referring, -grounded or -regions, the same of wide- scenes, or a JSON file like "
-            "GranD-f's or RefCOCO's.",
+            help="scenes-questions, -referring, -grounded, -regions, -boxes or -captions, the same of wide- scenes, or "
+            "a JSON file like GranD-f's, RefCOCO's, COCO's captions or VQA's questions.",
             show_default=False,
         ),
     ],
@@ -141,8 +143,11 @@ def eval_(
     ] = None,
     split: Annotated[str, typer.Option(metavar="NAME", help="Of the scenes or references.")] = "",
     images: Annotated[Path, typer.Option(metavar="DIR", help="Where a file's pictures are.")] = Path(),
-    instances: Annotated[Path | None, typer.Option(metavar="FILE", help="COCO's annotations of references.")] = None,
+    instances: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="COCO's annotations of references, VQA's answers.")
+    ] = None,
     regions: Annotated[bool, typer.Option("--regions", help="References: ask what their boxes hold.")] = False,
+    as_boxes: Annotated[bool, typer.Option("--boxes", help="References: ask for a box instead of a mask.")] = False,
     teacher_forced: Annotated[
         bool, typer.Option("--teacher-forced", help="References: give the answer, judge the mask alone.")
     ] = False,
@@ -159,7 +164,7 @@ def eval_(
     if dataset in cases.SCENES:
         data = cases.scenes(dataset, 500 if number is None else number, split or "test")
     else:
-        data = cases.files(Path(dataset), images, instances, split or "val", regions)
+        data = cases.files(Path(dataset), images, instances, split or "val", regions, as_boxes)
     if number is not None:
         data = dataclasses.replace(data, cases=data.cases[:number])
     screen.kept = f"the answers so far are in {out}, go on with --resume" if out else ""

@@ -15,9 +15,19 @@ from PIL import Image
 
 from mllm_edge.bundle.read import read_text, sha256
 from mllm_edge.errors import BadInput
-from mllm_edge.models.glamm.prompts import CAPTION_QUESTIONS, GROUNDED_QUESTION, REGION_QUESTIONS, SEGMENT_TURNS
+from mllm_edge.models.glamm.prompts import CAPTION_QUESTIONS, GROUNDED_QUESTION, SEGMENT_TURNS
+from mllm_edge.recipes.data.fields import field as field_of
+from mllm_edge.recipes.data.fields import typed
 from mllm_edge.recipes.data.grounded import region_caption
-from mllm_edge.recipes.data.readers import LARGEST, GroundedEntry, Reference, read_grandf, read_refcoco
+from mllm_edge.recipes.data.readers import (
+    LARGEST,
+    CocoImage,
+    GroundedEntry,
+    Reference,
+    read_coco,
+    read_grandf,
+    read_refcoco,
+)
 from mllm_edge.recipes.data.segmentation import decode_segmentation
 from mllm_edge.runtime.images import load_image
 from mllm_edge.scenes import (
@@ -32,38 +42,42 @@ from mllm_edge.scenes import (
     sample_scene,
     sample_wide,
 )
+from mllm_edge.scenes.captions import full_caption
 
 Mask = NDArray[np.bool_]
-KINDS = ("questions", "referring", "grounded", "regions")
+KINDS = ("questions", "referring", "grounded", "regions", "boxes", "captions")
 SCENES = {f"{series}-{kind}": kind for series in ("scenes", "wide") for kind in KINDS}
 SIZE = 320  # pixels per side of a scene; wide ones have their own size
-REGION_QUESTION, REFERRING_QUESTION = REGION_QUESTIONS[0], SEGMENT_TURNS[0][0]
+REFERRING_QUESTION = SEGMENT_TURNS[0][0]
 
 
 @dataclass(frozen=True)
 class Truth:
-    """The right answer: accepted texts, and masks with their phrases."""
+    """The right answer: accepted texts, masks with their phrases, and boxes x1,y1,x2,y2 in pixels."""
 
     texts: list[str] = field(default_factory=list)
     masks: list[Mask] = field(default_factory=list)
     phrases: list[str] = field(default_factory=list)
+    boxes: list[tuple[float, ...]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One question. The picture and the truth are loaded lazily."""
+    """One question: its words, or the name of one of the bundle's own ("locate") and what it is about. The picture and
+    the truth are loaded lazily."""
 
     name: str
     question: str
     open: Callable[[], Image.Image]
     truth: Callable[[Image.Image], Truth]
     boxes: list[tuple[float, ...]] = field(default_factory=list)
+    own: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Cases of one kind: "questions" (a word or phrase), "referring" (a mask), "grounded" (a text with masks) or
-    "regions" (a text about a box).
+    """Cases of one kind: "questions" (a word or phrase), "referring" (a mask), "grounded" (a text with masks),
+    "regions" (a text about a box), "boxes" (a box), "captions" (a text) or "vqa" (an answer that several people gave).
 
     `digest` is the SHA-256 of their source file, "" for scenes.
     """
@@ -87,7 +101,13 @@ def scenes(name: str, number: int, split: str) -> DataSet:
     if kind == "questions":
         possible = (_scene_question(sample(split, index), split, index) for index in count())
         return DataSet(f"{name} ({split})", kind, list(islice(filter(None, possible), number)))
-    make = {"referring": _scene_referring, "grounded": _scene_grounded, "regions": _scene_regions}[kind]
+    make = {
+        "referring": _scene_referring,
+        "grounded": _scene_grounded,
+        "regions": _scene_regions,
+        "boxes": _scene_boxes,
+        "captions": _scene_captions,
+    }[kind]
     cases = [make(sample(split, index), f"{split} {index}", index) for index in range(number)]
     return DataSet(f"{name} ({split})", kind, cases)
 
@@ -138,45 +158,74 @@ def _scene_regions(scene: Scene, name: str, index: int) -> Case:
     target = int(np.random.default_rng([67, index]).integers(len(scene.objects)))
     box = tuple(float(value) for value in boxes(scene, _side(scene))[target])
     text = region_caption(scene.objects[target])
-    return Case(name, REGION_QUESTION, _picture(scene), lambda _: Truth([text]), [box])
+    return Case(name, "", _picture(scene), lambda _: Truth([text]), [box], own=("region", ""))
 
 
-def files(path: Path, images: Path, instances: Path | None, split: str, regions: bool) -> DataSet:
-    """Cases from a file in the layout of GranD-f, or of RefCOCO's references as JSON.
+def _scene_boxes(scene: Scene, name: str, index: int) -> Case:
+    expression, target = referring_expressions(scene, np.random.default_rng([61, index]))[0]
+    box = tuple(float(value) for value in boxes(scene, _side(scene))[target])
+    return Case(name, "", _picture(scene), lambda _: Truth(boxes=[box]), own=("locate", expression))
+
+
+def _scene_captions(scene: Scene, name: str, index: int) -> Case:
+    text, names = full_caption(scene, np.random.default_rng(0)), [" ".join(item.pair) for item in scene.objects]
+    return Case(name, "", _picture(scene), lambda _: Truth([text], phrases=names), own=("describe", ""))
+
+
+def files(
+    path: Path, images: Path, instances: Path | None, split: str, regions: bool = False, as_boxes: bool = False
+) -> DataSet:
+    """Cases from a file in the layout of GranD-f, of RefCOCO's references as JSON, of COCO's captions or of VQA v2.
 
     Args:
         path: the file.
         images: the folder of the pictures.
-        instances: the COCO annotations that belong to references.
+        instances: the COCO annotations that belong to references, the answers that belong to VQA's questions.
         split: which references.
         regions: ask what a reference's box holds, instead of which region the words refer to.
+        as_boxes: ask for a box of what the words refer to, instead of a mask.
 
     Raises:
-        BadInput: neither layout, or a malformed file.
+        BadInput: none of these layouts, or a malformed file.
     """
-    first, digest = _first_entry(path), sha256(path)
+    data, digest = _contents(path), sha256(path)
+    if isinstance(data, dict) and "questions" in data:
+        return DataSet(path.name, "vqa", _vqa(path, data, images, instances), digest)
+    if isinstance(data, dict) and "annotations" in data:
+        return DataSet(
+            path.name, "captions", [_captioned(image, images) for image in read_coco(path) if image.captions], digest
+        )
+    first = _first_entry(path, data)
     if "groundings" in first:
         return DataSet(path.name, "grounded", [_grounded(e, images) for e in read_grandf(path)], digest)
     if "ref_id" not in first:
-        raise BadInput(f"{path} is neither GranD-f's (groundings) nor RefCOCO's (ref_id) layout; see docs/glamm.md")
+        raise BadInput(
+            f"{path} is neither GranD-f's (groundings), RefCOCO's (ref_id), COCO's captions (annotations) nor VQA's "
+            "(questions) layout; see docs/glamm.md and docs/lion.md"
+        )
     if instances is None:
         raise BadInput(f"{path} holds references; add --instances with the COCO annotations that came with them")
     references = read_refcoco(path, instances, split)
     name = f"{path.name} ({split})"
     if regions:
         return DataSet(name, "regions", [_region(reference, images) for reference in references], digest)
+    if as_boxes:
+        return DataSet(name, "boxes", list(_boxes(references, images)), digest)
     return DataSet(name, "referring", list(_referring(references, images)), digest)
 
 
-def _first_entry(path: Path) -> dict[str, Any]:
+def _contents(path: Path) -> Any:
     if not path.is_file():
         raise BadInput(f"{path} is neither a set of ours ({', '.join(SCENES)}) nor a file; check the path")
     try:
-        data = json.loads(read_text(path, LARGEST))
+        return json.loads(read_text(path, LARGEST))
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not valid JSON ({error}); check that it was copied whole") from None
+
+
+def _first_entry(path: Path, data: Any) -> dict[str, Any]:
     if not isinstance(data, list) or not data or not isinstance(data[0], dict):
-        raise BadInput(f"{path} is no list of objects; give GranD-f's or RefCOCO's layout")
+        raise BadInput(f"{path} is no list of objects; give GranD-f's, RefCOCO's, COCO's or VQA's layout")
     return data[0]
 
 
@@ -214,8 +263,67 @@ def _one_referring(reference: Reference, sentence: str, number: int, images: Pat
 def _region(reference: Reference, images: Path) -> Case:
     return Case(
         str(reference.id),
-        REGION_QUESTION,
+        "",
         lambda: load_image(images / reference.image.file_name),
         lambda _: Truth(list(reference.sentences)),
         [reference.object.box],
+        own=("region", ""),
     )
+
+
+def _boxes(references: list[Reference], images: Path) -> Iterator[Case]:
+    for reference in references:
+        for number, sentence in enumerate(reference.sentences):
+            yield _box(reference, f"{reference.id} {number}", sentence, images)
+
+
+def _box(reference: Reference, name: str, sentence: str, images: Path) -> Case:
+    truth = Truth(boxes=[reference.object.box])
+    return Case(
+        name,
+        "",
+        lambda: load_image(images / reference.image.file_name),
+        lambda _: truth,
+        own=("locate", sentence),
+    )
+
+
+def _captioned(image: CocoImage, images: Path) -> Case:
+    truth = Truth(list(image.captions))
+    return Case(
+        image.file_name, "", lambda: load_image(images / image.file_name), lambda _: truth, own=("describe", "")
+    )
+
+
+def _vqa(path: Path, data: dict[str, Any], images: Path, answers: Path | None) -> list[Case]:
+    """VQA v2 (Goyal et al. 2017): questions in one file, ten answers to each in another (`--instances`)."""
+    if answers is None:
+        raise BadInput(f"{path} holds questions; add --instances with the annotations that hold their answers")
+    given: dict[int, list[str]] = {}
+    for entry in _entries(_contents(answers), "annotations", str(answers)):
+        found = _entries(entry, "answers", str(answers))
+        given[field_of(int, entry, "question_id", str(answers))] = [
+            field_of(str, one, "answer", str(answers)) for one in found
+        ]
+    return [_one_vqa(entry, given, path, images) for entry in _entries(data, "questions", str(path))]
+
+
+def _one_vqa(entry: dict[str, Any], given: dict[int, list[str]], path: Path, images: Path) -> Case:
+    name, picture = (field_of(int, entry, key, str(path)) for key in ("question_id", "image_id"))
+    if name not in given:
+        raise BadInput(f"question {name} of {path} has no answers; give both files of one split")
+    question = field_of(str, entry, "question", str(path))
+    return Case(str(name), question, lambda: load_image(_numbered(images, picture)), lambda _: Truth(given[name]))
+
+
+def _entries(data: Any, key: str, where: str) -> list[dict[str, Any]]:
+    found = field_of(list, typed(dict, data, where, "its content"), key, where)
+    return [typed(dict, entry, f"{where}: {key}", "an entry") for entry in found]
+
+
+def _numbered(images: Path, picture: int) -> Path:
+    """The file of a COCO picture: its number with twelve digits, perhaps after the split's name."""
+    for path in (images / f"{picture:012d}.jpg", *sorted(images.glob(f"*_{picture:012d}.jpg"))):
+        if path.is_file():
+            return path
+    raise BadInput(f"{images} has no picture {picture:012d}.jpg; give the folder of the pictures (--images)")

@@ -98,20 +98,22 @@ def evaluate(
 
 
 def _ask(model: Model, case: Case, picture: Any, teacher_forced: bool) -> dict[str, Any]:
+    question = model.question(*case.own) if case.own else case.question
     answer = model.generate(
-        case.question,
+        question,
         picture,
         case.boxes or None,
         teacher_forced=TEACHER_FORCED if teacher_forced else None,
         max_tokens=min(MAX_TOKENS, model.language_model.context // 2),
         temperature=0.0,
     )
-    return {"text": answer.text, "masks": [{"phrase": mask.phrase, "rle": mask.rle} for mask in answer.masks]}
+    masks = [{"phrase": mask.phrase, "rle": mask.rle} for mask in answer.masks]
+    return {"text": answer.text, "masks": masks, "boxes": [box["box"] for box in answer.boxes]}
 
 
 def _prediction(entry: dict[str, Any]) -> Prediction:
     masks = [decode_segmentation(mask["rle"], *mask["rle"]["size"]) for mask in entry["masks"]]
-    return Prediction(entry["text"], masks, [mask["phrase"] for mask in entry["masks"]])
+    return Prediction(entry["text"], masks, [mask["phrase"] for mask in entry["masks"]], entry["boxes"])
 
 
 def _started(out: Path, title: dict[str, Any], resume: bool) -> dict[str, dict[str, Any]]:
@@ -129,7 +131,7 @@ def _started(out: Path, title: dict[str, Any], resume: bool) -> dict[str, dict[s
         if not lines or json.loads(lines[0]) != title:
             raise BadInput(f"{out} holds the answers of another bundle or data set; give another --out")
         entries = [json.loads(line) for line in lines[1:]]
-        done = {entry["case"]: {"text": entry["text"], "masks": entry["masks"]} for entry in entries}
+        done = {entry["case"]: {key: entry[key] for key in ("text", "masks", "boxes")} for entry in entries}
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{out} is damaged ({error}); give another --out") from None
     with out.open("r+b") as stream:

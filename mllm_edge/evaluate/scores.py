@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mllm_edge.errors import MissingPackage
 from mllm_edge.evaluate.cases import Truth
-from mllm_edge.evaluate.texts import cider, exact, meteor, words
+from mllm_edge.evaluate.texts import cider, exact, meteor, vqa, words
 from mllm_edge.runtime.answers import rle
 from mllm_edge.runtime.answers.resize import box_of, iou
 
@@ -24,16 +24,20 @@ PAPER: dict[str, tuple[str, dict[str, float]]] = {
     "grounded": ("GLaMM-GCG 7B, GranD-f val", {"meteor": 16.2, "cider": 47.2, "ap50": 30.8, "miou": 66.3}),
     "referring": ("GLaMM-RefSeg 7B, RefCOCO val", {"ciou": 79.5}),
     "regions": ("GLaMM-RegCap 7B, RefCOCOg", {"meteor": 16.2, "cider": 106.0}),
+    # LION-12B (tables of its repository); a file of another data set is compared with these all the same.
+    "boxes": ("LION-12B fine-tuned, RefCOCO val", {"box50": 89.8}),
+    "captions": ("LION-12B, COCO", {"cider": 139.25}),
 }
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A bundle's answer: the text, and masks with their phrases."""
+    """A bundle's answer: the text, masks with their phrases, and boxes in pixels."""
 
     text: str
     masks: list[Mask]
     phrases: list[str]
+    boxes: Sequence[Sequence[float]] = ()
 
 
 def score(kind: str, answers: Iterable[tuple[Truth, Prediction]]) -> dict[str, float]:
@@ -92,7 +96,49 @@ def _questions(answers: Iterable[tuple[Truth, Prediction]]) -> dict[str, float]:
     return {"exact": float(np.mean([prediction.text.strip() == truth.texts[0] for truth, prediction in answers]))}
 
 
-_KINDS = {"questions": _questions, "referring": _referring, "grounded": _grounded, "regions": _regions}
+def _boxes(answers: Iterable[tuple[Truth, Prediction]]) -> dict[str, float]:
+    """Shares of first boxes with an IoU of at least 0.5 (REC's accuracy) and 0.75, and of answers with a box."""
+    ious, answered = [], []
+    for truth, prediction in answers:
+        ious.append(box_iou(prediction.boxes[0], truth.boxes[0]) if prediction.boxes else 0.0)
+        answered.append(bool(prediction.boxes))
+    shares = {f"box{round(100 * least)}": float(np.mean([iou >= least for iou in ious])) for least in (0.5, 0.75)}
+    return {**shares, "box_iou": float(np.mean(ious)), "box_answered": float(np.mean(answered))}
+
+
+def _captions(answers: Iterable[tuple[Truth, Prediction]]) -> dict[str, float]:
+    """How many objects are named, where the truth has phrases, and how near the text is to the references."""
+    named, wanted, whole, texts = 0, 0, [], _Texts()
+    for truth, prediction in answers:
+        spoken = f" {' '.join(words(prediction.text))} "
+        number = sum(min(spoken.count(f" {phrase} "), truth.phrases.count(phrase)) for phrase in {*truth.phrases})
+        named, wanted = named + number, wanted + len(truth.phrases)
+        whole.append(number == len(truth.phrases))
+        texts.add(truth, prediction)
+    phrases = {"named": named / wanted, "all_named": float(np.mean(whole))} if wanted else {}
+    return {**phrases, **texts.scores()}
+
+
+def _vqa(answers: Iterable[tuple[Truth, Prediction]]) -> dict[str, float]:
+    return {"vqa": float(np.mean([vqa(prediction.text, truth.texts) for truth, prediction in answers]))}
+
+
+def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """Of boxes x1,y1,x2,y2."""
+    across, down = (max(0.0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
+    whole = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)) - across * down
+    return across * down / whole if whole > 0 else 0.0
+
+
+_KINDS = {
+    "questions": _questions,
+    "referring": _referring,
+    "grounded": _grounded,
+    "regions": _regions,
+    "boxes": _boxes,
+    "captions": _captions,
+    "vqa": _vqa,
+}
 
 
 class _Texts:

@@ -10,7 +10,7 @@ from mllm_edge.evaluate.cases import SCENES
 from mllm_edge.evaluate.scores import PAPER
 from mllm_edge.tables import table
 
-MAIN = ("ciou", "miou", "all_named", "exact")  # shown where there is room for one or two
+MAIN = ("ciou", "miou", "all_named", "exact", "box50", "vqa")  # shown where there is room for one or two
 NAMES = {
     "ciou": "cIoU",
     "giou": "gIoU",
@@ -23,6 +23,11 @@ NAMES = {
     "exact": "exact",
     "meteor": "METEOR (no synonyms)",
     "cider": "CIDEr-D",
+    "box50": "accuracy at IoU 0.5",
+    "box75": "accuracy at IoU 0.75",
+    "box_iou": "mean IoU of boxes",
+    "box_answered": "answers with a box",
+    "vqa": "VQA accuracy",
 }
 
 

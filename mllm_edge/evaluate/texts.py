@@ -1,4 +1,4 @@
-"""Text scores: exact match, METEOR (nltk's, without WordNet), CIDEr-D."""
+"""Text scores: exact match, METEOR (nltk's, without WordNet), CIDEr-D, VQA accuracy."""
 
 from __future__ import annotations
 
@@ -21,6 +21,26 @@ def words(text: str) -> list[str]:
 def exact(found: str, wanted: Sequence[str]) -> bool:
     """Whether a text equals one of `wanted`, ignoring case, white space and punctuation."""
     return words(found) in [words(text) for text in wanted]
+
+
+_NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def vqa(found: str, given: Sequence[str]) -> float:
+    """VQA accuracy (Antol et al. 2015): 1 if three of the others said the same, averaged over leaving out each person.
+
+    Words are compared in lower case without punctuation and articles, numbers up to ten as digits.
+    """
+    said, others = _answer(found), [_answer(text) for text in given]
+    if len(others) < 2:
+        return float(said in others)
+    same = others.count(said)
+    return sum(min(1.0, (same - (other == said)) / 3) for other in others) / len(others)
+
+
+def _answer(text: str) -> list[str]:
+    kept = [word for word in words(text) if word not in ("a", "an", "the")]
+    return [str(_NUMBERS.index(word)) if word in _NUMBERS else word for word in kept]
 
 
 def meteor(found: str, wanted: Sequence[str]) -> float:
