@@ -303,6 +303,7 @@ def test_export_passes_its_options_and_reports_steps(
         "target": "cuda",
         "precision": "fp16",
         "quant": "q4_k_m",
+        "llm": None,
         "out": Path("x.bundle"),
         "merge_tokens": 10,
         "mmproj": True,

@@ -122,7 +122,10 @@ class Tagger(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[B,3,S,S] -> chances [B,n], n tags."""
-        features = self.visual_encoder(pixel_values)  # [B,N,C]
+        return self.read(self.visual_encoder(pixel_values))
+
+    def read(self, features: Tensor) -> Tensor:
+        """The Swin's features [B,N,C] -> chances [B,n]."""
         features = torch.cat([features.mean(dim=1, keepdim=True), features], dim=1)  # [B,1+N,C]
         read = self.image_proj(features)
         x = torch.relu(self.wordvec_proj(self.label_embed)).expand(len(read), -1, -1)  # [B,n,width]

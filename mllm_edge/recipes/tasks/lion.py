@@ -25,6 +25,7 @@ from mllm_edge.models.lion.layouts import TAGS, load, save_lion
 from mllm_edge.models.lion.model import CONFIGS, Lion, LionDims
 from mllm_edge.models.lion.plan import preprocessing
 from mllm_edge.models.lion.prompts import BOX, TASKS
+from mllm_edge.recipes.data.lion_words import TAGS as TAG_WORDS
 from mllm_edge.recipes.data.lion_words import LionTurn, Words, prompted, tags_of, turns
 from mllm_edge.recipes.data.mixture import wide_share
 from mllm_edge.recipes.data.scene_pixels import drawn
@@ -37,7 +38,7 @@ from mllm_edge.scenes import mixed_scene
 
 STAGES = {1: ("caption", "vqa"), 2: ("rec", "reg"), 3: tuple(TASKS)}
 QUESTIONS = 6  # of one picture
-UNTAGGED = 0.1  # share of tags that a prompt in training lacks, as a tagger misses some
+UNTAGGED, MISTAGGED = 0.1, 0.04  # shares of right tags that a prompt in training lacks, of wrong ones that it has
 
 
 @dataclass(frozen=True)
@@ -158,10 +159,15 @@ class LionTask:
         rng = np.random.default_rng([self.recipe.seed, 99, index])
         scene = mixed_scene(split, index, self.recipe.seed, self.wide if wide is None else wide)
         task = task or self.task(index)
-        tags = [tag for tag in tags_of(scene) if split != "train" or rng.random() > UNTAGGED]
+        tags = tags_of(scene) if split != "train" else self._mistaken(tags_of(scene), rng)
         asked = turns(scene, task, rng, self.questions)
         pixels = preprocess(drawn(scene, self.dims.vision.image_size), preprocessing(self.dims)[0])[0]
         return self._asked(pixels, asked, tags if self.tagged else None)
+
+    def _mistaken(self, tags: Sequence[str], rng: np.random.Generator) -> list[str]:
+        """Tags as a tagger may find them."""
+        kept = {True: 1 - UNTAGGED, False: MISTAGGED}
+        return [tag for tag in TAG_WORDS if rng.random() < kept[tag in tags]]
 
     def _asked(self, pixels: Any, asked: Sequence[LionTurn], tags: list[str] | None) -> Asked:
         return Asked(

@@ -17,33 +17,49 @@ from mllm_edge.errors import BadInput
 from mllm_edge.models.lion.layouts import TAGS as TAGS_FILE
 from mllm_edge.models.lion.model import CONFIGS, Tagger, TaggerDims
 from mllm_edge.models.lion.plan import preprocessing
+from mllm_edge.recipes.data.conversation import IGNORE
 from mllm_edge.recipes.data.lion_words import TAGS, tags_of
 from mllm_edge.recipes.data.mixture import wide_share
 from mllm_edge.recipes.data.scene_pixels import drawn
 from mllm_edge.recipes.modules import decaying
 from mllm_edge.recipes.parts import save_part
 from mllm_edge.recipes.recipe import Recipe
+from mllm_edge.recipes.tasks.encoder import dense_labels
 from mllm_edge.runtime.preprocess import preprocess
-from mllm_edge.scenes import mixed_scene
+from mllm_edge.scenes import COLORS, SHAPES, SIZES, mixed_scene
 
 SCENES = 400  # that the thresholds are chosen on
+SEEN = 0.3  # weight of what is seen where
 STEPS = np.linspace(0.1, 0.9, 33)  # possible thresholds
 
 Sample = dict[str, np.ndarray[Any, Any]]
 
 
 class TaggerModel(nn.Module):
-    """The tagger with its loss: binary cross-entropy of each tag."""
+    """The tagger with its losses: binary cross-entropy of each tag, and what its Swin sees where.
+
+    The second is there in training alone: from tags of whole pictures a small Swin hardly learns shapes.
+    """
 
     def __init__(self, dims: TaggerDims):
         super().__init__()
         self.tagger = Tagger(dims)
+        self.classes = {"color": len(COLORS), "shape": len(SHAPES), "size": len(SIZES)}
+        self.heads = nn.Linear(dims.swin.out_width, sum(self.classes.values()))
 
-    def forward(self, pixel_values: Tensor, tags: Tensor) -> dict[str, Tensor]:
-        """`pixel_values` [B,3,S,S], `tags` float [B,n] of 0 and 1."""
-        chances = self.tagger(pixel_values).float()
+    def forward(self, pixel_values: Tensor, tags: Tensor, **labels: Tensor) -> dict[str, Tensor]:
+        """`pixel_values` [B,3,S,S], `tags` float [B,n] of 0 and 1; `color`, `shape` and `size` int64 [B,N] with `weight`
+        [B,N] as `encoder.dense_labels` has them."""
+        features = self.tagger.visual_encoder(pixel_values)  # [B,N,C]
+        chances = self.tagger.read(features).float()
         right = ((chances > 0.5) == (tags > 0.5)).float().mean()
-        return {"loss": functional.binary_cross_entropy(chances, tags), "tag_accuracy": right}
+        loss = functional.binary_cross_entropy(chances, tags)
+        objects = labels["weight"].sum().clamp(min=1)
+        parts = self.heads(features).float().split(list(self.classes.values()), dim=-1)  # [B,N,classes] each
+        for name, logits in zip(self.classes, parts, strict=True):
+            each = functional.cross_entropy(logits.transpose(1, 2), labels[name], ignore_index=IGNORE, reduction="none")
+            loss = loss + SEEN * (each * labels["weight"]).sum() / objects
+        return {"loss": loss, "tag_accuracy": right}
 
 
 class TaggerTask:
@@ -58,6 +74,9 @@ class TaggerTask:
         self.dims, self.pixels = dims.tagger, preprocessing(dims)[1]
         self.wide = wide_share(recipe.data)
         self.model = TaggerModel(self.dims)
+        self.grid = self.dims.swin.image_size // (
+            self.dims.swin.patch_size << (len(self.dims.swin.depths) - 1)
+        )  # of the last layer
 
     def parameters(self) -> list[dict[str, Any]]:
         return decaying(self.model.parameters())
@@ -65,7 +84,9 @@ class TaggerTask:
     def sample(self, index: int, split: str = "train", wide: float | None = None) -> Sample:
         scene = mixed_scene(split, index, self.recipe.seed, self.wide if wide is None else wide)
         there = tags_of(scene)
+        labels = dense_labels(scene, self.grid, self.dims.swin.image_size, squashed=True)
         return {
+            **{name: labels[name] for name in (*self.model.classes, "weight")},
             "pixel_values": preprocess(drawn(scene, self.dims.swin.image_size), self.pixels)[0],
             "tags": np.array([tag in there for tag in TAGS], np.float32),
         }
