@@ -15,7 +15,7 @@ def test_truths_are_of_the_pictures_own_size(name: str) -> None:
     for index, case in enumerate(data.cases):
         picture = case.open()
         truth = case.truth(picture)
-        assert truth.texts or truth.masks
+        assert truth.texts or truth.masks or truth.boxes
         for mask in truth.masks:
             assert mask.shape == (picture.height, picture.width) and mask.any()
         if data.kind != "questions":
@@ -24,7 +24,7 @@ def test_truths_are_of_the_pictures_own_size(name: str) -> None:
             side = max(picture.size)
             assert picture.size == scene.extent(side) and (wide or side == 320)
             assert all(any(np.array_equal(mask, one) for one in masks(scene, side)) for mask in truth.masks)
-            assert all(list(box) in boxes(scene, side).tolist() for box in case.boxes)
+            assert all(list(box) in boxes(scene, side).tolist() for box in (*case.boxes, *truth.boxes))
 
 
 def test_held_out_pairs_are_asked_about_in_both_series() -> None:

@@ -20,7 +20,7 @@ def model(fails_at: int, error: BaseException) -> Any:
         text = next(answers, None)
         if text is None:
             raise error
-        return SimpleNamespace(text=text, masks=[])
+        return SimpleNamespace(text=text, masks=[], boxes=[])
 
     manifest = SimpleNamespace(language_model=SimpleNamespace(sha256=""), stages=[])
     return SimpleNamespace(manifest=manifest, language_model=SimpleNamespace(context=256), generate=generate)

@@ -48,8 +48,8 @@ class TaggerModel(nn.Module):
         self.heads = nn.Linear(dims.swin.out_width, sum(self.classes.values()))
 
     def forward(self, pixel_values: Tensor, tags: Tensor, **labels: Tensor) -> dict[str, Tensor]:
-        """`pixel_values` [B,3,S,S], `tags` float [B,n] of 0 and 1; `color`, `shape` and `size` int64 [B,N] with `weight`
-        [B,N] as `encoder.dense_labels` has them."""
+        """`pixel_values` [B,3,S,S], `tags` float [B,n] of 0 and 1; `color`, `shape` and `size` int64 [B,N] with
+        `weight` [B,N] as `encoder.dense_labels` has them."""
         features = self.tagger.visual_encoder(pixel_values)  # [B,N,C]
         chances = self.tagger.read(features).float()
         right = ((chances > 0.5) == (tags > 0.5)).float().mean()
@@ -74,9 +74,8 @@ class TaggerTask:
         self.dims, self.pixels = dims.tagger, preprocessing(dims)[1]
         self.wide = wide_share(recipe.data)
         self.model = TaggerModel(self.dims)
-        self.grid = self.dims.swin.image_size // (
-            self.dims.swin.patch_size << (len(self.dims.swin.depths) - 1)
-        )  # of the last layer
+        swin = self.dims.swin
+        self.grid = swin.image_size // (swin.patch_size << (len(swin.depths) - 1))  # of its last layer
 
     def parameters(self) -> list[dict[str, Any]]:
         return decaying(self.model.parameters())
