@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 # Settings that only some tasks read
-FOR_SOME = {"connector_lr": ("llava-pretrain", "llava-finetune", "glamm"), "lora": ("llava-finetune", "glamm")}
+FOR_SOME = {
+    "connector_lr": ("llava-pretrain", "llava-finetune", "glamm"),
+    "lora": ("llava-finetune", "glamm"),
+    "connector": ("llava-pretrain", "llava-finetune"),
+    "tokens": ("llava-pretrain", "llava-finetune"),
+}
 
 
 class Watched(dict[str, Any]):

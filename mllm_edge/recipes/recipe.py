@@ -38,7 +38,8 @@ class Recipe:
     `batch` counts samples per optimizer step over all processes and accumulation steps. `init` maps a part of the model
     to the folder of an earlier run. `data` is specific to the task (empty: our scenes). `precision` "auto" selects bf16
     if the hardware multiplies it natively, else fp32. `connector_lr` is a separate learning rate for the connector, as
-    in LLaVA-1.5 (0: as `lr`).
+    in LLaVA-1.5 (0: as `lr`); `connector` replaces the config's and begins anew, with `tokens` rows for each picture
+    where its kind lets their number be chosen (`models/blocks/connectors.py`).
     """
 
     task: str
@@ -51,6 +52,8 @@ class Recipe:
     accumulate: int = 1
     lr: float = 1e-3
     connector_lr: float = 0.0
+    connector: str = ""
+    tokens: int = 0
     weight_decay: float = 0.0
     warmup: float = 0.03
     clip: float = 1.0

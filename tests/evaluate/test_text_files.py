@@ -61,9 +61,7 @@ def test_captions_of_coco(tmp_path: Path, images: Path) -> None:
     texts = ("A red page.", "All red.")
     captions = {
         "images": [{"id": 8, "file_name": "000000000008.jpg", "width": 20, "height": 10}],
-        "annotations": [
-            {"id": n, "image_id": 8, "caption": text} for n, text in enumerate(("A red page.", "All red."))
-        ],
+        "annotations": [{"id": n, "image_id": 8, "caption": text} for n, text in enumerate(texts)],
     }
     data = files(put(tmp_path / "captions.json", captions), images, None, "val")
     (case,) = data.cases

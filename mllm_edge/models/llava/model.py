@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_edge.models.blocks.connectors import connector
+from mllm_edge.models.blocks.connectors import connector, image_tokens
 from mllm_edge.models.blocks.encoders import EncoderDims, vision_encoder
 from mllm_edge.models.blocks.mobilenet import MobileNetDims
 from mllm_edge.models.blocks.vit import VitDims
@@ -26,7 +26,8 @@ IMAGE_INDEX = -200  # placeholder id for a picture's embeddings (llava/constants
 class LlavaDims:
     """The whole system's shape.
 
-    `merge` is the side of the square of neighbouring features whose embeddings are averaged into one; `fit` and
+    `merge` is the side of the square of neighbouring features whose embeddings are averaged into one; `tokens` are the
+    rows of a connector that resamples (`blocks/connectors.py`; 0: it does not); `fit` and
     `resample` are how a picture is made square; `template` names an entry of `PROMPTS`; `marked` pictures stand between
     two tokens in the prompt.
     """
@@ -35,6 +36,7 @@ class LlavaDims:
     language: LlamaDims
     connector: str = "mlp2x_gelu"
     merge: int = 1
+    tokens: int = 0
     fit: str = "pad"
     template: str = "vicuna_v1"
     mean: tuple[float, ...] = IMAGE_MEAN
@@ -45,11 +47,12 @@ class LlavaDims:
     @property
     def image_tokens(self) -> int:
         """Token positions that a picture takes in the prompt."""
-        return self.vision.patches // self.merge**2
+        return image_tokens(self.connector, self.vision.patches, self.merge, self.tokens)
 
     def projector(self) -> nn.Sequential:
         """The connector between encoder and decoder, freshly initialized."""
-        return connector(self.connector, self.vision.width, self.language.width, self.vision.patches, self.merge)
+        wide = self.vision.width, self.language.width
+        return connector(self.connector, *wide, self.vision.patches, self.merge, self.tokens)
 
 
 CLIP_L_336 = VitDims(image_size=336, patch_size=14, width=1024, layers=24, heads=16, mlp_width=4096)

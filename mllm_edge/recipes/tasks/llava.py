@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mllm_edge.errors import BadInput
+from mllm_edge.errors import BadInput, first_line
+from mllm_edge.models.blocks.connectors import RESAMPLERS
 from mllm_edge.models.llava import packaged as llava_packaged
 from mllm_edge.models.llava.model import CONFIGS, IMAGE_INDEX, Llava, LlavaDims, tensor_shapes
 from mllm_edge.models.llava.plan import preprocessing
@@ -133,6 +135,11 @@ class LlavaTask:
         self.recipe, self.stage = recipe, stage
         self.start = _starting_checkpoint(recipe)
         self.dims: LlavaDims = self.start.dims if self.start else CONFIGS[recipe.config]
+        self.anew = bool(recipe.connector or recipe.tokens)  # a connector that is named begins anew
+        if self.anew:
+            kind = recipe.connector or self.dims.connector
+            merge = 1 if kind in RESAMPLERS else self.dims.merge
+            self.dims = replace(self.dims, connector=kind, tokens=recipe.tokens, merge=merge)
         plain = stage == "pretrain" and "conversations" in recipe.data  # captions alone, as in LLaVA-1.5
         self.prompt = PROMPTS["plain" if plain else self.dims.template]
         self.turns = int(recipe.data.get("turns", 5))
@@ -158,8 +165,12 @@ class LlavaTask:
         if self.dims.language.tied:
             words["lm_head.weight"] = words["model.embed_tokens.weight"]
         llava.language_model.load_state_dict(words)
-        if self.recipe.init.get("connector") or self.start:
-            llava.connector.load_state_dict(self._part("connector"))
+        if self.recipe.init.get("connector") or (self.start and not self.anew):
+            try:
+                llava.connector.load_state_dict(self._part("connector"))
+            except RuntimeError as error:
+                reason = first_line(error)
+                raise BadInput(f"init.connector is no {self.dims.connector} of this size ({reason})") from None
         else:
             start_connector(llava, torch.stack([torch.from_numpy(self._first_picture(i)) for i in range(64)]))
         llava.requires_grad_(False)
