@@ -24,7 +24,7 @@ from rich.table import Table
 import mllm_edge
 from mllm_edge.evaluate.cases import scenes
 from mllm_edge.evaluate.run import evaluate
-from mllm_edge.export import export
+from mllm_edge.export.export import export
 from mllm_edge.machine.facts import cpu_name
 from mllm_edge.recipes import train
 from mllm_edge.runtime import Model
@@ -66,7 +66,7 @@ def main() -> None:
     for kind, tokens in KINDS:
         model = models[kind] = mllm_edge.load(made(kind, tokens, options.steps, options.out), threads=1)
         stage = model.manifest.stage("connector")
-        row = {"connector": kind, "tokens": stage.outputs[0].shape[-2], "megabytes": stage.bytes / 1e6}
+        row: dict[str, Any] = {"connector": kind, "tokens": stage.outputs[0].shape[-2], "megabytes": stage.bytes / 1e6}
         for name in ("scenes-questions", "wide-questions"):
             data = scenes(name, options.cases, "test")
             result = evaluate(model, data, None, False, False, lambda *_: None)

@@ -117,7 +117,8 @@ def save_on_packages(
 
 
 def _settings(dims: LlavaDims) -> dict[str, Any]:
-    return {**dataclasses.asdict(dims), "vision": encoder_settings(dims.vision)}
+    settings = {**dataclasses.asdict(dims), "vision": encoder_settings(dims.vision)}
+    return settings if dims.tokens else {key: value for key, value in settings.items() if key != "tokens"}
 
 
 def _packaged(folder: Path, config: dict[str, Any], dims: LlavaDims, trained: Tensors) -> Checkpoint:

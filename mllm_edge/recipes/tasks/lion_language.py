@@ -75,9 +75,11 @@ class ToldModel(nn.Module):
         self.t5 = T5(type(dims.language)(**plain))
         self.soft = soft
         with torch.no_grad():
-            for parameter in self.t5.parameters():
+            for name, parameter in self.t5.named_parameters():
                 if parameter.ndim > 1:
                     parameter.normal_(std=parameter.shape[-1] ** -0.5)
+                if name.endswith(".q.weight"):  # in place of the scaling that T5's attention lacks (T5PreTrainedModel)
+                    parameter.mul_(dims.language.head_width**-0.5)
 
     def forward(self, bags: Tensor, prompt: Tensor, answer: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """`bags` int64 [n,R,W] padded with -1 (an empty row) or -2 (no row), `prompt` [n,L] padded with -1."""
