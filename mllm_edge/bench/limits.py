@@ -74,12 +74,13 @@ def shares(
         if stage.flops and milliseconds.get(stage.name):
             found[stage.name] = _least_seconds(limits, stage.flops, size) * 1000 / milliseconds[stage.name]
     if lm.flops_per_token:
-        attention = (
-            2 * tokens**2 * lm.width * lm.gguf.layers if lm.gguf else 0
-        )  # scores and values, half of them masked
+        keys = [spec for part in lm.parts for spec in part.inputs if spec.name.startswith("past_key")]
+        layers = lm.gguf.layers if lm.gguf else len(keys)
+        attention = 2 * tokens**2 * lm.width * layers  # scores and values, half of them masked
         flops = tokens * lm.flops_per_token + attention
-        found["prefill"] = _least_seconds(limits, flops, lm.bytes_per_token) * 1000 / milliseconds["prefill"]
-        cache = tokens * lm.kv_bytes_per_token
+        if lm.kind == "causal":  # the operations of an encoder are not counted
+            found["prefill"] = _least_seconds(limits, flops, lm.bytes_per_token) * 1000 / milliseconds["prefill"]
+        cache = tokens * lm.kv_bytes_per_token * (1 if lm.gguf else 2)  # of ONNX Runtime in 32 bits
         found["decode"] = rate * _least_seconds(limits, lm.flops_per_token, lm.bytes_per_token + cache)
     return {name: round(share, 4) for name, share in found.items()}
 

@@ -96,6 +96,15 @@ def test_a_prompt_in_pieces_and_a_cache_that_grows(bundles: dict[str, Path]) -> 
             lm.extend([1])
         with pytest.raises(MllmEdgeError, match="token ids must be below"):
             lm.extend([448])
+        lm.prefill(prompt[:9])
+        both = lm.branch([5, 6], [0, 0])
+        swapped = lm.branch([7, 8], [1, 0])
+        with pytest.raises(MllmEdgeError, match="several sequences are held"):
+            lm.extend([1])
+        for tokens, first, then in (([5, 8], both[0], swapped[1]), ([6, 7], both[1], swapped[0])):
+            lm.prefill(prompt[:9])
+            for token, expected in zip(tokens, (first, then), strict=True):
+                np.testing.assert_allclose(lm.extend([token]).logits, expected, atol=1e-4)
 
 
 GROUPED = {"vocabulary": 60, "width": 32, "ffn_width": 48, "layers": 2, "heads": 4, "kv_heads": 2, "context": 64}

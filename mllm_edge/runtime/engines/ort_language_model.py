@@ -130,6 +130,8 @@ class OrtLanguageModel:
         if not self._read:
             raise MllmEdgeError("the language model has read no prompt, or is closed; read one first")
         sequences, tokens, _ = embeds.shape
+        if self._cache and len(next(iter(self._cache.values()))) != sequences:
+            raise MllmEdgeError("several sequences are held after a beam search; read the prompt again")
         most = self.context + (not self.keeps)  # the start token is no token of the answer
         if self._length + tokens > most:
             raise MllmEdgeError(f"{self._length} tokens fill the context of {self.context}; load a larger one")
