@@ -69,7 +69,7 @@ def test_logits_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
 def test_a_blip2_answers_as_in_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = saved("blip-2", tmp_path / "checkpoint")
     monkeypatch.setattr(models, "SYSTEMS", (*models.SYSTEMS, "lion"))
-    bundle = export("lion", str(tmp_path / "checkpoint"), out=tmp_path / "blip.bundle")
+    bundle = export("lion", str(tmp_path / "checkpoint"), quant="fp32", out=tmp_path / "blip.bundle")
     question = "what is it?"
     with mllm_edge.load(bundle, threads=1) as model:
         answer = model.generate(question, noise_picture(0), beams=1, repeat_penalty=1.0, max_tokens=6)

@@ -71,7 +71,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "SYSTEMS", (*models.SYSTEMS, "lion"))
-        return export("lion", str(checkpoint), out=tmp_path_factory.mktemp("bundle") / "lion.bundle")
+        return export("lion", str(checkpoint), quant="fp32", out=tmp_path_factory.mktemp("bundle") / "lion.bundle")
 
 
 def ids(text: str) -> list[int]:

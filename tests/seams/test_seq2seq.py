@@ -241,7 +241,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         folder = letters(tmp_path_factory.mktemp("letters"))
         register(patch, Dims(), plan)
-        return export("toy", str(folder), out=tmp_path_factory.mktemp("seq2seq") / "toy.bundle")
+        return export("toy", str(folder), quant="fp32", out=tmp_path_factory.mktemp("seq2seq") / "toy.bundle")
 
 
 def prompt(question: str, task: int, picture: np.ndarray) -> Tensor:

@@ -20,7 +20,7 @@ from mllm_edge.checkpoints.tensors import (
     renamed,
 )
 from mllm_edge.errors import BadInput
-from mllm_edge.models.blocks.encoders import encoder_dims, encoder_settings
+from mllm_edge.models.blocks.encoders import encoder_dims
 from mllm_edge.models.blocks.region import RegionDims
 from mllm_edge.models.blocks.sam import SamDims
 from mllm_edge.models.blocks.sam_decoder import MaskDecoderDims
@@ -30,6 +30,7 @@ from mllm_edge.models.glamm.model import ADDED, GlammDims, tensor_shapes
 from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.models.layouts import OURS, canonical_name, copy_tokenizer, opened, save, tokenizer_of
 from mllm_edge.models.llava.dims import without_effect
+from mllm_edge.models.llava.layouts import llava_settings
 from mllm_edge.models.llava.model import LlavaDims
 from mllm_edge.models.llava.original import open_original
 from mllm_edge.models.plan import Checkpoint
@@ -82,7 +83,7 @@ def save_glamm(
     """Write our own layout: `config.json`, `model.safetensors` with canonical names, LLaVA's tokenizer with GLaMM's
     tokens after its own."""
     shape = dataclasses.asdict(dims)
-    shape["llava"]["vision"] = encoder_settings(dims.llava.vision)
+    shape["llava"] = llava_settings(dims.llava)
     save(folder, "glamm", shape, {key: state[key] for key in tensor_shapes(dims)}, dtype, name=name)
     copy_tokenizer(tokenizer, folder)
     added = {token: dims.added_id(token) for token in ADDED}

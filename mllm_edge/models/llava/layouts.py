@@ -105,7 +105,7 @@ def save_llava(
     folder: Path, name: str, dims: LlavaDims, state: Mapping[str, torch.Tensor], tokenizer: Path, dtype: torch.dtype
 ) -> None:
     """Write our own layout: `config.json`, `model.safetensors` with canonical names, and the tokenizer's files."""
-    save(folder, "llava", _settings(dims), {key: state[key] for key in tensor_shapes(dims)}, dtype, name=name)
+    save(folder, "llava", llava_settings(dims), {key: state[key] for key in tensor_shapes(dims)}, dtype, name=name)
     copy_tokenizer(tokenizer, folder)
 
 
@@ -113,10 +113,11 @@ def save_on_packages(
     folder: Path, name: str, dims: LlavaDims, connector: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> None:
     """Write our own layout without the packaged parts (see `packaged`); a LoRA goes to `adapter/`."""
-    save(folder, "llava", _settings(dims), connector, dtype, name=name, packages=packaged.PACKAGES)
+    save(folder, "llava", llava_settings(dims), connector, dtype, name=name, packages=packaged.PACKAGES)
 
 
-def _settings(dims: LlavaDims) -> dict[str, Any]:
+def llava_settings(dims: LlavaDims) -> dict[str, Any]:
+    """Dims as our own layout's config.json has them."""
     settings = {**dataclasses.asdict(dims), "vision": encoder_settings(dims.vision)}
     return settings if dims.tokens else {key: value for key, value in settings.items() if key != "tokens"}
 
