@@ -16,6 +16,7 @@ from mllm_edge.evaluate.cases import Truth
 from mllm_edge.evaluate.texts import cider, exact, meteor, vqa, words
 from mllm_edge.runtime.answers import rle
 from mllm_edge.runtime.answers.resize import box_of, iou
+from mllm_edge.runtime.boxes import box_iou
 
 Mask = NDArray[np.bool_]
 LEAST_IOU, LEAST_WORDS = 0.5, 0.5  # thresholds for a pair to count as found
@@ -121,13 +122,6 @@ def _captions(answers: Iterable[tuple[Truth, Prediction]]) -> dict[str, float]:
 
 def _vqa(answers: Iterable[tuple[Truth, Prediction]]) -> dict[str, float]:
     return {"vqa": float(np.mean([vqa(prediction.text, truth.texts) for truth, prediction in answers]))}
-
-
-def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Of boxes x1,y1,x2,y2."""
-    across, down = (max(0.0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
-    whole = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)) - across * down
-    return across * down / whole if whole > 0 else 0.0
 
 
 _KINDS = {

@@ -45,6 +45,13 @@ def spelled(box: Sequence[float], size: tuple[float, float], unit: float = 1.0, 
     return f"[{','.join(f'{value / side * unit:.{decimals}f}' for value, side in zip(box, (*size, *size)))}]"
 
 
+def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union of boxes x1,y1,x2,y2; 0 where both have no area."""
+    across, down = (max(0.0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
+    whole = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)) - across * down
+    return across * down / whole if whole > 0 else 0.0
+
+
 def normalized(boxes: Sequence[Box], size: tuple[int, int]) -> Floats:
     """float32 [n,4] in 0..1 of the whole picture, even if the encoder crops it (Rasheed et al. 2024)."""
     return (np.array(boxes, np.float32).reshape(-1, 4) / np.array([*size, *size], np.float32)).astype(np.float32)

@@ -9,8 +9,9 @@ from PIL import Image
 
 from mllm_edge.errors import BadInput
 from mllm_edge.evaluate.cases import Truth, files, scenes
-from mllm_edge.evaluate.scores import Prediction, box_iou, score
+from mllm_edge.evaluate.scores import Prediction, score
 from mllm_edge.evaluate.texts import vqa
+from mllm_edge.runtime.boxes import box_iou
 
 
 def put(path: Path, data: Any) -> Path:

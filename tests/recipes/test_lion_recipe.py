@@ -18,7 +18,7 @@ from mllm_edge.recipes.data.lion_words import Words, prompted, tags_of, turns
 from mllm_edge.recipes.data.scene_pixels import squashed_masks
 from mllm_edge.recipes.recipe import load as recipe
 from mllm_edge.recipes.tasks.encoder import as_eva, dense_labels
-from mllm_edge.recipes.tasks.lion import LionTask, box_iou
+from mllm_edge.recipes.tasks.lion import LionTask, spoken_iou
 from mllm_edge.runtime.boxes import spelled
 from mllm_edge.runtime.decoding.tokenizers import JsonTokenizer
 from mllm_edge.runtime.prompt import render, tokenized
@@ -77,8 +77,10 @@ def test_boxes_are_written_as_lion_writes_them() -> None:
         x1, y1, x2, y2 = (float(number) for number in turn.answer.strip("[]").split(","))
         found = np.abs(places / [wide, high, wide, high] - [x1, y1, x2, y2]).max(axis=1)
         assert found.min() < 1e-3
-    assert box_iou("it is at [0.0,0.0,0.5,0.5]", "[0.25,0.0,0.75,0.5]") == pytest.approx(1 / 3)
-    assert box_iou("[0.0,0.0,0.5]", "[0.25,0.0,0.75,0.5]") == 0.0 == box_iou("[.,0.1,0.2,0.3]", "[0.2,0.0,0.7,0.5]")
+    assert spoken_iou("it is at [0.0,0.0,0.5,0.5]", "[0.25,0.0,0.75,0.5]") == pytest.approx(1 / 3)
+    assert (
+        spoken_iou("[0.0,0.0,0.5]", "[0.25,0.0,0.75,0.5]") == 0.0 == spoken_iou("[.,0.1,0.2,0.3]", "[0.2,0.0,0.7,0.5]")
+    )
 
 
 def test_a_squashed_scene_has_its_labels_where_its_pixels_are() -> None:

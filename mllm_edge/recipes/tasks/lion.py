@@ -33,6 +33,7 @@ from mllm_edge.recipes.modules import decaying
 from mllm_edge.recipes.parts import read_part
 from mllm_edge.recipes.recipe import Recipe
 from mllm_edge.recipes.tasks.lion_language import answer_tensors, padded, token_loss
+from mllm_edge.runtime.boxes import box_iou
 from mllm_edge.runtime.preprocess import preprocess
 from mllm_edge.scenes import mixed_scene
 
@@ -212,7 +213,7 @@ class LionTask:
             rows = np.concatenate([task_rows(self.dims.language)[one.kind], rows])
         said = self.words.text(T5Reference(lion.language_model).generate(rows, 64, lambda token: token == 1))
         wanted = self.words.text(one.answers[0])
-        return said == wanted, box_iou(said, wanted)
+        return said == wanted, spoken_iou(said, wanted)
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         names = {name.removeprefix("lion."): tensor for name, tensor in state.items()}
@@ -221,7 +222,7 @@ class LionTask:
         shutil.copy(self.tags, folder / "checkpoint" / TAGS)
 
 
-def box_iou(said: str, wanted: str) -> float:
+def spoken_iou(said: str, wanted: str) -> float:
     """IoU of the first boxes of two texts, 0 where one has none."""
 
     found = [re.search(BOX.pattern, text) for text in (said, wanted)]
@@ -231,7 +232,4 @@ def box_iou(said: str, wanted: str) -> float:
         a, b = ([float(number) for number in match.groups()] for match in found if match)
     except ValueError:
         return 0.0
-    across, down = (max(0.0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
-    whole = sum(areas) - across * down
-    return across * down / whole if whole > 0 else 0.0
+    return box_iou(a, b)
