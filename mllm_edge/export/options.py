@@ -13,6 +13,7 @@ from mllm_edge.targets import BUNDLES
 
 
 def check_options(target: str, precision: str | None) -> str:
+    """The precision of the stages, by default the target's. Raises BadInput for an unknown target or precision."""
     usual = look_up("target", target, BUNDLES).precision
     precision = usual if precision is None else precision
     look_up("precision", precision, PRECISIONS)
@@ -20,7 +21,7 @@ def check_options(target: str, precision: str | None) -> str:
 
 
 def check_language_model(lm: LanguageModelExport, llm: str | None, quant: str | None, system: str) -> tuple[str, str]:
-    """The engine of the language model and its quantization."""
+    """The engine of the language model and its quantization. Raises BadInput where they do not go together."""
     engine = llm or ("gguf" if lm.kind == "causal" else "onnx")
     known = look_up("engine of language models", engine, ENGINES)
     if engine == "gguf" and lm.kind != "causal":

@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx
 
 from mllm_edge.bundle import manifest
-from mllm_edge.checkpoints.tokenizer import CONTROL, USER_DEFINED, Tokenizer, fitting_tokenizer
+from mllm_edge.checkpoints.tokenizer import CONTROL, NORMAL, USER_DEFINED, Tokenizer, fitting_tokenizer
 from mllm_edge.errors import BadInput
 from mllm_edge.export.onnx.fp16 import to_float16
 from mllm_edge.export.onnx.lower import check_graph, lower, save_graph
@@ -110,7 +110,7 @@ def write_tokenizer(lm: LanguageModelExport, path: Path, entry: manifest.Tokeniz
     return manifest.Tokenizer(entry.name, "json", path.name, entry.lead, entry.added, bos, ends)
 
 
-def _sentencepiece(held: Tokenizer):  # type: ignore[no-untyped-def]
+def _sentencepiece(held: Tokenizer) -> Any:
     """A SentencePiece BPE with byte fallback as the package `tokenizers` has it (transformers' `LlamaConverter`)."""
     from tokenizers import AddedToken, models, normalizers
     from tokenizers import Tokenizer as Made
@@ -120,7 +120,7 @@ def _sentencepiece(held: Tokenizer):  # type: ignore[no-untyped-def]
     pairs = [
         (score[text], ids[text[:at]], ids[text[at:]], text[:at], text[at:])
         for text, kind in zip(held.tokens, held.types)
-        if kind == 1
+        if kind == NORMAL
         for at in range(1, len(text))
         if text[:at] in ids and text[at:] in ids
     ]
