@@ -52,6 +52,7 @@ def _task(recipe: Recipe) -> Task:
     from mllm_edge.recipes.tasks.glamm import GlammTask
     from mllm_edge.recipes.tasks.language import LanguageTask
     from mllm_edge.recipes.tasks.lion import LionTask
+    from mllm_edge.recipes.tasks.lion_align import LionAlignTask
     from mllm_edge.recipes.tasks.lion_language import LionLanguageTask
     from mllm_edge.recipes.tasks.llava import LlavaTask
     from mllm_edge.recipes.tasks.naming import NamingTask
@@ -62,6 +63,7 @@ def _task(recipe: Recipe) -> Task:
         "encoder": EncoderTask,
         "glamm": GlammTask,
         "language": LanguageTask,
+        "lion-align": LionAlignTask,
         "lion-language": LionLanguageTask,
         "lion-stage1": lambda r: LionTask(r, 1),
         "lion-stage2": lambda r: LionTask(r, 2),

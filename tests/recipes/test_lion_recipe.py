@@ -16,9 +16,11 @@ from mllm_edge.models.lion.prompts import TASKS, prompt
 from mllm_edge.recipes import train
 from mllm_edge.recipes.data.lion_words import Words, prompted, tags_of, turns
 from mllm_edge.recipes.data.scene_pixels import squashed_masks
+from mllm_edge.recipes.parts import read_part
 from mllm_edge.recipes.recipe import load as recipe
 from mllm_edge.recipes.tasks.encoder import as_eva, dense_labels
 from mllm_edge.recipes.tasks.lion import LionTask, spoken_iou
+from mllm_edge.recipes.tasks.lion_align import LionAlignTask
 from mllm_edge.runtime.boxes import spelled
 from mllm_edge.runtime.decoding.tokenizers import JsonTokenizer
 from mllm_edge.runtime.prompt import render, tokenized
@@ -33,11 +35,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder: Path = tmp_path_factory.mktemp("parts")
     for name in ("encoder", "language", "tagger"):
         train(f"lion-{name}", [*QUIET, f"out={folder / name}"], False, lambda *_: None)
-    return [
-        f"init.vision_encoder={folder / 'encoder'}",
-        f"init.t5={folder / 'language'}",
-        f"init.tagger={folder / 'tagger'}",
-    ]
+    begun = [f"init.vision_encoder={folder / 'encoder'}", f"init.t5={folder / 'language'}"]
+    train("lion-align", [*QUIET, *begun, f"out={folder / 'align'}"], False, lambda *_: None)
+    return [*begun, f"init.tagger={folder / 'tagger'}", f"init.connectors={folder / 'align'}"]
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,23 @@ def test_eva_begins_with_clips_blocks() -> None:
         "class_embedding": 1.0,
         "patch_embedding.bias": 0.0,
     }
+
+
+def test_rows_learn_the_words_of_what_is_in_their_place(parts: list[str]) -> None:
+    """The part of a picture that a row stands for is where the object's words go, and a stage begins with the rows."""
+    settings = [*parts[:2], "data.wide=0"]
+    task = LionAlignTask(recipe("lion-align", settings))
+    scene, known = sample_scene("validation", 3), Words(Path(parts[1].partition("=")[2]))
+    sample = task.sample(3, "validation", 0.0)
+    for item in scene.objects:
+        row = sample["patches"][int(item.y * 8) * 8 + int(item.x * 8)]
+        said = known.text([one for one in row.tolist() if one >= 0]).split()
+        assert {item.color, item.shape, item.size} <= set(said)
+    assert (sample["patches"][:, 0] < 0).any()
+    begun = LionTask(recipe("lion-stage1", parts), 1).model.lion.state_dict()
+    aligned = read_part(parts[3].partition("=")[2], "connectors")
+    assert {name.split(".")[0] for name in aligned} == {"queries", "aggregator"}
+    assert all(torch.equal(begun[name], tensor) for name, tensor in aligned.items())
 
 
 def test_each_stage_has_its_tasks_and_trains_its_parts(parts: list[str], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from mllm_edge.scenes.model import COLOR_RGB, Scene
 
 REPAINTS = 20  # attempts to find colors that a wide scene's page does not hide
 APART = 70.0  # least RGB distance of a repainted color from every named one
+COVERED = 0.08  # share of a patch that an object must cover to own it
 
 
 def pixels(scene: Scene, dims: LlavaDims) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -42,6 +43,31 @@ def square_masks(scene: Scene, size: int, centered: bool) -> np.ndarray[Any, np.
 def squashed_masks(scene: Scene, size: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """`masks` on the square that the picture is squashed into: bool [objects,size,size]."""
     return np.stack([np.asarray(Image.fromarray(one).resize((size, size))) for one in masks(scene, size)])
+
+
+def raster(places: np.ndarray[Any, Any], lines: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Cells, row-major, of a `lines` x `lines` raster that places [n,2] in 0..1 lie in: int64 [n]."""
+    columns, rows = np.clip((places * lines).astype(int), 0, lines - 1).T
+    return rows * lines + columns
+
+
+def owners(
+    covered: np.ndarray[Any, np.dtype[np.bool_]], centers: np.ndarray[Any, Any], grid: int
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The object of each patch of a `grid` x `grid` raster, int64 [N], -1 where there is none.
+
+    Args:
+        covered: the objects' masks on the square, bool [n,S,S].
+        centers: their centers on it, [n,2] in 0..1.
+        grid: patches along a side.
+    """
+    patch = covered.shape[1] // grid
+    share = covered.reshape(-1, grid, patch, grid, patch).mean(axis=(2, 4)).reshape(len(covered), -1)  # [n,N]
+    owner = np.where(share.max(axis=0) >= COVERED, share.argmax(axis=0), -1)  # [N]
+    # The hole of a ring counts as the ring, so that a center patch always has an object.
+    middles = raster(centers, grid)
+    owner[middles] = np.where(owner[middles] >= 0, owner[middles], np.arange(len(covered)))
+    return owner
 
 
 def padded_centers(scene: Scene) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -28,14 +28,21 @@ from mllm_edge.models.llava.model import CONFIGS
 from mllm_edge.models.llava.plan import preprocessing
 from mllm_edge.recipes.data.conversation import IGNORE
 from mllm_edge.recipes.data.mixture import wide_share
-from mllm_edge.recipes.data.scene_pixels import drawn, padded_centers, repaint, square_masks, squashed_masks
+from mllm_edge.recipes.data.scene_pixels import (
+    drawn,
+    owners,
+    padded_centers,
+    raster,
+    repaint,
+    square_masks,
+    squashed_masks,
+)
 from mllm_edge.recipes.parts import read_part, save_part
 from mllm_edge.recipes.recipe import Recipe
 from mllm_edge.runtime.preprocess import preprocess
 from mllm_edge.scenes import COLORS, PAGES, SHAPES, SIZES, Scene, mixed_scene
 from mllm_edge.scenes.wide import MOST_OBJECTS
 
-COVERED = 0.08  # share of a patch that an object must cover to own it
 WHOLE = 0.2  # weight of the losses on whole pictures
 REPAINTED = 0.7  # share of training pictures whose objects get unnamed colors
 
@@ -50,21 +57,11 @@ def dense_labels(scene: Scene, grid: int, size: int, squashed: bool = False) -> 
         widths and heights from the top left; `count` (objects less one) and `page` (number of its kind): int64 [].
     """
     covered = squashed_masks(scene, size) if squashed else square_masks(scene, size, centered=True)  # [n,S,S]
-    owned = covered.reshape(-1, grid, size // grid, grid, size // grid).mean(axis=(2, 4))
-    owned = owned.reshape(len(scene.objects), -1)  # [n,N] covered share
-    owner = np.where(owned.max(axis=0) >= COVERED, owned.argmax(axis=0), -1)  # [N]
     centers = np.array([(thing.x, thing.y) for thing in scene.objects])  # [n,2]
-
-    def raster(places: np.ndarray[Any, Any], lines: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        columns, rows = np.clip((places * lines).astype(int), 0, lines - 1).T
-        return rows * lines + columns
-
-    middles = raster(centers if squashed else padded_centers(scene), grid)  # [n], patch of each center
+    seen_at = centers if squashed else padded_centers(scene)
+    owner = owners(covered, seen_at, grid)  # [N]
     center = np.zeros(grid * grid, np.float32)
-    center[middles] = 1
-    # The hole of a ring counts as the ring, so that a center patch always has an object.
-    owner[middles] = np.where(owner[middles] >= 0, owner[middles], np.arange(len(scene.objects)))
-
+    center[raster(seen_at, grid)] = 1
     owned_patches = np.bincount(owner[owner >= 0], minlength=len(scene.objects))  # [n]
 
     def classes(indices: list[int]) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -86,7 +86,8 @@ class LionModel(nn.Module):
 
 
 class LionTask:
-    """One stage; `init.lion` is an earlier stage's run, else `init.vision_encoder` and `init.t5` begin anew."""
+    """One stage; `init.lion` is an earlier stage's run, else `init.vision_encoder` and `init.t5` begin
+    anew, with the `init.connectors` of lion-align."""
 
     def __init__(self, recipe: Recipe, stage: int):
         torch.manual_seed(recipe.seed)
@@ -120,6 +121,9 @@ class LionTask:
         lost = lion.language_model.load_state_dict(read_part(init["t5"], "t5"), strict=False)
         if lost.unexpected_keys or any(".adapter." not in name for name in lost.missing_keys):
             raise BadInput(f"{init['t5']} holds no T5 of config {self.recipe.config}; train lion-language for it")
+        if init.get("connectors"):
+            aligned, own = read_part(init["connectors"], "connectors"), lion.state_dict()
+            lion.load_state_dict({name: tensor for name, tensor in aligned.items() if name in own}, strict=False)
         tagger = {f"tagger.{name}": tensor for name, tensor in read_part(init["tagger"], "tagger").items()}
         self.tags = Path(init["tagger"]) / TAGS
         return lion, Path(init["t5"]), tagger
