@@ -1,9 +1,10 @@
 """Recipe task `encoder`: pretrains the small vision transformer on dense labels of scenes, one prediction per patch.
 
 Its checkpoint takes CLIP's place, shared by all tiny systems. Each patch predicts the color, shape and size of the
-object that covers it, whether the object's center lies in it, and where in the picture that center is; the classes have
-separate heads, so that a color is recognized on shapes it was never seen on. Objects count alike, small or large. The
-mean of all patches predicts how many objects there are, and the kind of page.
+object that covers it, whether the object's center lies in it, and where in the picture that center is (LION's, which
+writes boxes: where its box is); the classes have separate heads, so that a color is recognized on shapes it was never
+seen on. Objects count alike, small or large. The mean of all patches predicts how many objects there are, and the kind
+of page.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ from mllm_edge.recipes.data.scene_pixels import (
 from mllm_edge.recipes.parts import read_part, save_part
 from mllm_edge.recipes.recipe import Recipe
 from mllm_edge.runtime.preprocess import preprocess
-from mllm_edge.scenes import COLORS, PAGES, SHAPES, SIZES, Scene, mixed_scene
+from mllm_edge.scenes import COLORS, PAGES, SHAPES, SIZES, Scene, boxes, mixed_scene
 from mllm_edge.scenes.wide import MOST_OBJECTS
 
 WHOLE = 0.2  # weight of the losses on whole pictures
+BOXED = 300  # longer side of the picture that boxes are measured on
 REPAINTED = 0.7  # share of training pictures whose objects get unnamed colors
 
 
@@ -54,7 +56,8 @@ def dense_labels(scene: Scene, grid: int, size: int, squashed: bool = False) -> 
         `color`, `shape`, `size`, `cell` (of a 3x3 raster over the picture, row-major): int64 [N], -100 where no object
         covers the patch or has its center in it; `weight`: float32 [N], what the patch counts for: those of one object
         1 together; `object`, `center`: float32 [N] in {0,1}; `place`: float32 [N,2], the object's center in picture
-        widths and heights from the top left; `count` (objects less one) and `page` (number of its kind): int64 [].
+        widths and heights from the top left; `box`: float32 [N,4], its box likewise; `count` (objects less one) and
+        `page` (number of its kind): int64 [].
     """
     covered = squashed_masks(scene, size) if squashed else square_masks(scene, size, centered=True)  # [n,S,S]
     centers = np.array([(thing.x, thing.y) for thing in scene.objects])  # [n,2]
@@ -76,6 +79,7 @@ def dense_labels(scene: Scene, grid: int, size: int, squashed: bool = False) -> 
         "object": (owner >= 0).astype(np.float32),
         "center": center,
         "place": centers[owner].astype(np.float32),
+        "box": (boxes(scene, BOXED) / np.tile(scene.extent(BOXED), 2))[owner].astype(np.float32),
         "count": np.array(len(scene.objects) - 1),
         "page": np.array(list(PAGES).index(scene.background.kind)),
     }
@@ -109,7 +113,7 @@ class DenseModel(nn.Module):
         with torch.no_grad():
             positions.copy_(sine_positions(self.grid, dims.width))
         self.classes = {"color": len(COLORS), "shape": len(SHAPES), "size": len(SIZES), "cell": 9}
-        self.split = {**self.classes, "flags": 2, "place": 2}
+        self.split = {**self.classes, "flags": 2, "place": 2 if isinstance(dims, VitDims) else 4}
         self.whole = {"count": MOST_OBJECTS, "page": len(PAGES)}
         self.norm = nn.LayerNorm(dims.width)
         self.heads = nn.Linear(dims.width, sum(self.split.values()))
@@ -142,9 +146,15 @@ class DenseModel(nn.Module):
         flags = torch.stack([labels["object"], labels["center"]], dim=-1)  # [B,N,2]
         rare = torch.tensor([1.0, 8.0], device=flags.device)  # one patch in about 30 holds a center
         loss = loss + functional.binary_cross_entropy_with_logits(out["flags"], flags, pos_weight=rare)
-        covered = labels["object"].unsqueeze(-1)  # [B,N,1]
-        away = functional.smooth_l1_loss(out["place"] * covered, labels["place"] * covered, beta=0.05)
-        return {"loss": loss + 4 * away, **result}
+        return {"loss": loss + self._away(out["place"], labels), **result}
+
+    def _away(self, place: Tensor, labels: dict[str, Tensor]) -> Tensor:
+        """The loss of places: of centers over all patches of objects, of boxes over objects."""
+        if place.shape[-1] == 2:
+            covered = labels["object"].unsqueeze(-1)  # [B,N,1]
+            return 4 * functional.smooth_l1_loss(place * covered, labels["place"] * covered, beta=0.05)
+        away = functional.smooth_l1_loss(place, labels["box"], beta=0.02, reduction="none").mean(dim=-1)  # [B,N]
+        return 10 * (away * labels["weight"]).sum() / labels["weight"].sum().clamp(min=1)
 
 
 class EncoderTask:

@@ -87,7 +87,8 @@ class LionModel(nn.Module):
 
 class LionTask:
     """One stage; `init.lion` is an earlier stage's run, else `init.vision_encoder` and `init.t5` begin
-    anew, with the `init.connectors` of lion-align."""
+    anew, with the `init.connectors` of lion-align; `init.tagger` is not
+    trained here."""
 
     def __init__(self, recipe: Recipe, stage: int):
         torch.manual_seed(recipe.seed)
@@ -108,6 +109,8 @@ class LionTask:
             held = load(Path(init["lion"]))
             lion = Lion(held.dims)
             lion.load_state_dict({name: held.tensors[name].float() for name in lion.state_dict()})
+            if init.get("tagger"):
+                return lion, held.tokenizer, self._tagger(init["tagger"])
             self.tags = held.tokenizer / TAGS
             tagger = {name: held.tensors[name].float() for name in held.tensors if name.startswith("tagger.")}
             return lion, held.tokenizer, tagger
@@ -124,9 +127,11 @@ class LionTask:
         if init.get("connectors"):
             aligned, own = read_part(init["connectors"], "connectors"), lion.state_dict()
             lion.load_state_dict({name: tensor for name, tensor in aligned.items() if name in own}, strict=False)
-        tagger = {f"tagger.{name}": tensor for name, tensor in read_part(init["tagger"], "tagger").items()}
-        self.tags = Path(init["tagger"]) / TAGS
-        return lion, Path(init["t5"]), tagger
+        return lion, Path(init["t5"]), self._tagger(init["tagger"])
+
+    def _tagger(self, folder: str) -> dict[str, Tensor]:
+        self.tags = Path(folder) / TAGS
+        return {f"tagger.{name}": tensor for name, tensor in read_part(folder, "tagger").items()}
 
     def _dims(self) -> LionDims:
         """The config's, less what `data.levels` and `data.router` take from it for an ablation."""
