@@ -92,7 +92,11 @@ def test_a_squashed_scene_has_its_labels_where_its_pixels_are() -> None:
     labels = dense_labels(scene, 8, 128, squashed=True)
     for number, item in enumerate(scene.objects):
         if sum(int(item.x * 8) == int(o.x * 8) and int(item.y * 8) == int(o.y * 8) for o in scene.objects) == 1:
-            assert labels["center"][int(item.y * 8) * 8 + int(item.x * 8)] == 1, number
+            place = int(item.y * 8) * 8 + int(item.x * 8)
+            assert labels["center"][place] == 1, number
+            lines, columns = np.nonzero(squashed[number])
+            seen = [columns.min(), lines.min(), columns.max() + 1, lines.max() + 1]
+            np.testing.assert_allclose(labels["box"][place] * 128, seen, atol=1.5)
 
 
 def test_eva_begins_with_clips_blocks() -> None:

@@ -40,7 +40,8 @@ class TaggerDims:
 class LionDims:
     """The whole system's shape. `levels` are the kinds of visual knowledge that the T5 reads: "query" (Q-Former),
     "region" (Vision Aggregator) or both; `question_length` is the most tokens of a question that the Q-Former reads,
-    `norm_eps` that of the norm before it; with `tags` there is a learned vector for the prompt that has them."""
+    `norm_eps` that of the norm before it; with `tags` there is a learned vector for the prompt that has them. Answers
+    are searched with `beams` and `repeat_penalty`, by default the paper's."""
 
     vision: EvaDims
     qformer: QFormerDims
@@ -52,6 +53,8 @@ class LionDims:
     tagger: TaggerDims | None = None
     tags: bool = True
     norm_eps: float = 1e-5
+    beams: int = 5
+    repeat_penalty: float = 1.5
 
     @property
     def aggregator(self) -> BertDims:
@@ -198,6 +201,8 @@ CONFIGS: dict[str, LionDims] = {
         aggregator_heads=3,
         aggregator_mlp=192,
         question_length=48,
+        beams=1,
+        repeat_penalty=1.0,
         tagger=TaggerDims(SwinDims(96, 32, (2, 2), (2, 4), window=6), tags=16, label_width=32, width=64, mlp_width=128),
     ),
     "4b": LionDims(EVA_G, _QFORMER, _flan(2048, 5120, 32), tagger=RAM),

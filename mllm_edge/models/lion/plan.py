@@ -108,7 +108,7 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
         ),
         prompt=prompt(visual, dims.language.bottleneck > 0, dims.tagger is not None),
         answers=[BOX] if dims.language.bottleneck else [],  # BLIP was not taught boxes
-        generation=Generation(max_tokens=256, beams=5, repeat_penalty=1.5),
+        generation=Generation(max_tokens=256, beams=dims.beams, repeat_penalty=dims.repeat_penalty),
         licences={"weights": checkpoint.source.get("licence", "see the checkpoint's own licence")},
         constants=constants,
         files=files,
