@@ -1,5 +1,6 @@
 """T5 against transformers' class, and LION's adapters by hand."""
 
+import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -111,6 +112,27 @@ def test_a_mixture_by_hand() -> None:
                 low = (x @ adapter.down_proj.weight.T + adapter.down_proj.bias).clamp(min=0)
                 expected += ratio[task] * adapter.scale * (low @ adapter.up_proj.weight.T + adapter.up_proj.bias)
             torch.testing.assert_close(mixture(x, torch.eye(2)[task]), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", [0, 1])
+def test_a_mixture_is_one_adapter_of_twice_the_width(task: int) -> None:
+    """For a fixed type of task; the graphs keep the gates apart, so that both types share constant weights."""
+    torch.manual_seed(0)
+    mixture = Mixture(adapted())
+    with torch.no_grad():
+        for parameter in mixture.parameters():
+            parameter.normal_(std=0.3)
+        first, second = mixture.adapters
+        gates = [
+            ratio[task] * one.scale for ratio, one in ((mixture.router_ratio1, first), (mixture.router_ratio2, second))
+        ]
+        down = torch.cat([first.down_proj.weight, second.down_proj.weight])  # [2b,D]
+        bias = torch.cat([first.down_proj.bias, second.down_proj.bias])
+        up = torch.cat([gate[:, None] * one.up_proj.weight for gate, one in zip(gates, mixture.adapters)], dim=1)
+        last = sum(gate * one.up_proj.bias for gate, one in zip(gates, mixture.adapters))
+        x = torch.randn(2, 3, 32)
+        folded = (x @ down.T + bias).clamp(min=0) @ up.T + last
+        torch.testing.assert_close(mixture(x, torch.eye(2)[task]), folded, rtol=1e-5, atol=1e-5)
 
 
 def test_each_task_begins_with_its_own_adapter() -> None:

@@ -39,6 +39,7 @@ from mllm_edge.scenes import mixed_scene
 
 STAGES = {1: ("caption", "vqa"), 2: ("rec", "reg"), 3: tuple(TASKS)}
 QUESTIONS = 6  # of one picture
+ALWAYS = {"vqa": "caption", "rec": "reg"}  # a task of the same type for scenes that allow no question of the first
 UNTAGGED, MISTAGGED = 0.1, 0.04  # shares of right tags that a prompt in training lacks, of wrong ones that it has
 
 
@@ -170,7 +171,7 @@ class LionTask:
         scene = mixed_scene(split, index, self.recipe.seed, self.wide if wide is None else wide)
         task = task or self.task(index)
         tags = tags_of(scene) if split != "train" else self._mistaken(tags_of(scene), rng)
-        asked = turns(scene, task, rng, self.questions)
+        asked = turns(scene, task, rng, self.questions) or turns(scene, ALWAYS[task], rng, self.questions)
         pixels = preprocess(drawn(scene, self.dims.vision.image_size), preprocessing(self.dims)[0])[0]
         return self._asked(pixels, asked, tags if self.tagged else None)
 

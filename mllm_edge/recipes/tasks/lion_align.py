@@ -91,11 +91,11 @@ class LionAlignTask:
     def sample(self, index: int, split: str = "train", wide: float | None = None) -> Sample:
         scene = mixed_scene(split, index, self.recipe.seed, self.wide if wide is None else wide)
         rng = np.random.default_rng([self.recipe.seed, 101, index])
-        question = turns(scene, pick(rng, TASKS), rng, 1)[0].question
+        asked = turns(scene, pick(rng, TASKS), rng, 1) or turns(scene, "caption", rng, 1)
         patches, parts = (self._targets(scene, grid) for grid in self.grids)
         return {
             "pixel_values": preprocess(drawn(scene, self.dims.vision.image_size), preprocessing(self.dims)[0])[0],
-            "heard": np.array(self.words.question(question, self.dims.question_length)),
+            "heard": np.array(self.words.question(asked[0].question, self.dims.question_length)),
             "patches": patches,
             "parts": parts,
         }
