@@ -45,7 +45,7 @@ def prepare(folder: Path, layers: int, eva_layers: int) -> None:
     checkpoint = folder / "checkpoint"
     if not (checkpoint / "tokenizer.json").is_file():
         torch.manual_seed(0)
-        text = {"vocab_size": VOCABULARY, "d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_heads": 32}
+        text: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_heads": 32}
         text |= {"num_layers": layers, "model_type": "t5", "feed_forward_proj": "gated-gelu"}
         text |= {"tie_word_embeddings": False, "decoder_start_token_id": 0}
         config = transformers.Blip2Config(

@@ -23,8 +23,13 @@ from mllm_edge.evaluate.cases import scenes
 from mllm_edge.evaluate.run import evaluate
 from mllm_edge.runtime import Model
 
-MEASURED = (("questions", "exact"), ("captions", "all_named"), ("boxes", "box50"), ("boxes", "box75"))
-MEASURED += (("regions", "exact"),)
+MEASURED = (
+    ("questions", "exact"),
+    ("captions", "all_named"),
+    ("boxes", "box50"),
+    ("boxes", "box75"),
+    ("regions", "exact"),
+)
 
 
 def exchange(model: Model) -> None:

@@ -49,6 +49,8 @@ ONNX_QUANTS = {  # of a language model that ONNX Runtime runs
 }
 ENGINES: dict[str, Mapping[str, Precision]] = {"gguf": QUANTS, "onnx": ONNX_QUANTS}
 USUAL = {"gguf": "q8_0", "onnx": "int8"}
+SMALL = {"gguf": "q4_k_m", "onnx": "int4"}
+CACHES = {"gguf": "f16", "onnx": "f32"}  # their usual KV caches
 PLAIN = ("bf16", *(name for name, quant in QUANTS.items() if quant.plain))  # that llama.cpp never repacks
 PRECISIONS = {
     "fp32": Precision(4.0, {"cosine": 0.9999, "relative_max": 1e-4}),

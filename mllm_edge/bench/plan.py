@@ -13,18 +13,19 @@ from typing import Any
 from mllm_edge.bench.result import Result
 from mllm_edge.errors import BadInput, look_up
 from mllm_edge.machine.devices import Device
-from mllm_edge.models.counts import LanguageModelCounts, StageCounts, counts, kv_bytes_per_token
-from mllm_edge.quants import KV_TYPES, PRECISIONS, QUANTS
+from mllm_edge.models.counts import Counts, LanguageModelCounts, StageCounts, counts, kv_bytes_per_token
+from mllm_edge.quants import CACHES, ENGINES, KV_TYPES, ONNX_QUANTS, PRECISIONS, QUANTS, SMALL
 from mllm_edge.runtime.memory import MARGIN
 
 TEXT = 64  # tokens of text around the picture
 WORK_GB = 0.3  # Python, the engines' code and working memory
 LEAST_CONTEXT = 512  # a smaller context is not proposed
+SIZES = {name: kind.bytes_per_weight for name, kind in {**QUANTS, **ONNX_QUANTS}.items()}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user may choose."""
+    """What a user may choose; an empty quantization or type of the KV cache is the usual small one."""
 
     precision: str
     quant: str
@@ -80,8 +81,8 @@ def settings(precision: str, quant: str, context: int, kv_type: str) -> Settings
         BadInput: names the choices.
     """
     look_up("precision", precision, PRECISIONS)
-    look_up("quantization", quant, QUANTS)
-    look_up("KV cache type", kv_type, KV_TYPES)
+    look_up("quantization", quant or "f16", SIZES)
+    look_up("KV cache type", kv_type or "f16", KV_TYPES)
     return Settings(precision, quant, context, kv_type)
 
 
@@ -96,11 +97,12 @@ def plan(system: str, config: str, chosen: Settings, device: Device, measured: R
         measured: a benchmark of the same on that device, to see how far the expectation is off.
 
     Raises:
-        BadInput: an unknown name, a context past the model's, or a measurement of something else.
+        BadInput: an unknown name, a context past the model's, a quantization that its engines do not know, or a
+            measurement of something else.
     """
     counted = counts(system, config)
     stages, dims = counted.stages, counted.language_model
-    chosen = replace(chosen, context=chosen.context or dims.context)
+    chosen = _complete(chosen, counted)
     if not 1 <= chosen.context <= dims.context:
         raise BadInput(f"{config} has a context of {dims.context}, not {chosen.context}; lower --context")
     if measured and (measured.system, measured.config) != (system, config):
@@ -131,12 +133,29 @@ def plan(system: str, config: str, chosen: Settings, device: Device, measured: R
     )
 
 
+def _complete(chosen: Settings, counted: Counts) -> Settings:
+    """The settings with the usual ones in place of empty ones."""
+    quant = chosen.quant or SMALL[counted.engines[0]]
+    engine = _engine(quant)
+    if engine not in counted.engines:
+        known = ", ".join(name for one in counted.engines for name in ENGINES[one])
+        raise BadInput(f"{quant} is of another engine than this language model's; use one of {known}")
+    kv_type = chosen.kv_type or CACHES[engine]
+    if engine == "onnx" and kv_type != CACHES[engine]:
+        raise BadInput(f"ONNX Runtime's KV cache is {CACHES[engine]}, not {kv_type}; leave --kv-type out")
+    return replace(chosen, quant=quant, kv_type=kv_type, context=chosen.context or counted.language_model.context)
+
+
+def _engine(quant: str) -> str:
+    return next(name for name, quants in ENGINES.items() if quant in quants)
+
+
 def _files(stages: list[StageCounts], dims: LanguageModelCounts, settings: Settings) -> dict[str, int]:
     sizes = {}
     for stage in stages:
         precision = settings.precision if settings.precision in stage.precisions else stage.precisions[-1]
         sizes[stage.name] = int(stage.weights * PRECISIONS[precision].bytes_per_weight)
-    return {**sizes, "language_model": int(dims.weights * QUANTS[settings.quant].bytes_per_weight)}
+    return {**sizes, "language_model": int(dims.weights * SIZES[settings.quant])}
 
 
 def _full(files: dict[str, int], dims: LanguageModelCounts, settings: Settings) -> float:
@@ -151,14 +170,15 @@ def _kv_bytes(dims: LanguageModelCounts, settings: Settings) -> int:
 
 def _advice(stages: list[StageCounts], dims: LanguageModelCounts, settings: Settings, free: float) -> str:
     """The first change that fits, from the cheapest to the dearest in quality."""
-    quants = list(QUANTS)  # from the largest to the smallest
+    engine = _engine(settings.quant)
+    quants = list(ENGINES[engine])  # from the largest to the smallest
     smaller, least = quants[quants.index(settings.quant) + 1 :], quants[-1]
-    tried = [replace(settings, kv_type="q8_0")]
-    tried += [replace(settings, kv_type="q8_0", quant=quant) for quant in smaller]
-    tried += [replace(settings, kv_type="q8_0", quant=least, precision="int8")]
+    lean = replace(settings, kv_type="q8_0" if engine == "gguf" else settings.kv_type)
+    tried = [lean, *(replace(lean, quant=quant) for quant in smaller)]
+    tried += [replace(lean, quant=least, precision="int8")]
     context = settings.context // 2
     while context >= LEAST_CONTEXT:
-        tried.append(replace(settings, kv_type="q8_0", quant=least, precision="int8", context=context))
+        tried.append(replace(lean, quant=least, precision="int8", context=context))
         context //= 2
     for other in tried:
         if _full(_files(stages, dims, other), dims, other) <= free:
@@ -193,11 +213,12 @@ def _parts(
     device: Device,
     measured: Result | None,
 ) -> list[Part]:
-    read = int(dims.product_weights * QUANTS[settings.quant].bytes_per_weight)
+    size = SIZES[settings.quant]
+    read, first = int(dims.product_weights * size), int(dims.prompt_weights * size)
     cache = tokens * _kv_bytes(dims, settings)
     attention = 2 * tokens**2 * dims.attention_width * dims.layers  # scores and values, half of them masked
     costs: dict[str, tuple[float, int]] = {stage.name: (stage.flops, files[stage.name]) for stage in stages}
-    costs["prefill"] = 2.0 * dims.product_weights * tokens + attention, read
+    costs["prefill"] = 2.0 * dims.prompt_weights * tokens + attention, first
     costs["decode"] = 2.0 * dims.product_weights, read + cache
     seen: dict[str, Any] = {}
     if measured:

@@ -234,6 +234,9 @@ def _language_model(manifest: Manifest, folder: Path) -> None:
             raise BadInput(f"{folder / MANIFEST}: tokenizer {what} cannot be; {AGAIN}")
     if (lm.engine == "gguf") != (lm.gguf is not None) or (lm.engine == "onnx") != bool(lm.parts):
         raise BadInput(f"{folder / MANIFEST}: the language model's files are not those of {lm.engine}; {AGAIN}")
+    for part in lm.parts:
+        if part.engine not in ENGINES:
+            raise BadInput(f"{part.file} asks for engine {part.engine!r}; known: {', '.join(ENGINES)}")
     if lm.gguf and lm.gguf.embedding.shape != [lm.vocabulary, lm.width]:
         raise BadInput(f"{lm.gguf.file}: embedding {lm.gguf.embedding.shape} is not [{lm.vocabulary}, {lm.width}]")
     if lm.kind == "seq2seq" and any(isinstance(source, States) for source in manifest.sources):

@@ -7,7 +7,7 @@ in here as data: wiring, sources, prompt template, kinds of answers, tokenizers,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mllm_edge.bundle.answers import AnswerEntry
 from mllm_edge.bundle.sources import Constant, FileEntry, Source
@@ -161,7 +161,7 @@ class GgufDetails(FileEntry):
 class LanguageModelEntry:
     """The part that steps: `kind` "causal" or "seq2seq".
 
-    Its weights are a GGUF file, or ONNX `parts`, as `runtime/engines/ort_language_model.py` describes them;
+    Its weights are a GGUF file, or ONNX `parts`, as `runtime/engines/parts_language_model.py` describes them;
     `start` is the token that a seq2seq answer starts with. `context` counts positions: of prompt and answer together
     ("causal"), or of each ("seq2seq"). `kv_bytes_per_token` are the bytes of one position's keys and values at 16 bits
     a number. `flops_per_token` counts the operations of the products with weights, `bytes_per_token` the weights that
@@ -262,6 +262,12 @@ class Manifest:
             if stage.name == name:
                 return stage
         raise BadInput(f"the bundle has no stage {name!r}; it has {', '.join(s.name for s in self.stages)}")
+
+    def engine_stages(self) -> list[StageEntry]:
+        """What TensorRT runs: stages, and parts of the language model under their whole names."""
+        lm = self.language_model
+        parts = [replace(part, name=f"{lm.name}.{part.name}") for part in lm.parts]
+        return [stage for stage in (*self.stages, *parts) if stage.engine == "tensorrt"]
 
     def tokenizer(self, name: str) -> Tokenizer:
         """The tokenizer called `name`. Raises BadInput when the bundle has none."""

@@ -103,7 +103,7 @@ def read_manifest(folder: Path, verify_hash: bool = True, engines: bool = True) 
         raise BadInput(f"{path} has schema {schema}, this tool reads up to {SCHEMA}; install mllm-edge >= {needs}")
     manifest = _typed(data, path)
     check(manifest, folder)
-    built = {engine.file for stage in manifest.stages for engine in stage.engines}
+    built = {engine.file for stage in manifest.engine_stages() for engine in stage.engines}
     for entry in manifest.files():
         if engines or entry.file not in built:
             check_file(entry, folder, verify_hash)

@@ -14,7 +14,7 @@ from mllm_edge.commands.screen import Screen
 from mllm_edge.errors import BadInput, OutOfTolerance
 from mllm_edge.machine import devices
 from mllm_edge.places import file_can_be_made, writing
-from mllm_edge.quants import KV_TYPES, PRECISIONS, QUANTS
+from mllm_edge.quants import KV_TYPES, ONNX_QUANTS, PRECISIONS, QUANTS
 from mllm_edge.targets import TARGETS
 
 
@@ -195,9 +195,14 @@ def plan(
         str, typer.Option(metavar="NAME", help=f"{', '.join([devices.THIS, *devices.DEVICES])}.")
     ] = devices.THIS,
     precision: Annotated[str | None, typer.Option(metavar="|".join(PRECISIONS), help="Of the stages.")] = None,
-    quant: Annotated[str, typer.Option(metavar="|".join(QUANTS))] = "q4_k_m",
+    quant: Annotated[
+        str,
+        typer.Option(metavar="|".join((*QUANTS, *ONNX_QUANTS)), help="By default q4_k_m; int4 without llama.cpp."),
+    ] = "",
     context: Annotated[int, typer.Option(help="Positions; by default the model's own.", show_default=False)] = 0,
-    kv_type: Annotated[str, typer.Option(metavar="|".join(KV_TYPES), help="Element type of the KV cache.")] = "f16",
+    kv_type: Annotated[
+        str, typer.Option(metavar="|".join(KV_TYPES), help="Of the KV cache: by default f16, or f32 without llama.cpp.")
+    ] = "",
     measured: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="What `bench --json` measured there, to compare with.")
     ] = None,

@@ -28,7 +28,8 @@ def count(system: str, config: str) -> Counts:
         stages.append(StageCounts(stage.name, weights, flops, list(stage.precisions), stage.name in early))
     dims = lowered.language_model.dims
     numbers = {field.name: int(getattr(dims, field.name)) for field in dataclasses.fields(LanguageModelCounts)}
-    return Counts(lowered.picture_tokens, stages, LanguageModelCounts(**numbers))
+    engines = ["gguf", "onnx"] if lowered.language_model.kind == "causal" else ["onnx"]
+    return Counts(lowered.picture_tokens, stages, LanguageModelCounts(**numbers), engines)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -40,7 +41,7 @@ from mllm_edge.export.onnx.lower import export_stage
 from mllm_edge.export.onnx.merging import with_merged_tokens
 from mllm_edge.export.options import check_devices, check_language_model, check_options
 from mllm_edge.export.tensorrt.build import make_engine
-from mllm_edge.export.tensorrt.engine import ahead, settings
+from mllm_edge.export.tensorrt.engine import ahead, language_model_axes, settings
 from mllm_edge.export.verify.samples import Samples, pictures
 from mllm_edge.export.verify.verify import PICTURES, require, verify
 from mllm_edge.export.workplace import Finished, Workplace, disk_full_explained
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AXIS = [1, 4, 16]  # least, usual and greatest length of an axis that varies
+ENGINE_PARTS = {"encoder", "decoder"}  # of a language model
 CALIBRATION_PICTURES = {"fp32": 0, "fp16": 8, "int8": 32}  # other pictures than those of the verification
 
 
@@ -125,7 +127,7 @@ def export(
     module = models.get(system).load_module()
     checkpoint = resolve(system, weights, config, template)
     plan = module.plan(checkpoint)
-    llm, quant = check_language_model(plan.language_model, llm, quant, system)
+    llm, quant = check_language_model(plan.language_model, llm, quant, system, target)
     if mmproj and "mmproj" not in plan.extras:
         raise BadInput(f"{system} has no multimodal projector in llama.cpp; export without --mmproj")
     if merge_tokens is not None:
@@ -133,16 +135,17 @@ def export(
             raise BadInput("llama.cpp's projector file cannot merge tokens; export without --mmproj or --merge-tokens")
         plan = with_merged_tokens(plan, merge_tokens)
     varying = {size for stage in plan.stages for spec in stage.inputs for size in spec.shape if isinstance(size, str)}
-    how = dataclasses.replace(how, axes=dict.fromkeys(sorted(varying), AXIS))
+    axes = dict.fromkeys(sorted(varying), AXIS)
+    if target == "trt" and llm == "onnx":
+        axes |= language_model_axes(plan.language_model.dims.context, plan.generation.beams)
+    how = dataclasses.replace(how, axes=axes)
     final = Path(out or f"{system}-{checkpoint.config}.bundle")
     if checkpoint.source["kind"] != "random":
         check_finite(checkpoint.tensors, module.tensor_shapes(checkpoint.dims))
     with disk_full_explained(final.parent), Workplace(final, force) as place:
-        graphs = len(plan.language_model.parts) if llm == "onnx" else 1
-        clock = _Clock(
-            report,
-            len(plan.stages) * (2 if capabilities else 1) + graphs + mmproj + check,
-        )
+        graphs = [part.name for part in plan.language_model.parts] if llm == "onnx" else ["language_model"]
+        engines = len(plan.stages) + len(ENGINE_PARTS.intersection(graphs)) if capabilities else 0
+        clock = _Clock(report, len(plan.stages) + engines + len(graphs) + mmproj + check)
         job = _Job(place, checkpoint, plan, target, capabilities, how, precision, llm, quant, clock)
         manifest = job.manifest()
         if mmproj:
@@ -201,7 +204,7 @@ class _Job:
         else:
             language_model = self._onnx_language_model(lm)
             tokenizers = [self._json(entry, copied) if entry.kind == "gguf" else entry for entry in tokenizers]
-        constants = [Constant(name, self._constant(name, array)) for name, array in plan.constants.items()]
+        constants = [Constant(name, self._constant(name, make())) for name, make in plan.constants.items()]
         return Manifest(
             system=self.checkpoint.system,
             config=self.checkpoint.config,
@@ -282,26 +285,32 @@ class _Job:
         )
 
     def _part(self, part: StageExport) -> StageEntry:
-        """A graph of the language model."""
-        name = f"language_model.{part.name}"
+        """A graph of the language model, for target trt an engine but of the table of embeddings."""
+        name, for_tensorrt = f"language_model.{part.name}", self.target == "trt"
+        engine = BUNDLES[self.target].engine if part.name in ENGINE_PARTS else "onnx"
 
         def build() -> Finished:
             path = self.place.folder / f"{name}.onnx"
-            files = export_part(part, path, self.quant)
+            files = export_part(part, path, self.quant, for_tensorrt)
             return Finished([self.place.entry(file) for file in (path, *files)])
 
         shapes = [dataclasses.asdict(spec) for spec in (*part.inputs, *part.outputs)]
         with self.clock.step(name):
-            finished = self.place.step(name, self._made_from(quant=self.quant, shapes=shapes), build)
-        return StageEntry(
+            key = self._made_from(quant=self.quant, shapes=shapes, trt=for_tensorrt)
+            finished = self.place.step(name, key, build)
+        if for_tensorrt and engine == "onnx":
+            warnings.warn(f"{name} is read by ONNX Runtime: a table needs no engine", RuntimeWarning, stacklevel=2)
+        entry = StageEntry(
             **dataclasses.asdict(finished.files[0]),
-            name=part.name,
-            engine="onnx",
+            name=name,
+            engine=engine,
             precision=self.quant,
             inputs=part.inputs,
             outputs=part.outputs,
             data_files=finished.files[1:],
         )
+        made = self._with_engine(entry) if engine == "tensorrt" else entry
+        return dataclasses.replace(made, name=part.name)
 
     def _with_engine(self, stage: StageEntry) -> StageEntry:
         """The stage with its engine for the GPUs that are built for here."""

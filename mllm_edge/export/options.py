@@ -20,7 +20,9 @@ def check_options(target: str, precision: str | None) -> str:
     return precision
 
 
-def check_language_model(lm: LanguageModelExport, llm: str | None, quant: str | None, system: str) -> tuple[str, str]:
+def check_language_model(
+    lm: LanguageModelExport, llm: str | None, quant: str | None, system: str, target: str
+) -> tuple[str, str]:
     """The engine of the language model and its quantization. Raises BadInput where they do not go together."""
     engine = llm or ("gguf" if lm.kind == "causal" else "onnx")
     known = look_up("engine of language models", engine, ENGINES)
@@ -28,7 +30,7 @@ def check_language_model(lm: LanguageModelExport, llm: str | None, quant: str | 
         raise BadInput(f"{system}'s language model is an encoder-decoder, which runs on ONNX Runtime; leave out --llm")
     if engine == "onnx" and not lm.parts:
         raise BadInput(f"{system}'s language model runs on llama.cpp alone; leave out --llm")
-    quant = quant or USUAL[engine]
+    quant = quant or ("fp16" if engine == "onnx" and target == "trt" else USUAL[engine])
     others = [name for name, quants in ENGINES.items() if quant in quants and name != engine]
     if others and quant not in known:
         raise BadInput(f"{quant} is for --llm {others[0]}; for {engine} there are {', '.join(known)}")

@@ -41,15 +41,18 @@ class LanguageModelCounts:
     attention_width: int
     weights: int
     product_weights: int
+    prompt_weights: int
 
 
 @dataclass(frozen=True)
 class Counts:
-    """One config; `picture_tokens` are the positions that a picture takes in the prompt."""
+    """One config; `picture_tokens` are the positions that a picture takes in the prompt, `engines` (of
+    `quants.ENGINES`) those that run its language model, the usual one first."""
 
     picture_tokens: int
     stages: list[StageCounts]
     language_model: LanguageModelCounts
+    engines: list[str]
 
 
 def counts(system: str, config: str) -> Counts:

@@ -64,7 +64,7 @@ class LanguageModelExport:
     """The language model.
 
     `kind` "causal" is written as a GGUF file from `tensors`, which have the names of transformers' class of that
-    `architecture`; or, as "seq2seq" is, as the ONNX `parts` of `runtime/engines/ort_language_model.py`. Answers of
+    `architecture`; or, as "seq2seq" is, as the ONNX `parts` of `runtime/engines/parts_language_model.py`. Answers of
     "seq2seq" start with token `start`. `tokenizer` is the checkpoint's folder, `tokenizer_name` its name among the
     plan's tokenizers.
     `reference()` builds the PyTorch reference of it alone, in fp32.
@@ -91,7 +91,7 @@ class ExportPlan:
         stages: in the order in which they can run.
         tokenizers: the language model's among them; `file` is "language_model.gguf" or one of `files`.
         answers: kinds of answers beside text.
-        constants: arrays that stages read, or that stand in the prompt.
+        constants: make the arrays that stages read, or that stand in the prompt.
         files: files that are copied into the bundle, by their names there.
         examples: inputs of stages that neither pictures nor stages nor constants give: what the sources may give.
         question: one whose answer has all that the system can answer with.
@@ -108,7 +108,7 @@ class ExportPlan:
     generation: Generation
     licences: dict[str, str]
     answers: list[AnswerEntry] = field(default_factory=list)
-    constants: dict[str, np.ndarray] = field(default_factory=dict)
+    constants: dict[str, Callable[[], np.ndarray]] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
     examples: dict[str, np.ndarray] = field(default_factory=dict)
     question: str = "What is in the picture?"

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -15,6 +16,7 @@ from mllm_edge.bundle.manifest import BuildSettings, TensorSpec
 from mllm_edge.bundle.read import read_manifest
 from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
 from mllm_edge.export.export import AXIS
+from mllm_edge.export.onnx.language_model import export_part
 from mllm_edge.export.onnx.lower import export_stage
 from mllm_edge.export.tensorrt import engine as tensorrt
 from mllm_edge.export.tensorrt.build import build_bundle
@@ -27,6 +29,7 @@ from mllm_edge.models.resolve import resolve
 from mllm_edge.runtime.answers.resize import iou
 from mllm_edge.runtime.engines.tensorrt.cuda import Cuda
 from mllm_edge.runtime.engines.tensorrt.packages import RTX
+from mllm_edge.runtime.engines.tensorrt.stage import shape
 from mllm_edge.scenes import render, sample_scene
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install 'mllm-edge[rtx]'")
@@ -68,6 +71,24 @@ def test_int8_builds_too(tmp_path: Path) -> None:
         rounded, exact = onnxruntime.InferenceSession(path), samples.outputs(stage)[0]
         for name, found in zip(exact, rounded.run(list(exact), samples.inputs(stage)[0]), strict=True):
             assert compare(found, exact[name])["cosine"] > 0.99
+
+
+@pytest.mark.parametrize("quant", ["fp16", "int8", "int4"])
+def test_a_language_models_parts_build(quant: str, tmp_path: Path) -> None:
+    """As engines take weights: fp16, or 8 and 4 bits of weights alone, which stay near the fp32 graph."""
+    parts = {part.name: part for part in llava_plan.plan(resolve("llava", "", None)).language_model.parts}
+    decoder, axes = parts["decoder"], tensorrt.language_model_axes(context=64, beams=1)
+    exact, path = tmp_path / "fp32.onnx", tmp_path / "decoder.onnx"
+    export_part(decoder, exact, "fp32")
+    export_part(decoder, path, quant, for_tensorrt=True)
+    work = tensorrt.Work(path, decoder.inputs, decoder.outputs, ["sm_89"])
+    assert len(tensorrt.build(work, RTX, BuildSettings(axes=axes))) > 100_000
+    random = np.random.default_rng(0)
+    lengths = {"sequences": 2, "tokens": 3, "capacity": 8}
+    feed = {spec.name: random.normal(size=shape(spec, lengths)).astype(spec.dtype) for spec in decoder.inputs}
+    feed["length"] = np.array([5])
+    wanted, found = (onnxruntime.InferenceSession(file).run(["logits"], feed)[0] for file in (exact, path))
+    assert compare(found, wanted)["cosine"] > {"fp16": 0.9999, "int8": 0.999, "int4": 0.97}[quant]
 
 
 @pytest.fixture(scope="module")

@@ -78,6 +78,18 @@ def cuda(device: Device) -> types.ModuleType:
         device.do(lambda: ctypes.memmove(target, source, size) and None)
         return (ok,)
 
+    def copy_rows(
+        target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int, kind: int, stream: int
+    ) -> tuple[int]:
+        assert stream == 7 and width <= min(target_pitch, source_pitch)
+
+        def work() -> None:
+            for row in range(rows):
+                ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
+
+        device.do(work)
+        return (ok,)
+
     def end_capture(stream: int) -> tuple[int, Any]:
         graph, device.recorded = device.recorded, None
         return ok, graph
@@ -116,6 +128,7 @@ def cuda(device: Device) -> types.ModuleType:
     api.cudaMalloc = api.cudaMallocHost = allocate
     api.cudaFree = api.cudaFreeHost = free
     api.cudaMemcpyAsync = copy
+    api.cudaMemcpy2DAsync = copy_rows
     api.cudaStreamBeginCapture, api.cudaStreamEndCapture = begin_capture, end_capture
     api.cudaGraphInstantiate = lambda graph, flags: (ok, graph)
     api.cudaGraphDestroy = api.cudaGraphExecDestroy = lambda graph: (ok,)

@@ -111,7 +111,7 @@ def test_every_tensor_is_found_in_its_place(published: tuple[Path, dict[str, tor
     lowered = plan(held)
     tags = next(source for source in lowered.sources if source.kind == "labels")
     assert (tags.names, tags.thresholds) == (["red", "blue", "a ring", "round"], [0.65, 0.8, 1.0, 0.5])
-    assert lowered.constants["soft_prompt"].shape == (1, 32)
+    assert lowered.constants["soft_prompt"]().shape == (1, 32)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
     latent = random.standard_normal(LATENT.shape).astype(np.float32)
     examples = {"latent": latent, "decoded": latent, "timestep": np.array([401.0], np.float32)}
     return toy_marks.plan(
-        checkpoint, stages=stages, answers=[entry], constants={"empty_text": EMPTY}, examples=examples
+        checkpoint, stages=stages, answers=[entry], constants={"empty_text": lambda: EMPTY}, examples=examples
     )
 
 

@@ -33,7 +33,7 @@ class Dims:
     """The counts of the toy."""
 
     vocabulary, width, context, layers, kv_width, attention_width = VOCABULARY, WIDTH, CONTEXT, LAYERS, WIDTH, WIDTH
-    weights = product_weights = 50_000
+    weights = product_weights = prompt_weights = 50_000
 
 
 def t5() -> transformers.T5ForConditionalGeneration:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from mllm_edge.checkpoints.tokenizer import CONTROL, NORMAL, USER_DEFINED, Token
 from mllm_edge.errors import BadInput
 from mllm_edge.export.onnx.fp16 import to_float16
 from mllm_edge.export.onnx.lower import check_graph, lower, save_graph
+from mllm_edge.export.onnx.weights_only import quantize_weights
 from mllm_edge.version import __version__
 
 if TYPE_CHECKING:
@@ -28,8 +30,10 @@ BLOCK = 32  # weights that share a scale in int4
 TOKENIZER = "tokenizer.json"
 
 
-def export_part(part: StageExport, path: Path, quant: str) -> list[Path]:
+def export_part(part: StageExport, path: Path, quant: str, for_tensorrt: bool = False) -> list[Path]:
     """Write a part as a checked ONNX file in one of `quants.ONNX_QUANTS`; the table of embeddings has 16 bits at least.
+    For TensorRT, which has neither of ONNX Runtime's kinds of product, int8 and int4 are of weights alone, multiplied
+    in fp16.
 
     Returns:
         The external data files that belong to `path`: none, or one.
@@ -41,16 +45,17 @@ def export_part(part: StageExport, path: Path, quant: str) -> list[Path]:
         quant = "fp16"
     model = lower(part)
     model.metadata_props.update(stage=part.name, precision=quant, mllm_edge=__version__)
-    if quant == "fp16":
+    if quant == "fp16" or (for_tensorrt and quant != "fp32"):
         to_float16(model, {}, part.float32, products_only=part.name != "embed")
     if quant in ("fp32", "fp16"):
         data_files = save_graph(model, path)
     else:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-            plain = Path(scratch) / "fp32.onnx"
+            plain = Path(scratch) / "plain.onnx"
             external = bool(save_graph(model, plain))
             del model
-            (_int8 if quant == "int8" else _int4)(plain, path, external)
+            quantize = _weights_only(quant) if for_tensorrt else {"int8": _int8, "int4": _int4}[quant]
+            quantize(plain, path, external)
         data_files = [path.with_name(f"{path.name}.data")] if external else []
     check_graph(path, part)
     return data_files
@@ -73,6 +78,15 @@ def _int8(source: Path, path: Path, external: bool) -> None:
         )
     finally:
         logging.disable(logging.NOTSET)
+
+
+def _weights_only(quant: str) -> Callable[[Path, Path, bool], None]:
+    def quantize(source: Path, path: Path, external: bool) -> None:
+        model = onnx.load(str(source))
+        quantize_weights(model, {"int8": 8, "int4": 4}[quant])
+        onnx.save(model, str(path), save_as_external_data=external, location=f"{path.name}.data")
+
+    return quantize
 
 
 def _int4(source: Path, path: Path, external: bool) -> None:

@@ -68,9 +68,10 @@ def build_bundle(
             opened.callback(device.close)
         compare = EngineCheck(folder, manifest, device) if device else None
         done = []
-        for number, stage in enumerate(manifest.stages, 1):
-            progress = _part_report(report, stage.name, number, len(manifest.stages))
-            report(stage.name, number, len(manifest.stages), None)
+        stages = manifest.engine_stages()
+        for number, stage in enumerate(stages, 1):
+            progress = _part_report(report, stage.name, number, len(stages))
+            report(stage.name, number, len(stages), None)
             started = time.monotonic()
             present = {one: None if force else _present(folder, stage, one, package, manifest) for one in capabilities}
             missing = [one for one, engine in present.items() if engine is None]
@@ -88,7 +89,7 @@ def build_bundle(
             seconds = time.monotonic() - started
             took, cosine = round(seconds, 3) if missing else 0.0, row.measured["cosine"] if row else None
             done.append(Built(stage.name, engine.file, engine.bytes, took, cosine))
-            report(stage.name, number, len(manifest.stages), seconds)
+            report(stage.name, number, len(stages), seconds)
         return done
 
 
@@ -159,10 +160,16 @@ def _with_engine(
     """The manifest, written, with a new engine instead of those that it replaces, whose files go."""
     replaces = [e for e in stage.engines if e.package == made.package and set(e.capabilities) <= set(made.capabilities)]
     kept = [engine for engine in stage.engines if engine not in replaces]
-    finished = dataclasses.replace(stage, engines=[*kept, made])
-    stages = [finished if one.name == stage.name else one for one in manifest.stages]
+    engines = [*kept, made]
+
+    def with_engines(entries: list[StageEntry]) -> list[StageEntry]:
+        return [dataclasses.replace(one, engines=engines) if one.file == stage.file else one for one in entries]
+
+    language_model = dataclasses.replace(manifest.language_model, parts=with_engines(manifest.language_model.parts))
     parity = with_rows(manifest.parity, [row]) if row else manifest.parity
-    manifest = dataclasses.replace(manifest, stages=stages, parity=parity)
+    manifest = dataclasses.replace(
+        manifest, stages=with_engines(manifest.stages), language_model=language_model, parity=parity
+    )
     write_manifest(manifest, folder)
     for engine in replaces:
         if engine.file != made.file:

@@ -25,6 +25,7 @@ LIMITS = {
     "fp32": {"cosine": 0.9999, "relative_max": 0.01},  # GPUs multiply fp32 in TF32 where they may
     "fp16": {"cosine": 0.999, "relative_max": 0.05},
     "int8": {"cosine": 0.99, "relative_max": 0.2},
+    "int4": {"cosine": 0.99, "relative_max": 0.2},
 }
 LENGTH = 2  # of axes that vary
 
@@ -66,22 +67,22 @@ class EngineCheck:
 
     def _value(self, spec: TensorSpec) -> Array:
         """What an earlier stage gave, or what a source may look like: any question, boxes, pictures and states."""
-        if spec.name not in self._values:
-            size = shape(spec, defaultdict(lambda: LENGTH))
-            source = self._sources.get(spec.name)
-            if isinstance(source, Boxes):
-                corners = np.sort(self._random.uniform(0, 1, (*size[:-1], 2, 2)), axis=-2)
-                value = corners.reshape(size)
-            elif isinstance(source, Task):
-                value = np.full(size, next(iter(source.values.values())))
-            elif isinstance(source, Text):
-                value = np.ones(size)
-            elif isinstance(source, Constant):
-                value = np.load(locate(self._folder, source.file.file), allow_pickle=False)
-            else:
-                value = self._random.standard_normal(size)
-            self._values[spec.name] = value.astype(spec.dtype)
-        return self._values[spec.name]
+        if spec.name in self._values:
+            return self._values[spec.name]
+        size = shape(spec, defaultdict(lambda: LENGTH))
+        source = self._sources.get(spec.name)
+        if isinstance(source, Boxes):
+            corners = np.sort(self._random.uniform(0, 1, (*size[:-1], 2, 2)), axis=-2)
+            value = corners.reshape(size)
+        elif isinstance(source, Task):
+            value = np.full(size, next(iter(source.values.values())))
+        elif isinstance(source, Text) or spec.dtype == "int64":  # words, or how much of a cache counts
+            value = np.ones(size)
+        elif isinstance(source, Constant):
+            value = np.load(locate(self._folder, source.file.file), allow_pickle=False)
+        else:
+            value = self._random.standard_normal(size)
+        return np.asarray(value, spec.dtype)
 
 
 def with_rows(old: Sequence[Parity], new: Sequence[Parity]) -> list[Parity]:

@@ -18,9 +18,12 @@ import numpy as np
 from mllm_edge.bundle.manifest import BuildSettings, TensorSpec
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.machine.devices import Device, get
+from mllm_edge.runtime.engines.parts_language_model import BATCH
+from mllm_edge.runtime.engines.tensorrt.engine import logger
 from mllm_edge.runtime.engines.tensorrt.packages import RTX, Package
-from mllm_edge.runtime.engines.tensorrt.stage import logger, shape
+from mllm_edge.runtime.engines.tensorrt.stage import shape
 
+BEAMS = 5  # sequences that a language model's decoder is built for at least
 USUAL = ("sm_86", "sm_89", "sm_120")  # GeForce RTX 30, 40 and 50
 
 
@@ -92,6 +95,18 @@ def settings(devices: Sequence[str]) -> BuildSettings:
     boards = [name for name in devices if is_board(name)]
     limits = [limit for name in boards if (limit := get(name).scratch_mb)]
     return BuildSettings(boards, workspace_mb=min(limits, default=0))
+
+
+def language_model_axes(context: int, beams: int) -> dict[str, list[int]]:
+    """Least, usual and greatest lengths of the axes of a language model's parts (`parts_language_model.py`)."""
+    usual = min(128, context)
+    return {
+        "sequences": [1, 1, max(BEAMS, beams)],
+        "tokens": [1, 1, BATCH],
+        "rows": [2, usual, context],
+        "positions": [1, usual, context],
+        "capacity": [1, usual, context + 1],
+    }
 
 
 def build(

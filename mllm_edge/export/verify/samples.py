@@ -37,7 +37,8 @@ class Samples:
     def __init__(self, plan: ExportPlan, pictures: Sequence[np.ndarray], given: Mapping[str, np.ndarray] | None = None):
         """`given` are tensors in place of the plan's examples."""
         self._plan = plan
-        known = {**plan.examples, **plan.constants, **(given or {})}
+        constants = {name: make() for name, make in plan.constants.items()}
+        known = {**plan.examples, **constants, **(given or {})}
         self._values = [{**known, **_pixels(plan, picture)} for picture in pictures]
         self._done: set[str] = set()
 

@@ -62,6 +62,11 @@ class LlamaDims:
         attention = 2 * self.width * self.head_dim * (self.heads + self.kv_heads)
         return self.layers * (attention + 3 * self.width * self.ffn_width) + self.vocabulary * self.width
 
+    @property
+    def prompt_weights(self) -> int:
+        """The same for a token of the prompt."""
+        return self.product_weights
+
 
 def llama(dims: LlamaDims) -> nn.Module:
     """The decoder: transformers' `LlamaForCausalLM`, which is the reference."""

@@ -1,4 +1,4 @@
-"""What of a LLaMA is lowered to the graphs of `engines/ort_language_model.py`.
+"""What of a LLaMA is lowered to the graphs of `engines/parts_language_model.py`.
 
 Norms, projections, feed-forwards and rotary positions are those of transformers' modules; only attention over keys and
 values that are inputs is ours.

@@ -33,7 +33,12 @@ class DecoderDims(Protocol):
 
     @property
     def product_weights(self) -> int:
-        """The weights that every token is multiplied with."""
+        """The weights that every token of an answer is multiplied with."""
+        ...
+
+    @property
+    def prompt_weights(self) -> int:
+        """The weights that every token of a prompt is multiplied with."""
         ...
 
 

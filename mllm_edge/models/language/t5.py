@@ -67,6 +67,12 @@ class T5Dims:
         feed = 3 * self.width * self.ffn_width + 2 * self.adapters * self.width * self.bottleneck
         return self.layers * (attention + feed) + self.vocabulary * self.width
 
+    @property
+    def prompt_weights(self) -> int:
+        """Number of weights that a token of the prompt is multiplied with: the encoder's, and the decoder's that make
+        its keys and values."""
+        return self.weights - self.product_weights - self.vocabulary * self.width
+
 
 def t5_dims(config: Mapping[str, Any], where: Path) -> T5Dims:
     """Dims of a Flan-T5 from its fields in transformers' spelling.

@@ -1,4 +1,4 @@
-"""What of a T5 is lowered to the graphs of `engines/ort_language_model.py`, and the reference they are compared with.
+"""What of a T5 is lowered to the graphs of `engines/parts_language_model.py`, and the reference they are compared with.
 
 Where there are adapters, the first row of a prompt is not text: its first two channels are 1 at the type of the task
 (`task_rows`). So the language model still reads nothing but a prompt, and one bundle has both types.

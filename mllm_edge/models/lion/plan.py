@@ -78,7 +78,7 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
     examples: dict[str, np.ndarray] = {}
     files = {"tokenizer.json": checkpoint.tokenizer / "tokenizer.json"}
     tokenizers = [Tokenizer("language_model", "json", "tokenizer.json", ends=["</s>"])]
-    constants: dict[str, np.ndarray] = {}
+    constants: dict[str, Callable[[], np.ndarray]] = {}
     if dims.qformer.vocabulary and "query" in dims.levels:
         files[READER.file] = question_tokenizer(checkpoint.tokenizer)
         tokenizers.append(READER)
@@ -91,8 +91,10 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
         examples["task"] = np.array([TASKS["caption"]], np.int64)
     if dims.tagger:
         tags, thresholds = tags_of(checkpoint.tokenizer)
+        if checkpoint.source["kind"] == "random" and len(tags) != dims.tagger.tags:
+            tags, thresholds = [f"tag {number}" for number in range(dims.tagger.tags)], [0.5] * dims.tagger.tags
         sources.append(Labels("tags", "tag_chances", tags, thresholds, around=TAGGED))
-        constants["soft_prompt"] = checkpoint.tensors["soft_prompt"].float().numpy()[None]  # [1,D]
+        constants["soft_prompt"] = lambda: checkpoint.tensors["soft_prompt"].float().numpy()[None]  # [1,D]
     return ExportPlan(
         tasks=["captioning", "visual question answering", "referring comprehension", "region captioning"],
         sources=sources,

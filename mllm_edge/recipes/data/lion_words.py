@@ -134,17 +134,26 @@ def turns(scene: Scene, task: str, rng: np.random.Generator, number: int) -> lis
     if task == "vqa":
         drawn = draw_questions(questions(scene, rng), rng, number)
         return [LionTurn(task, *question.asked(short=rng.random() < 0.75)) for question in drawn]
-    places = [spelled(box, scene.extent(1000)) for box in boxes(scene, 1000)]
     if task == "rec":
-        found = referring_expressions(scene, rng)[:number]
-        return [
-            LionTurn(task, pick(rng, REC_QUESTIONS).format(what=expression), places[target])
-            for expression, target in found
-        ]
+        return [turn for turn, _ in located(scene, rng)[:number]]
     return [
         LionTurn(task, pick(rng, REG_QUESTIONS).format(box=place), region_caption(item))
-        for item, place in list(zip(scene.objects, places, strict=True))[:number]
+        for item, place in list(zip(scene.objects, _places(scene), strict=True))[:number]
     ]
+
+
+def located(scene: Scene, rng: np.random.Generator) -> list[tuple[LionTurn, int]]:
+    """Questions where things are, with the number of the object; none where nothing can be told apart."""
+    places = _places(scene)
+    return [
+        (LionTurn("rec", pick(rng, REC_QUESTIONS).format(what=expression), places[target]), target)
+        for expression, target in referring_expressions(scene, rng)
+    ]
+
+
+def _places(scene: Scene) -> list[str]:
+    """The boxes of the objects, as LION writes them."""
+    return [spelled(box, scene.extent(1000)) for box in boxes(scene, 1000)]
 
 
 def corpus(scenes: Iterator[Scene], seed: int) -> Iterator[str]:

@@ -12,11 +12,12 @@ from PIL import Image
 from mllm_edge.models.llava.model import LlavaDims
 from mllm_edge.models.llava.plan import preprocessing
 from mllm_edge.runtime.preprocess import preprocess
-from mllm_edge.scenes import masks, render, stands_out
+from mllm_edge.scenes import boxes, masks, render, stands_out
 from mllm_edge.scenes.model import COLOR_RGB, Scene
 
 REPAINTS = 20  # attempts to find colors that a wide scene's page does not hide
 APART = 70.0  # least RGB distance of a repainted color from every named one
+BOXED = 300  # longer side of the picture that boxes are measured on
 COVERED = 0.08  # share of a patch that an object must cover to own it
 
 
@@ -68,6 +69,12 @@ def owners(
     middles = raster(centers, grid)
     owner[middles] = np.where(owner[middles] >= 0, owner[middles], np.arange(len(covered)))
     return owner
+
+
+def box_shares(scene: Scene) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The objects' boxes in shares of the picture's sides: float64 [objects,4]."""
+    shares: np.ndarray[Any, np.dtype[np.float64]] = boxes(scene, BOXED) / np.tile(scene.extent(BOXED), 2)
+    return shares
 
 
 def padded_centers(scene: Scene) -> np.ndarray[Any, np.dtype[np.float64]]:

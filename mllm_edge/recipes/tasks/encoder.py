@@ -30,6 +30,7 @@ from mllm_edge.models.llava.plan import preprocessing
 from mllm_edge.recipes.data.conversation import IGNORE
 from mllm_edge.recipes.data.mixture import wide_share
 from mllm_edge.recipes.data.scene_pixels import (
+    box_shares,
     drawn,
     owners,
     padded_centers,
@@ -41,11 +42,10 @@ from mllm_edge.recipes.data.scene_pixels import (
 from mllm_edge.recipes.parts import read_part, save_part
 from mllm_edge.recipes.recipe import Recipe
 from mllm_edge.runtime.preprocess import preprocess
-from mllm_edge.scenes import COLORS, PAGES, SHAPES, SIZES, Scene, boxes, mixed_scene
+from mllm_edge.scenes import COLORS, PAGES, SHAPES, SIZES, Scene, mixed_scene
 from mllm_edge.scenes.wide import MOST_OBJECTS
 
 WHOLE = 0.2  # weight of the losses on whole pictures
-BOXED = 300  # longer side of the picture that boxes are measured on
 REPAINTED = 0.7  # share of training pictures whose objects get unnamed colors
 
 
@@ -79,7 +79,7 @@ def dense_labels(scene: Scene, grid: int, size: int, squashed: bool = False) -> 
         "object": (owner >= 0).astype(np.float32),
         "center": center,
         "place": centers[owner].astype(np.float32),
-        "box": (boxes(scene, BOXED) / np.tile(scene.extent(BOXED), 2))[owner].astype(np.float32),
+        "box": box_shares(scene)[owner].astype(np.float32),
         "count": np.array(len(scene.objects) - 1),
         "page": np.array(list(PAGES).index(scene.background.kind)),
     }

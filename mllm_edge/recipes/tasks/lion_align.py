@@ -2,8 +2,8 @@
 
 In place of the pretraining that the published system starts from (BLIP-2's first stage for its Q-Former): a small T5
 that can look things up in bags of words (`lion-language`) then finds such bags in a picture's rows. The target of a row
-is the sum of the word embeddings of the object there; empty places are zero. A row of the aggregator stands for a
-patch, a query for one of as many equal parts of the picture.
+is the sum of the word embeddings of the object there and the code of its place (`place_code.py`); empty places are
+zero. A row of the aggregator stands for a patch, a query for one of as many equal parts of the picture.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from mllm_edge.models.lion.model import CONFIGS, Lion, LionDims
 from mllm_edge.models.lion.plan import preprocessing
 from mllm_edge.recipes.data.lion_words import Words, turns
 from mllm_edge.recipes.data.mixture import wide_share
-from mllm_edge.recipes.data.scene_pixels import drawn, owners, squashed_masks
+from mllm_edge.recipes.data.place_code import place_codes
+from mllm_edge.recipes.data.scene_pixels import box_shares, drawn, owners, squashed_masks
 from mllm_edge.recipes.modules import decaying
 from mllm_edge.recipes.parts import read_part, save_part
 from mllm_edge.recipes.recipe import Recipe
@@ -46,20 +47,29 @@ class AlignModel(nn.Module):
         self.queries, self.aggregator = lion.queries, lion.aggregator
         self.register_buffer("words", lion.language_model.shared.weight.detach().clone(), persistent=False)
 
-    def forward(self, pixel_values: Tensor, heard: Tensor, patches: Tensor, parts: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        heard: Tensor,
+        patches: Tensor,
+        parts: Tensor,
+        patch_codes: Tensor,
+        part_codes: Tensor,
+    ) -> dict[str, Tensor]:
         """`pixel_values` [B,3,S,S], `heard` int64 [B,L]; `patches` [B,N,W] and `parts` [B,Q,W] are ids of words, -1
-        where there are no more. The loss is in units of the targets' own mean square."""
+        where there are no more, with codes [B,N,D] and [B,Q,D]. The loss is in units of the targets' mean square."""
         with torch.no_grad():
             taps = self.vision_encoder(pixel_values)
         result: dict[str, Tensor] = {}
-        for name, rows, ids in (
-            ("aggregator", self.aggregator(*taps)[:, 1:], patches),  # the class token stands for no place
-            ("queries", self.queries(taps[0], heard), parts),
+        for name, rows, ids, codes in (
+            ("aggregator", self.aggregator(*taps)[:, 1:], patches, patch_codes),  # the class token stands for no place
+            ("queries", self.queries(taps[0], heard), parts, part_codes),
         ):
             words = self.words[ids.clamp(min=0)] * (ids >= 0).unsqueeze(-1)  # [B,N,W,D]
-            away = (rows.float() - words.sum(dim=2)).square().sum(dim=-1)  # [B,N]
+            target = words.sum(dim=2) + codes  # [B,N,D]
+            away = (rows.float() - target).square().sum(dim=-1)  # [B,N]
             there = ids[..., 0] >= 0
-            norm = words.sum(dim=2).square().sum(dim=-1)[there].mean()
+            norm = target.square().sum(dim=-1)[there].mean()
             result[name] = (away[there].mean() + away[~there].mean()) / norm
         return {"loss": result["aggregator"] + result["queries"], **{n: v.detach() for n, v in result.items()}}
 
@@ -92,24 +102,27 @@ class LionAlignTask:
         scene = mixed_scene(split, index, self.recipe.seed, self.wide if wide is None else wide)
         rng = np.random.default_rng([self.recipe.seed, 101, index])
         asked = turns(scene, pick(rng, TASKS), rng, 1) or turns(scene, "caption", rng, 1)
-        patches, parts = (self._targets(scene, grid) for grid in self.grids)
+        (patches, patch_codes), (parts, part_codes) = (self._targets(scene, grid) for grid in self.grids)
         return {
             "pixel_values": preprocess(drawn(scene, self.dims.vision.image_size), preprocessing(self.dims)[0])[0],
             "heard": np.array(self.words.question(asked[0].question, self.dims.question_length)),
             "patches": patches,
             "parts": parts,
+            "patch_codes": patch_codes,
+            "part_codes": part_codes,
         }
 
-    def _targets(self, scene: Scene, grid: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Ids of the words of what is in each cell, [N,W] filled with -1."""
+    def _targets(self, scene: Scene, grid: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Ids of the words of what is in each cell, [N,W] filled with -1, and the codes of its places [N,D]."""
         said = [self.words.answer(" ".join(attributes(item)))[:-1] for item in scene.objects]
         table = np.full((len(said) + 1, MOST_WORDS), -1)
         for number, ids in enumerate(said):
             table[number, : len(ids)] = ids
         covered = squashed_masks(scene, self.dims.vision.image_size)
         owner = owners(covered, np.array([(item.x, item.y) for item in scene.objects]), grid)
-        targets: np.ndarray[Any, np.dtype[np.int64]] = table[owner]  # the last row, of -1, where there is no owner
-        return targets
+        codes = place_codes(box_shares(scene), self.dims.language.width)
+        codes = np.concatenate([codes, np.zeros((1, codes.shape[1]), np.float32)])
+        return table[owner], codes[owner]  # the last rows, of -1 and 0, where there is no owner
 
     def collate(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         return {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}

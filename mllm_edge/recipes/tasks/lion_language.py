@@ -1,7 +1,8 @@
 """Recipe task `lion-language`: pretrains the small T5 and both of LION's tokenizers on the language of scenes.
 
 As in `language`, a scene is mostly given as bags of words, one row per object, as a picture's rows will be; the T5
-learns to look things up in single rows before it sees any picture.
+learns to look things up in single rows before it sees any picture. In most of them a row also says where its object is,
+as a code that the T5 learns to read and write as a box (`place_code.py`).
 """
 
 from __future__ import annotations
@@ -20,28 +21,43 @@ from torch.nn import functional
 from mllm_edge.models.language.t5 import T5
 from mllm_edge.models.lion.layouts import QUESTION
 from mllm_edge.models.lion.model import CONFIGS, LionDims
+from mllm_edge.models.lion.prompts import TASKS
 from mllm_edge.recipes.data.conversation import IGNORE
-from mllm_edge.recipes.data.lion_words import TOKENIZER, Words, corpus, prompted, train_tokenizers
+from mllm_edge.recipes.data.lion_words import (
+    TOKENIZER,
+    Words,
+    corpus,
+    located,
+    prompted,
+    tags_of,
+    train_tokenizers,
+    turns,
+)
 from mllm_edge.recipes.data.mixture import wide_share
-from mllm_edge.recipes.parts import save_part
+from mllm_edge.recipes.data.place_code import place_codes
+from mllm_edge.recipes.data.scene_pixels import box_shares
+from mllm_edge.recipes.parts import read_part, save_part
 from mllm_edge.recipes.recipe import Recipe
-from mllm_edge.scenes import mixed_scene, told_scene
+from mllm_edge.scenes import attributes, mixed_scene, told_scene
 
 CORPUS = 1_500  # scenes that the tokenizers are trained on
 VALIDATION = 10_000_000  # first scene that is never trained on
 IN_BAGS = 0.85  # share of scenes given as bags of words instead of text
 TAGGED = 0.5  # share of prompts with tags
+PLACED = 0.6  # share of scenes whose rows have places, for all tasks
 QUESTIONS = 4  # of one scene
 COPIES, BLANKS = 8, 24  # most rows of one object, most empty ones
 
 
 @dataclass(frozen=True)
 class Told:
-    """A prompt and its answer; `bags` are rows of word ids in front of the prompt."""
+    """A prompt and its answer; `bags` are rows of word ids in front of the prompt, `places` the box of each, None where
+    it says none."""
 
     prompt: list[int]
     answer: list[int]
     bags: list[list[int]] = field(default_factory=list)
+    places: list[np.ndarray[Any, Any] | None] = field(default_factory=list)
 
 
 def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
@@ -59,9 +75,13 @@ def answer_tensors(answers: Sequence[Sequence[int]]) -> dict[str, Tensor]:
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy per token of logits [n,T,V] and labels [n,T], and the share of likeliest tokens that are right."""
-    loss = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
-    seen = labels != IGNORE
+    """Cross-entropy per token of logits [n,T,V] and labels [n,T], and the share of likeliest tokens that are right.
+
+    Answers count alike, short or long: else digits of boxes, the last of which nobody can see, are most of the loss.
+    """
+    each = functional.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+    seen = labels != IGNORE  # [n,T]
+    loss = (each.sum(dim=1) / seen.sum(dim=1)).mean()
     right = ((logits.argmax(-1) == labels) & seen).sum() / seen.sum()
     return {"loss": loss, "token_accuracy": right}
 
@@ -81,11 +101,13 @@ class ToldModel(nn.Module):
                 if name.endswith(".q.weight"):  # in place of the scaling that T5's attention lacks (T5PreTrainedModel)
                     parameter.mul_(dims.language.head_width**-0.5)
 
-    def forward(self, bags: Tensor, prompt: Tensor, answer: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """`bags` int64 [n,R,W] padded with -1 (an empty row) or -2 (no row), `prompt` [n,L] padded with -1."""
+    def forward(self, bags: Tensor, codes: Tensor, prompt: Tensor, answer: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """`bags` int64 [n,R,W] padded with -1 (an empty row) or -2 (no row), `codes` [n,R,D] of places, `prompt` [n,L]
+        padded with -1."""
         table = self.t5.shared.weight
         words = functional.embedding(bags.clamp(min=0), table) * (bags >= 0).unsqueeze(-1)  # [n,R,W,D]
-        rows = torch.cat([words.sum(dim=2), functional.embedding(prompt.clamp(min=0), table)], dim=1)  # [n,R+L,D]
+        rows = words.sum(dim=2) + codes  # [n,R,D]
+        rows = torch.cat([rows, functional.embedding(prompt.clamp(min=0), table)], dim=1)  # [n,R+L,D]
         mask = torch.cat([(bags[..., 0] > -2).float(), (prompt >= 0).float()], dim=1)
         cross = self.t5.decoder.cross(self.t5.encoder(rows, mask=mask))
         states, _ = self.t5.decoder(self.t5.shared(answer), cross, mask=mask)
@@ -100,21 +122,30 @@ class LionLanguageTask:
         self.recipe = recipe
         self.dims = CONFIGS[recipe.config]
         self.wide = wide_share(recipe.data)
+        self.lone = float(recipe.data.get("lone", 0.0))
         self.folder = Path(recipe.out)
+        if recipe.init.get("t5") and not (self.folder / TOKENIZER).is_file():
+            _copy_tokenizers(Path(recipe.init["t5"]), self.folder)
         if not (self.folder / TOKENIZER).is_file():
             scenes = (mixed_scene("train", index, recipe.seed, self.wide) for index in range(CORPUS))
             sizes = self.dims.language.vocabulary, self.dims.qformer.vocabulary
             train_tokenizers(self.folder, sizes, list(corpus(scenes, recipe.seed)))
         self.words = Words(self.folder)
         self.model = ToldModel(self.dims, self.words.soft)
+        if recipe.init.get("t5"):
+            self.model.t5.load_state_dict(read_part(recipe.init["t5"], "t5"))
 
     def parameters(self) -> list[dict[str, Any]]:
         return [{"params": list(self.model.parameters())}]
 
     def sample(self, index: int) -> list[Told]:
         rng = np.random.default_rng([self.recipe.seed, 93, index])
+        if rng.random() < self.lone:
+            return self._lone(index, rng)
+        if rng.random() < PLACED:
+            return self._placed(index, rng)
         told = told_scene(index, self.recipe.seed, other_names=True, wide=self.wide)
-        bags = self._bags(told.things, rng) if rng.random() < IN_BAGS else []
+        bags, _ = self._bags(told.things, rng) if rng.random() < IN_BAGS else ([], [])
         made = []
         for question in told.questions[:QUESTIONS]:
             asked, answer = question.asked(short=rng.random() < 0.75)
@@ -123,23 +154,57 @@ class LionLanguageTask:
             made.append(Told(self.words.prompt(text), self.words.answer(answer), bags))
         return made
 
-    def _bags(self, things: Sequence[Sequence[str]], rng: np.random.Generator) -> list[list[int]]:
-        bags: list[list[int]] = [[] for _ in range(int(rng.integers(BLANKS + 1)))]
-        for thing in things:
+    def _lone(self, index: int, rng: np.random.Generator) -> list[Told]:
+        """Single things and the questions where they are: reading a code is learned apart from finding its row."""
+        scene = mixed_scene("train", index, self.recipe.seed, self.wide)
+        things, shares = scene.objects, box_shares(scene)
+        made = []
+        for turn, target in located(scene, rng)[:QUESTIONS]:
+            bags, owners = self._bags([attributes(things[target])], rng)
+            places = [None if owner is None else shares[target] for owner in owners]
+            made.append(Told(self.words.prompt(turn.question), self.words.answer(turn.answer), bags, places))
+        return made or self._placed(index, rng)
+
+    def _placed(self, index: int, rng: np.random.Generator) -> list[Told]:
+        """Turns of one task about a scene whose rows have places."""
+        scene = mixed_scene("train", index, self.recipe.seed, self.wide)
+        task = str(rng.choice(list(TASKS)))
+        asked = turns(scene, task, rng, QUESTIONS) or turns(scene, "caption", rng, QUESTIONS)
+        bags, owners = self._bags([attributes(item) for item in scene.objects], rng)
+        shares = box_shares(scene)
+        places = [None if owner is None else shares[owner] for owner in owners]
+        tags = tags_of(scene) if rng.random() < TAGGED else None
+        return [
+            Told(self.words.prompt(prompted(turn.question, tags)), self.words.answer(turn.answer), bags, places)
+            for turn in asked
+        ]
+
+    def _bags(
+        self, things: Sequence[Sequence[str]], rng: np.random.Generator
+    ) -> tuple[list[list[int]], list[int | None]]:
+        """Rows in any order, several of a thing and empty ones, and whose each is."""
+        rows: list[tuple[list[int], int | None]] = [([], None)] * int(rng.integers(BLANKS + 1))
+        for number, thing in enumerate(things):
             ids = self.words.prompt(" ".join(thing))[:-1]
-            bags += [ids] * (1 + int(rng.integers(COPIES)))
-        return [bags[i] for i in rng.permutation(len(bags))]
+            rows += [(ids, number)] * (1 + int(rng.integers(COPIES)))
+        mixed = [rows[i] for i in rng.permutation(len(rows))]
+        return [ids for ids, _ in mixed], [owner for _, owner in mixed]
 
     def collate(self, samples: Sequence[list[Told]]) -> dict[str, Tensor]:
         told = [one for sample in samples for one in sample]
         rows, width = max(len(one.bags) for one in told), max([1, *(len(bag) for one in told for bag in one.bags)])
-        bags = torch.full((len(told), rows, width), -2)
+        bags, codes = torch.full((len(told), rows, width), -2), torch.zeros(len(told), rows, self.dims.language.width)
         for number, one in enumerate(told):
             for row, bag in enumerate(one.bags):
                 bags[number, row] = -1
                 bags[number, row, : len(bag)] = torch.tensor(bag, dtype=torch.int64)
+            placed = [row for row, box in enumerate(one.places) if box is not None]
+            if placed:
+                found = place_codes(np.array([one.places[row] for row in placed]), codes.shape[-1])
+                codes[number, placed] = torch.from_numpy(found)
         return {
             "bags": bags,
+            "codes": codes,
             "prompt": padded([one.prompt for one in told], -1),
             **answer_tensors([one.answer for one in told]),
         }
@@ -160,5 +225,11 @@ class LionLanguageTask:
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         save_part(folder, "t5", asdict(self.dims.language), state, "t5.", self.recipe.dtype)
         if folder != self.folder:
-            shutil.copy(self.folder / TOKENIZER, folder / TOKENIZER)
-            shutil.copytree(self.folder / QUESTION, folder / QUESTION, dirs_exist_ok=True)
+            _copy_tokenizers(self.folder, folder)
+
+
+def _copy_tokenizers(source: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (TOKENIZER, "tokenizer_config.json"):
+        shutil.copy(source / name, folder / name)
+    shutil.copytree(source / QUESTION, folder / QUESTION, dirs_exist_ok=True)

@@ -25,6 +25,10 @@ class Device(Protocol):
         """The stage's engine. Raises MllmEdgeError where none fits this GPU, or it fails."""
         ...
 
+    def decoder(self, folder: Path, stage: StageEntry) -> Any:
+        """A language model's decoder with its caches (`parts_language_model.Decoder`), as `open`."""
+        ...
+
 
 @dataclass(frozen=True)
 class Options:

@@ -69,6 +69,11 @@ class Cuda:
         kind = self._api.cudaMemcpyKind.cudaMemcpyDefault
         self._call("cudaMemcpyAsync", target, source, size, kind, self.stream)
 
+    def copy_rows(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
+        """Queue copies of `rows` pieces of `width` bytes, which begin so many bytes (pitch) after each other."""
+        kind = self._api.cudaMemcpyKind.cudaMemcpyDefault
+        self._call("cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, width, rows, kind, self.stream)
+
     def wait(self) -> None:
         """Wait for all queued work."""
         self._call("cudaStreamSynchronize", self.stream)

@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from mllm_edge.errors import MllmEdgeError
 from mllm_edge.runtime.engines.interface import Array, check_arrays
 from mllm_edge.runtime.engines.tensorrt import packages
 from mllm_edge.runtime.engines.tensorrt.cuda import Cuda, DeviceArray
+from mllm_edge.runtime.engines.tensorrt.decoder import TensorRtDecoder
+from mllm_edge.runtime.engines.tensorrt.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -38,24 +40,12 @@ class TensorRtStage:
         self.spec, self._cuda = spec, cuda
         self._most = {axis: lengths[-1] for axis, lengths in axes.items()}
         self._lock = threading.Lock()
-        trt = packages.package_named(built.package).load()
-        self._reasons: list[str] = []
-        self._require(built.bytes, "its weights")
-        self._runtime = trt.Runtime(logger(trt, self._reasons))
-        self._engine: Any = self._runtime.deserialize_cuda_engine(path.read_bytes())
-        if self._engine is None:
-            raise MllmEdgeError(f"{path}: TensorRT cannot read it ({self._why()}); run: mllm-edge build {path.parent}")
-        self._check(trt, path)
-        tensors = [*spec.inputs, *spec.outputs]
-        sizes = {tensor.name: nbytes(tensor, self._most) for tensor in tensors}
-        self._require(int(self._engine.device_memory_size_v2) + sum(sizes.values()), "its work")
-        self._context: Any = self._engine.create_execution_context()
-        if self._context is None:
-            raise MllmEdgeError(f"{path}: TensorRT cannot start it ({self._why()}); free GPU memory or use target cuda")
+        sizes = {tensor.name: nbytes(tensor, self._most) for tensor in (*spec.inputs, *spec.outputs)}
+        self._engine = Engine(path, spec, built, cuda, sum(sizes.values()))
         self._buffers = {name: cuda.allocate(size) for name, size in sizes.items()}
         self._staging = {tensor.name: cuda.allocate_host(sizes[tensor.name]) for tensor in spec.inputs}
         for name, buffer in self._buffers.items():
-            self._accepted(self._context.set_tensor_address(name, buffer.address), name)
+            self._engine.at(name, buffer.address)
         self._varies = bool(packages.free_axes(spec))
         self._static = not self._varies  # and so worth recording
         self._launch: Callable[[], None] | None = None
@@ -66,7 +56,7 @@ class TensorRtStage:
         Raises:
             MllmEdgeError: an array does not fit the spec, or the engine fails or is closed.
         """
-        if self._engine is None:
+        if self._engine.closed:
             raise MllmEdgeError(f"stage {self.spec.name} is closed; load the bundle again")
         check_arrays(self.spec.name, self.spec.inputs, arrays)
         lengths = self._lengths(arrays)
@@ -116,57 +106,27 @@ class TensorRtStage:
                 source = self._staging[name].address
             self._cuda.copy(self._buffers[name].address, source, array.nbytes)
             if self._varies:
-                self._accepted(self._context.set_input_shape(name, tuple(array.shape)), f"{name} {list(array.shape)}")
+                self._engine.sized(name, array.shape)
 
     def _run(self) -> None:
         if self._launch:
             self._launch()
             return
-        self._enqueue()
+        self._engine.enqueue()
         if self._static:  # after the first run, nothing is allocated or compiled during recording
             self._cuda.wait()
             try:
-                self._launch = self._cuda.record(self._enqueue)
+                self._launch = self._cuda.record(self._engine.enqueue)
             except MllmEdgeError as error:
                 self._static = False
                 log.info("stage %s is not recorded as a CUDA graph: %s", self.spec.name, error)
 
-    def _enqueue(self) -> None:
-        if not self._context.execute_async_v3(int(self._cuda.stream)):
-            raise MllmEdgeError(f"stage {self.spec.name}: TensorRT failed ({self._why()}); see mllm-edge doctor")
-
-    def _accepted(self, done: bool, what: str) -> None:
-        if not done:
-            raise MllmEdgeError(f"stage {self.spec.name}: TensorRT refuses {what} ({self._why()}); build it again")
-
-    def _require(self, size: int, what: str) -> None:
-        free = self._cuda.free_memory()
-        if size > free:
-            raise MllmEdgeError(
-                f"stage {self.spec.name} needs {size / 1e6:.0f} MB of GPU memory for {what}, {free / 1e6:.0f} MB are "
-                "free; close other programs, lower --gpu-layers, or export it smaller"
-            )
-
-    def _check(self, trt: Any, path: Path) -> None:
-        engine = self._engine
-        found = {}
-        for index in range(engine.num_io_tensors):
-            name = engine.get_tensor_name(index)
-            sizes = [None if size < 0 else size for size in engine.get_tensor_shape(name)]
-            found[name] = (np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name, sizes)
-        tensors = [*self.spec.inputs, *self.spec.outputs]
-        wanted = {s.name: (s.dtype, [None if isinstance(size, str) else size for size in s.shape]) for s in tensors}
-        if found != wanted:
-            raise MllmEdgeError(f"{path} is not the stage that the manifest says ({found}); build it again")
-
-    def _why(self) -> str:
-        return self._reasons[-1] if self._reasons else "it gives no reason"
-
     def close(self) -> None:
         """Free the engine and its memory."""
-        if self._engine is not None:
+        if not self._engine.closed:
             self._cuda.wait()
-            self._launch = self._context = self._engine = None
+            self._launch = None
+            self._engine.close()
             self._buffers.clear()
             self._staging.clear()
 
@@ -189,12 +149,12 @@ class Device:
         return self._cuda.capability
 
     def check(self, manifest: Manifest, folder: Path) -> None:
-        """Check that every stage has an engine for this GPU, before any is loaded.
+        """Check that all that engines run has one for this GPU, before any is loaded.
 
         Raises:
             MllmEdgeError: names the stages that have none, and why.
         """
-        found = {stage.name: packages.find(stage, self.capability, self._axes) for stage in manifest.stages}
+        found = {stage.name: packages.find(stage, self.capability, self._axes) for stage in manifest.engine_stages()}
         lacking = {name: why for name, why in found.items() if isinstance(why, str)}
         if lacking:
             raise MllmEdgeError(
@@ -204,31 +164,31 @@ class Device:
 
     def open(self, folder: Path, stage: StageEntry, engine: BuiltEngine | None = None) -> TensorRtStage:
         """An engine of the stage, by default the one that fits. Raises MllmEdgeError where none does, or it fails."""
-        built = engine or packages.find(stage, self.capability, self._axes)
+        built = engine or self._fitting(folder, stage)
+        return TensorRtStage(locate(folder, built.file), stage, built, self._axes, self._cuda)
+
+    def decoder(self, folder: Path, stage: StageEntry) -> TensorRtDecoder:
+        """A language model's decoder, as `open`."""
+        built = self._fitting(folder, stage)
+        return TensorRtDecoder(locate(folder, built.file), stage, built, self._axes["sequences"][-1], self._cuda)
+
+    def _fitting(self, folder: Path, stage: StageEntry) -> BuiltEngine:
+        built = packages.find(stage, self.capability, self._axes)
         if isinstance(built, str):
             raise MllmEdgeError(f"{stage.name} cannot run here: {built}; run: mllm-edge build {folder}")
-        return TensorRtStage(locate(folder, built.file), stage, built, self._axes, self._cuda)
+        return built
 
 
 def shape(spec: TensorSpec, lengths: Mapping[str, int]) -> tuple[int, ...]:
-    """A tensor's shape where named axes have these lengths."""
-    return tuple(lengths[size] if isinstance(size, str) else size for size in spec.shape)
+    """A tensor's shape where named axes have these lengths; "rows - 1" is one less than "rows"."""
+
+    def length(size: int | str) -> int:
+        axis, _, less = str(size).partition(" - ")
+        return lengths[axis] - int(less or 0) if isinstance(size, str) else size
+
+    return tuple(map(length, spec.shape))
 
 
 def nbytes(spec: TensorSpec, lengths: Mapping[str, int]) -> int:
     """A tensor's bytes at these lengths."""
     return math.prod(shape(spec, lengths)) * np.dtype(spec.dtype).itemsize
-
-
-def logger(trt: Any, reasons: list[str]) -> Any:
-    """A logger for TensorRT that collects the errors."""
-
-    class Reasons(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                reasons.append(" ".join(message.split()))
-
-    return Reasons()
