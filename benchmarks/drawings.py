@@ -41,6 +41,7 @@ from mllm_edge.scenes import (
 )
 from mllm_edge.scenes.photographs import available, photograph
 
+OTHER = 0.5  # least IoU with the right thing
 PAGES = ("white", "black", "pale", "muted", "bright", "two-tone", "paper", "gradient", "photograph")
 EXTENTS = ((640, 480), (480, 640), (512, 512), (800, 450), (300, 300))
 SHARES = {"small": (0.11, 0.16), "large": (0.27, 0.35)}  # an object's width, of the picture's longer side
@@ -182,6 +183,18 @@ def cut_out(model: Any, drawing: Drawing, index: int) -> tuple[str, float]:
     return expression, float((mask & truth).sum() / max(1, (mask | truth).sum()))
 
 
+def shares(values: list[float] | list[bool], masks: bool) -> dict[str, float]:
+    """Percent: exact answers, or of masks the mean IoU, those of another thing or of none, and the others' mean IoU."""
+    if not masks:
+        return {"exact": round(100 * statistics.fmean(values), 1)}
+    near = [value for value in values if value >= OTHER]
+    return {
+        "mean IoU": round(100 * statistics.fmean(values), 1),
+        f"IoU below {OTHER}": round(100 - 100 * len(near) / len(values), 1),
+        "mean IoU of the others": round(100 * statistics.fmean(near), 1) if near else 0.0,
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs="+")
@@ -198,15 +211,16 @@ def main() -> int:
     for bundle in arguments.bundles:
         with mllm_edge.load(bundle) as model:
             masks = "masks" in {kind.kind for kind in model.manifest.answers}
-            scores: dict[str, float] = {}
+            scores: dict[str, dict[str, float]] = {}
             for page in track(pages, bundle, console=Console(stderr=True)):
                 drawings = [draw(page, index) for index in range(arguments.cases)]
                 values = [
                     cut_out(model, one, index)[1] if masks else answer(model, one, index)[2]
                     for index, one in enumerate(drawings)
                 ]
-                scores[page] = round(100 * statistics.fmean(values), 1)
-            rows[f"{bundle}: {'mean IoU' if masks else 'exact'}"] = scores
+                scores[page] = shares(values, masks)
+            for name in scores[pages[0]]:
+                rows[f"{bundle}: {name}"] = {page: scores[page][name] for page in pages}
     table = Table("page", *rows, title=f"drawings, in % ({arguments.cases} of each page)")
     for page in pages:
         table.add_row(page, *(f"{scores[page]:.1f}" for scores in rows.values()))
