@@ -14,6 +14,7 @@ from mllm_edge.errors import BadInput
 from mllm_edge.export.counting import count
 from mllm_edge.machine import devices
 from mllm_edge.models.counts import counts
+from mllm_edge.models.lion.model import CONFIGS
 
 ORIN = devices.DEVICES["orin-nano"]
 USUAL = Settings("fp16", "q4_k_m", 0, "f16")
@@ -142,3 +143,24 @@ def test_stages_of_some_answers_are_not_in_the_time_to_first_token() -> None:
     early = sum(part.limit_ms for part in made.parts if part.name in ("vision_encoder", "connector", "prefill"))
     assert made.first_token_ms[0] == pytest.approx(early)
     assert made.prompt_tokens < 1000  # a picture takes 576
+
+
+def test_a_language_model_by_onnx_runtime() -> None:
+    """The quantization says which engine: 0.65 bytes a weight, and keys and values in fp32."""
+    made = plan("llava", "7b", Settings("fp16", "int4", 1000, ""), ORIN)
+    assert (made.settings.quant, made.settings.kv_type) == ("int4", "f32")
+    assert made.files_gb["language_model"] == pytest.approx(6.74 * 0.65, abs=0.01)
+    assert made.full_context_gb - made.load_gb == pytest.approx(2 * 0.524, abs=0.004)
+    with pytest.raises(BadInput, match=re.escape("ONNX Runtime's KV cache is f32, not q8_0; leave --kv-type out")):
+        plan("llava", "7b", Settings("fp16", "int8", 0, "q8_0"), ORIN)
+    assert plan("llava", "7b", Settings("fp16", "", 0, ""), ORIN).settings.quant == "q4_k_m"
+    tight = plan("llava", "1b", Settings("fp16", "int8", 0, ""), dataclasses.replace(ORIN, memory_gb=4.0))
+    assert "--quant int4" in tight.advice and "--kv-type" not in tight.advice
+
+
+def test_of_an_encoder_decoder_a_prompt_and_a_token_cost_other_weights() -> None:
+    """Flan-T5-XL by hand: the prompt is read by the encoder and becomes the decoder's keys and values."""
+    layers, width, ffn, adapters = 24, 2048, 5120, 2 * 2 * 2048 * 64
+    dims = CONFIGS["4b"].language
+    assert dims.prompt_weights == layers * (4 * width**2 + 3 * width * ffn + adapters + 2 * width**2)
+    assert dims.product_weights == layers * (6 * width**2 + 3 * width * ffn + adapters) + 32128 * width

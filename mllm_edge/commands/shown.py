@@ -125,7 +125,7 @@ def timing_table(answer: Answer) -> Table:
 def _engines(manifest: Manifest) -> Table:
     """TensorRT's engines: what they are for, or that the device has yet to build its own."""
     made = table("TensorRT engines", "stage", "GPUs", "built by", "size", right=("size",))
-    for stage in manifest.stages:
+    for stage in manifest.engine_stages():
         for engine in stage.engines:
             gpus, by = ", ".join(engine.capabilities), f"{engine.package} {engine.version}"
             made.add_row(stage.name, gpus, by, size(engine.bytes))

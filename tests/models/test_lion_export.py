@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import torch
 from calls_for_tests import Call
+from fake_gpu import Device, install
 from PIL import Image
 from toys import letters, noise_picture
 
 import mllm_edge
 from mllm_edge import models
 from mllm_edge.bundle.read import read_manifest
-from mllm_edge.errors import BadInput
+from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.export.export import export
+from mllm_edge.export.tensorrt.build import build_bundle
 from mllm_edge.models.blocks.eva import EvaDims
 from mllm_edge.models.blocks.qformer import QFormerDims
 from mllm_edge.models.blocks.swin import SwinDims
@@ -156,6 +158,33 @@ def test_tags_of_the_tagger_of_the_user_and_none(bundle: Path, checkpoint: Path)
         assert bare.tags is None and "tags" not in bare.to_json()
         assert bare.tokens.prompt == 1 + 5 + 17 + len(question) + 1  # task, queries, regions, letters, end
         assert model.generate(question, picture, tags=found, beams=1, max_tokens=3).tokens == answer.tokens
+
+
+def test_engines_of_the_t5_give_what_its_graphs_give(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy and with beams, over a cache that grows, with all that passes between engines on the (played) GPU."""
+    monkeypatch.setattr(models, "SYSTEMS", (*models.SYSTEMS, "lion"))
+    gpu = Device()
+    install(monkeypatch, gpu)
+    folder = tmp_path / "lion.bundle"
+    with pytest.warns(RuntimeWarning, match="language_model.embed is read by ONNX Runtime: a table needs no engine"):
+        export("lion", str(checkpoint), target="trt", precision="fp32", quant="fp32", devices=["orin-nano"], out=folder)
+    built = [one.stage for one in build_bundle(folder)]
+    assert built[-2:] == ["language_model.encoder", "language_model.decoder"]
+    rows = {row.name: row for row in read_manifest(folder).parity}
+    assert rows["language_model.decoder on sm_87"].passed
+    asked = [("what is it?", 1, 150), ("a ring?", 3, 20), ("the blue ring?", 1, 5), ("is it red?", 5, 12)]
+    with mllm_edge.load(folder, "cpu", threads=1) as model:
+        expected = [model.generate(q, noise_picture(1), beams=beams, max_tokens=n).tokens for q, beams, n in asked]
+    assert len(expected[0].ids) == 150  # more than a new cache holds
+    with mllm_edge.load(folder, threads=1) as model:
+        found = [model.generate(q, noise_picture(1), beams=beams, max_tokens=n).tokens for q, beams, n in asked]
+        assert "sm_87" in model.language_model.about()
+        with pytest.raises(MllmEdgeError, match="built for 5 sequences, not 6; ask with --beams 5"):
+            model.generate("what?", noise_picture(1), beams=6, max_tokens=4)
+    assert found == expected
+    assert not gpu.held
 
 
 def test_boxes_are_words(bundle: Path, picture: Path, call: Call) -> None:

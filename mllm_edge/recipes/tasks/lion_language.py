@@ -100,6 +100,10 @@ class ToldModel(nn.Module):
                     parameter.normal_(std=parameter.shape[-1] ** -0.5)
                 if name.endswith(".q.weight"):  # in place of the scaling that T5's attention lacks (T5PreTrainedModel)
                     parameter.mul_(dims.language.head_width**-0.5)
+                if "relative_attention_bias" in name:
+                    parameter.normal_(std=dims.language.width**-0.5)
+            # Words must stand out of what the layers add to them, because nothing norms the stream between.
+            self.t5.shared.weight.normal_()
 
     def forward(self, bags: Tensor, codes: Tensor, prompt: Tensor, answer: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """`bags` int64 [n,R,W] padded with -1 (an empty row) or -2 (no row), `codes` [n,R,D] of places, `prompt` [n,L]
