@@ -1,8 +1,8 @@
 """Recipe task `lion-language`: pretrains the small T5 and both of LION's tokenizers on the language of scenes.
 
 As in `language`, a scene is mostly given as bags of words, one row per object, as a picture's rows will be; the T5
-learns to look things up in single rows before it sees any picture. In most of them a row also says where its object is,
-as a code that the T5 learns to read and write as a box (`place_code.py`).
+learns to look things up in single rows before it sees any picture, and first in telegrams (`scenes/brief.py`). In most
+of them a row also says where its object is, as a code that the T5 learns to read and write as a box (`place_code.py`).
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ from mllm_edge.recipes.data.place_code import place_codes
 from mllm_edge.recipes.data.scene_pixels import box_shares
 from mllm_edge.recipes.parts import read_part, save_part
 from mllm_edge.recipes.recipe import Recipe
-from mllm_edge.scenes import attributes, mixed_scene, told_scene
+from mllm_edge.scenes import ToldScene, attributes, mixed_scene, telegram, terse, told_scene
 
 CORPUS = 1_500  # scenes that the tokenizers are trained on
 VALIDATION = 10_000_000  # first scene that is never trained on
 IN_BAGS = 0.85  # share of scenes given as bags of words instead of text
 TAGGED = 0.5  # share of prompts with tags
+BRIEF = (0.15, 0.25)  # shares of the scenes without places that get telegrams, and terse questions
 PLACED = 0.6  # share of scenes whose rows have places, for all tasks
 QUESTIONS = 4  # of one scene
 COPIES, BLANKS = 8, 24  # most rows of one object, most empty ones
@@ -127,6 +128,7 @@ class LionLanguageTask:
         self.dims = CONFIGS[recipe.config]
         self.wide = wide_share(recipe.data)
         self.lone = float(recipe.data.get("lone", 0.0))
+        self.opening = int(recipe.data.get("opening", 0)) * recipe.batch
         self.folder = Path(recipe.out)
         if recipe.init.get("t5") and not (self.folder / TOKENIZER).is_file():
             _copy_tokenizers(Path(recipe.init["t5"]), self.folder)
@@ -144,11 +146,15 @@ class LionLanguageTask:
 
     def sample(self, index: int) -> list[Told]:
         rng = np.random.default_rng([self.recipe.seed, 93, index])
+        if index < self.opening:
+            return self._brief(told_scene(index, self.recipe.seed, other_names=True, wide=self.wide), rng, 1.0)
         if rng.random() < self.lone:
             return self._lone(index, rng)
         if rng.random() < PLACED:
             return self._placed(index, rng)
         told = told_scene(index, self.recipe.seed, other_names=True, wide=self.wide)
+        if rng.random() < sum(BRIEF):
+            return self._brief(told, rng, BRIEF[0] / sum(BRIEF))
         bags, _ = self._bags(told.things, rng) if rng.random() < IN_BAGS else ([], [])
         made = []
         for question in told.questions[:QUESTIONS]:
@@ -157,6 +163,14 @@ class LionLanguageTask:
             text = prompted(text, []) if rng.random() < TAGGED else text
             made.append(Told(self.words.prompt(text), self.words.answer(answer), bags))
         return made
+
+    def _brief(self, told: ToldScene, rng: np.random.Generator, telegrams: float) -> list[Told]:
+        """Telegrams in this share, else terse questions."""
+        bags, _ = self._bags(told.things, rng)
+        pairs = [terse(question) for question in told.questions[:QUESTIONS]]
+        if rng.random() < telegrams:
+            pairs = [telegram(told.things, rng) for _ in range(QUESTIONS)]
+        return [Told(self.words.prompt(first), self.words.answer(rest), bags) for first, rest in pairs]
 
     def _lone(self, index: int, rng: np.random.Generator) -> list[Told]:
         """Single things and the questions where they are: reading a code is learned apart from finding its row."""
