@@ -229,16 +229,20 @@ class LionLanguageTask:
 
     @torch.no_grad()
     def evaluate(self, samples: int) -> dict[str, float]:
-        """The share of exact short answers about scenes in words, teacher-forced."""
+        """Shares of exact short answers about scenes in bags of words, of all and by kind of question."""
         device = next(self.model.parameters()).device
-        exact = []
+        exact: dict[str, list[bool]] = {"exact": []}
         for index in range(VALIDATION, VALIDATION + samples):
             told = told_scene(index, self.recipe.seed)
-            question, answer = told.questions[0].asked(short=True)
-            one = Told(self.words.prompt(f"{told.text} {question}"), self.words.answer(answer))
-            batch = {key: value.to(device) for key, value in self.collate([[one]]).items()}
-            exact.append(float(self.model(**batch)["token_accuracy"]) == 1.0)
-        return {"validation_exact": round(float(np.mean(exact)), 4)}
+            bags, _ = self._bags(told.things, np.random.default_rng([self.recipe.seed, 95, index]))
+            for question in told.questions[:QUESTIONS]:
+                asked, answer = question.asked(short=True)
+                one = Told(self.words.prompt(asked), self.words.answer(answer), bags)
+                batch = {key: value.to(device) for key, value in self.collate([[one]]).items()}
+                right = float(self.model(**batch)["token_accuracy"]) == 1.0
+                for name in ("exact", question.kind):
+                    exact.setdefault(name, []).append(right)
+        return {f"validation_{name}": round(float(np.mean(found)), 4) for name, found in exact.items()}
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         save_part(folder, "t5", asdict(self.dims.language), state, "t5.", self.recipe.dtype)
