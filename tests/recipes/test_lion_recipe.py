@@ -131,7 +131,11 @@ def test_digits_of_a_place_are_linear_in_its_code() -> None:
 def test_a_lone_thing_is_asked_for_its_box(parts: list[str]) -> None:
     """Its rows have the words and the place of one object alone, which is the right answer."""
     folder = parts[1].partition("=")[2]
-    task = LionLanguageTask(recipe("lion-language", [f"out={folder}", "data.lone=1", "data.wide=0"]))
+    settings = [f"out={folder}", "data.lone=1", "data.wide=0"]
+    first = LionLanguageTask(recipe("lion-language", [*settings, "data.opening=1"])).sample(3)
+    for one in first:  # a telegram: a thing's first attribute, then its others
+        assert any(set(one.prompt[:-1] + one.answer[:-1]) <= set(bag) for bag in one.bags)
+    task = LionLanguageTask(recipe("lion-language", [*settings, "data.opening=0"]))
     known, told = Words(Path(folder)), task.sample(3)
     assert told
     for one in told:
