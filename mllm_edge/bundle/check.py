@@ -19,6 +19,7 @@ from mllm_edge.bundle.sources import Boxes, Labels, Pixels, States, Task, Text
 from mllm_edge.errors import BadInput, look_up
 from mllm_edge.targets import BUNDLES
 
+LONGEST = 1 << 20  # of an engine's axis: a language model's are as long as its context
 ENGINES = sorted({target.engine for target in BUNDLES.values()})
 LANGUAGE_MODELS = {("causal", "gguf"), ("causal", "onnx"), ("seq2seq", "onnx")}  # kind and engine
 MOST_PIXELS = 4096  # along a side of what an encoder reads
@@ -132,9 +133,10 @@ def _colors(source: Pixels, where: str) -> None:
 def _build(manifest: Manifest, where: str) -> None:
     build = manifest.build
     for axis, lengths in build.axes.items():
-        if len(lengths) != 3 or sorted(lengths) != lengths or not 1 <= lengths[0] <= lengths[2] <= 4096:
+        if len(lengths) != 3 or sorted(lengths) != lengths or not 1 <= lengths[0] <= lengths[2] <= LONGEST:
             raise BadInput(f"{where}: build.axes has {lengths} for {axis}; {AGAIN}")
-    free = {size for stage in manifest.stages for spec in stage.inputs for size in spec.shape if isinstance(size, str)}
+    run = [*manifest.stages, *manifest.engine_stages()]  # with the parts of a language model that are engines
+    free = {size for stage in run for spec in stage.inputs for size in spec.shape if isinstance(size, str)}
     if manifest.target == "trt" and free - set(build.axes):
         raise BadInput(f"{where}: build.axes lacks {', '.join(sorted(free - set(build.axes)))}; {AGAIN}")
     if not build.timing_cache.endswith(".cache") or build.workspace_mb < 0:

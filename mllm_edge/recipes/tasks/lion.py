@@ -87,9 +87,8 @@ class LionModel(nn.Module):
 
 
 class LionTask:
-    """One stage; `init.lion` is an earlier stage's run, else `init.vision_encoder` and `init.t5` begin
-    anew, with the `init.connectors` of lion-align; `init.tagger` is not
-    trained here."""
+    """One stage; `init.lion` is an earlier stage's run, else `init.vision_encoder` and `init.t5` begin anew, with the
+    `init.connectors` of lion-align. `init.tagger` is not trained here."""
 
     def __init__(self, recipe: Recipe, stage: int):
         torch.manual_seed(recipe.seed)

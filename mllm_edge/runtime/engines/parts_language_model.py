@@ -188,6 +188,9 @@ def _check(entries: Mapping[str, StageEntry]) -> None:
     lacking = sorted((wanted - given) | ({"embeds", "length"} - inputs))
     if lacking or not past:
         raise BadInput(f"{decoder.file} lacks {', '.join(lacking) or PAST + '*'}; export it again")
+    for spec in (one for one in decoder.inputs if one.name in past):
+        if [isinstance(size, str) for size in spec.shape[1:]] != [False, True, False]:
+            raise BadInput(f"{decoder.file} has a cache {spec.name} {spec.shape}; it can be [B,heads,C,d]")
 
 
 def _step(outputs: tuple[Floats, Floats], states: int) -> Step:

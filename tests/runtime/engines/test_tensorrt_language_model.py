@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from fake_gpu import Device, install
 
 import mllm_edge
+from mllm_edge.errors import BadInput
 from mllm_edge.export.tensorrt.build import build_bundle
 from mllm_edge.scenes import render, sample_scene
 
@@ -36,3 +38,16 @@ def test_llavas_decoder_on_a_board(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 said.append([first.tokens.ids, again.tokens.ids, other.tokens.ids])
     assert said[0] == said[1] and len(said[0][0]) > 5
     assert not gpu.held
+    manifest = json.loads((folder / "bundle.json").read_text())
+    decoder = manifest["language_model"]["parts"][1]
+    cache = next(spec for spec in decoder["inputs"] if spec["name"].startswith("past_"))
+    for place, key, value, said in (
+        (decoder, "engine", "magic", "asks for engine 'magic'; known: onnx, tensorrt"),
+        (manifest["build"], "axes", {}, "build.axes lacks capacity, sequences, tokens"),
+        (cache, "shape", ["sequences", "tokens", "capacity", 8], r"it can be \[B,heads,C,d\]"),
+    ):
+        kept, place[key] = place[key], value
+        (folder / "bundle.json").write_text(json.dumps(manifest))
+        with pytest.raises(BadInput, match=said):
+            mllm_edge.load(folder, "cpu", threads=1)
+        place[key] = kept

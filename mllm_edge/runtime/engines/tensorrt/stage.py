@@ -170,7 +170,9 @@ class Device:
     def decoder(self, folder: Path, stage: StageEntry) -> TensorRtDecoder:
         """A language model's decoder, as `open`."""
         built = self._fitting(folder, stage)
-        return TensorRtDecoder(locate(folder, built.file), stage, built, self._axes["sequences"][-1], self._cuda)
+        sequences = next(spec for spec in stage.inputs if spec.name == "embeds").shape[0]
+        most = self._axes[sequences][-1] if isinstance(sequences, str) else sequences
+        return TensorRtDecoder(locate(folder, built.file), stage, built, most, self._cuda)
 
     def _fitting(self, folder: Path, stage: StageEntry) -> BuiltEngine:
         built = packages.find(stage, self.capability, self._axes)
