@@ -25,6 +25,7 @@ from mllm_edge.models.lion.layouts import TAGS, load, save_lion
 from mllm_edge.models.lion.model import CONFIGS, Lion, LionDims
 from mllm_edge.models.lion.plan import preprocessing
 from mllm_edge.models.lion.prompts import BOX, TASKS
+from mllm_edge.recipes.data.conversation import IGNORE
 from mllm_edge.recipes.data.lion_words import TAGS as TAG_WORDS
 from mllm_edge.recipes.data.lion_words import LionTurn, Words, prompted, tags_of, turns
 from mllm_edge.recipes.data.mixture import wide_share
@@ -32,7 +33,7 @@ from mllm_edge.recipes.data.scene_pixels import drawn
 from mllm_edge.recipes.modules import decaying
 from mllm_edge.recipes.parts import read_part
 from mllm_edge.recipes.recipe import Recipe
-from mllm_edge.recipes.tasks.lion_language import answer_tensors, padded, token_loss
+from mllm_edge.recipes.tasks.lion_language import alike, answer_losses, answer_tensors, mean_losses, padded
 from mllm_edge.runtime.boxes import box_iou
 from mllm_edge.runtime.preprocess import preprocess
 from mllm_edge.scenes import mixed_scene
@@ -80,10 +81,15 @@ class LionModel(nn.Module):
             rows.append(self.lion.queries(taps[0][owners], heard))
         if "region" in self.lion.dims.levels:
             rows.append(self.lion.aggregator(*taps)[owners])
-        text = self.lion.embed(prompt, self.soft)
-        mask = (prompt != 0).float()
-        logits = self.lion(torch.cat(rows, dim=1).float(), text, mask, answer, task)
-        return token_loss(logits, labels)
+        visual, text = torch.cat(rows, dim=1).float(), self.lion.embed(prompt, self.soft)
+        asked, said = (prompt != 0).sum(dim=1), (labels != IGNORE).sum(dim=1)
+        losses = []
+        for part in alike(asked, said):
+            length, end = int(asked[part].max()), int(said[part].max())
+            mask = (prompt[part, :length] != 0).float()
+            logits = self.lion(visual[part], text[part, :length], mask, answer[part, :end], task)
+            losses.append(answer_losses(logits, labels[part, :end]))
+        return mean_losses(losses)
 
 
 class LionTask:

@@ -47,6 +47,7 @@ TAGGED = 0.5  # share of prompts with tags
 BRIEF = (0.15, 0.25)  # shares of the scenes without places that get telegrams, and terse questions
 PLACED = 0.6  # share of scenes whose rows have places, for all tasks
 QUESTIONS = 4  # of one scene
+PARTS = 4  # of a batch, by length
 COPIES, BLANKS = 8, 24  # most rows of one object, most empty ones
 
 
@@ -75,16 +76,36 @@ def answer_tensors(answers: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     }
 
 
-def token_loss(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy per token of logits [n,T,V] and labels [n,T], and the share of likeliest tokens that are right.
+def alike(prompts: Tensor, answers: Tensor) -> tuple[Tensor, ...]:
+    """The numbers of n questions in `PARTS` parts of much the same length, given the lengths int64 [n] of both sides:
+    on a CPU, what is padded costs as much as what is said."""
+    return torch.argsort(prompts + answers, stable=True).chunk(PARTS)
+
+
+def packed(rows: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [n,S,D] that are `seen` (bool [n,S]) one behind the other, and the mask of those: [n,longest,D] and float
+    [n,longest]."""
+    order = torch.argsort(seen.long(), dim=1, descending=True, stable=True)[:, : int(seen.sum(dim=1).max())]
+    kept = rows.gather(1, order.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+    return kept, seen.gather(1, order).float()
+
+
+def answer_losses(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Of each answer, from logits [n,T,V] and labels [n,T]: the mean cross-entropy of its tokens, how many of them are
+    the likeliest, and how many there are, [n] each."""
+    each = functional.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+    said = labels != IGNORE  # [n,T]
+    right = (logits.argmax(-1) == labels) & said
+    return {"loss": each.sum(dim=1) / said.sum(dim=1), "right": right.sum(dim=1), "tokens": said.sum(dim=1)}
+
+
+def mean_losses(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean loss of all parts' answers, and the share of their tokens that are right.
 
     Answers count alike, short or long: else digits of boxes, the last of which nobody can see, are most of the loss.
     """
-    each = functional.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
-    seen = labels != IGNORE  # [n,T]
-    loss = (each.sum(dim=1) / seen.sum(dim=1)).mean()
-    right = ((logits.argmax(-1) == labels) & seen).sum() / seen.sum()
-    return {"loss": loss, "token_accuracy": right}
+    loss, right, tokens = (torch.cat([part[name] for part in parts]) for name in ("loss", "right", "tokens"))
+    return {"loss": loss.mean(), "token_accuracy": right.sum() / tokens.sum()}
 
 
 class ToldModel(nn.Module):
@@ -113,10 +134,15 @@ class ToldModel(nn.Module):
         words = functional.embedding(bags.clamp(min=0), table) * (bags >= 0).unsqueeze(-1)  # [n,R,W,D]
         rows = words.sum(dim=2) + codes  # [n,R,D]
         rows = torch.cat([rows, functional.embedding(prompt.clamp(min=0), table)], dim=1)  # [n,R+L,D]
-        mask = torch.cat([(bags[..., 0] > -2).float(), (prompt >= 0).float()], dim=1)
-        cross = self.t5.decoder.cross(self.t5.encoder(rows, mask=mask))
-        states, _ = self.t5.decoder(self.t5.shared(answer), cross, mask=mask)
-        return token_loss(self.t5.logits(states), labels)
+        seen = torch.cat([bags[..., 0] > -2, prompt >= 0], dim=1)
+        losses = []
+        for part in alike(seen.sum(dim=1), (labels != IGNORE).sum(dim=1)):
+            kept, mask = packed(rows[part], seen[part])
+            said = int((labels[part] != IGNORE).sum(dim=1).max())
+            cross = self.t5.decoder.cross(self.t5.encoder(kept, mask=mask))
+            states, _ = self.t5.decoder(self.t5.shared(answer[part, :said]), cross, mask=mask)
+            losses.append(answer_losses(self.t5.logits(states), labels[part, :said]))
+        return mean_losses(losses)
 
 
 class LionLanguageTask:
