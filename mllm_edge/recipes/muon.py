@@ -1,5 +1,5 @@
-"""Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"): momentum whose singular values are
-made alike before a matrix takes its step, so that its rare directions learn as fast as its common ones.
+"""Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"): momentum whose singular values
+are made alike before a matrix takes its step, so that its rare directions learn as fast as its common ones.
 
 Not `torch.optim.Muon`: that multiplies in bf16, one matrix after another, which on a CPU without bf16 took 15 times as
 long as this (3.2 s against 0.2 for the T5 of LION tiny), several times the rest of a step.
