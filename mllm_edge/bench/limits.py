@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from mllm_edge.bench.result import Limits
-from mllm_edge.bundle.manifest import Manifest
+from mllm_edge.bundle.manifest import Manifest, StageEntry
 from mllm_edge.machine.devices import CPU, THIS, Device
 from mllm_edge.machine.facts import busy_cores, cpu_name, memory
 
@@ -70,16 +70,18 @@ def shares(
     lm = manifest.language_model
     found = {}
     for stage in manifest.stages:
-        size = stage.bytes + sum(file.bytes for file in stage.data_files)
         if stage.flops and milliseconds.get(stage.name):
-            found[stage.name] = _least_seconds(limits, stage.flops, size) * 1000 / milliseconds[stage.name]
+            found[stage.name] = _least_seconds(limits, stage.flops, _bytes(stage)) * 1000 / milliseconds[stage.name]
     if lm.flops_per_token:
         keys = [spec for part in lm.parts for spec in part.inputs if spec.name.startswith("past_key")]
         layers = lm.gguf.layers if lm.gguf else len(keys)
         attention = 2 * tokens**2 * lm.width * layers  # scores and values, half of them masked
-        flops = tokens * lm.flops_per_token + attention
-        if lm.kind == "causal":  # the operations of an encoder are not counted
-            found["prefill"] = _least_seconds(limits, flops, lm.bytes_per_token) * 1000 / milliseconds["prefill"]
+        flops, size = tokens * lm.flops_per_token + attention, lm.bytes_per_token
+        if lm.kind == "seq2seq":  # an encoder reads the prompt, and looks both ways
+            flops = tokens * lm.encoder_flops_per_token + 2 * attention
+            size = sum(_bytes(part) for part in lm.parts if part.name == "encoder")
+        if flops > attention:
+            found["prefill"] = _least_seconds(limits, flops, size) * 1000 / milliseconds["prefill"]
         cache = tokens * lm.kv_bytes_per_token * (1 if lm.gguf else 2)  # of ONNX Runtime in 32 bits
         found["decode"] = rate * _least_seconds(limits, lm.flops_per_token, lm.bytes_per_token + cache)
     return {name: round(share, 4) for name, share in found.items()}
@@ -88,6 +90,10 @@ def shares(
 def is_low(stage: str, share: float) -> bool:
     """Whether a stage reaches less than half of what well-tuned engines do."""
     return share < REACHED.get(stage, STAGE_TARGET) / 2
+
+
+def _bytes(stage: StageEntry) -> int:
+    return stage.bytes + sum(file.bytes for file in stage.data_files)
 
 
 def _least_seconds(limits: Limits, flops: float, size: float) -> float:

@@ -113,6 +113,7 @@ def _counts(manifest: Manifest) -> Iterator[tuple[str, float]]:
     """Numbers that may be 0, with what each is."""
     lm, generation = manifest.language_model, manifest.generation
     yield from (("language_model.flops_per_token", lm.flops_per_token), ("bytes_per_token", lm.bytes_per_token))
+    yield "language_model.encoder_flops_per_token", lm.encoder_flops_per_token
     yield from (("generation.temperature", generation.temperature), ("generation.top_k", generation.top_k))
     yield from (("generation.top_p", generation.top_p), ("generation.min_tokens", generation.min_tokens))
     for entry in manifest.files():

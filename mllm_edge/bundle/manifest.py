@@ -165,7 +165,7 @@ class LanguageModelEntry:
     `start` is the token that a seq2seq answer starts with. `context` counts positions: of prompt and answer together
     ("causal"), or of each ("seq2seq"). `kv_bytes_per_token` are the bytes of one position's keys and values at 16 bits
     a number. `flops_per_token` counts the operations of the products with weights, `bytes_per_token` the weights that
-    one step reads; 0 if unknown.
+    one step reads; 0 if unknown. `encoder_flops_per_token` are a prompt token's where an encoder reads it.
     """
 
     name: str
@@ -182,6 +182,7 @@ class LanguageModelEntry:
     start: int | None = None
     flops_per_token: int = 0
     bytes_per_token: int = 0
+    encoder_flops_per_token: int = 0
 
     def files(self) -> list[FileEntry]:
         """Its files."""

@@ -373,6 +373,7 @@ class _Job:
             start=lm.start,
             flops_per_token=2 * lm.dims.product_weights,
             bytes_per_token=decoder.bytes + sum(file.bytes for file in decoder.data_files),
+            encoder_flops_per_token=2 * lm.dims.prompt_weights if lm.kind == "seq2seq" else 0,
         )
 
     def _made_from(self, **options: Any) -> dict[str, Any]:
