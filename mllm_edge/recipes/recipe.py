@@ -39,8 +39,7 @@ class Recipe:
     to the folder of an earlier run. `data` is specific to the task (empty: our scenes). `precision` "auto" selects bf16
     if the hardware multiplies it natively, else fp32. `connector_lr` is a separate learning rate for the connector, as
     in LLaVA-1.5 (0: as `lr`); `connector` replaces the config's and begins anew, with `tokens` rows for each picture
-    where its kind lets their number be chosen (`models/blocks/connectors.py`). With `muon_lr` the matrices of linear
-    layers learn by Muon at that rate (`muon.py`), all else by AdamW at `lr`.
+    where its kind lets their number be chosen (`models/blocks/connectors.py`).
     """
 
     task: str
@@ -53,7 +52,6 @@ class Recipe:
     accumulate: int = 1
     lr: float = 1e-3
     connector_lr: float = 0.0
-    muon_lr: float = 0.0
     connector: str = ""
     tokens: int = 0
     weight_decay: float = 0.0

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mllm_edge.errors import BadInput, MllmEdgeError, first_line
 from mllm_edge.places import writing
-from mllm_edge.recipes import folder, muon
+from mllm_edge.recipes import folder
 from mllm_edge.recipes.origin import LONG, hours, origin, seconds_per_step
 from mllm_edge.recipes.recipe import Recipe
 
@@ -124,7 +124,7 @@ def run(recipe: Recipe, task: Task, resume: bool, report: Report) -> dict[str, A
     # 2. What is trained, and by what.
     set_seed(recipe.seed)
     out = Path(recipe.out)
-    optimizer = muon.optimizer(task.model, task.parameters(), recipe)
+    optimizer = torch.optim.AdamW(task.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: schedule(s, recipe.steps, recipe.warmup))
     model, optimizer = accelerator.prepare(task.model, optimizer)
     accelerator.register_for_checkpointing(scheduler)
