@@ -43,8 +43,8 @@ def test_an_encoder_reads_the_prompt_both_ways(folder: Path) -> None:
         parts=[encoder, decoder],
     )  # fmt: skip
     manifest = dataclasses.replace(manifest, stages=[], language_model=lm)
-    # Prefill: 100 x 20 MFLOP + 4 x 100^2 x 500 x 10 = 2.2 GFLOP = 22 ms, more than 99 MB take. Decode: 98 MB + 2 x 1 MB,
-    # as ONNX Runtime's cache has 32 bits, = 10 ms.
+    # Prefill: 100 x 20 MFLOP + 4 x 100^2 x 500 x 10 = 2.2 GFLOP = 22 ms, more than 99 MB take. Decode: 98 MB + 2 x 1
+    # MB, as ONNX Runtime's cache has 32 bits, = 10 ms.
     found = limits.shares(manifest, MACHINE, {"prefill": 100.0}, tokens=100, rate=50.0)
     assert found == {"prefill": 0.22, "decode": 0.5}
 

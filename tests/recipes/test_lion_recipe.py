@@ -138,9 +138,12 @@ def test_a_lone_thing_is_asked_for_its_box(parts: list[str]) -> None:
     task = LionLanguageTask(recipe("lion-language", [*settings, "data.opening=0"]))
     known, told = Words(Path(folder)), task.sample(3)
     assert told
+    mark = known.answer("object")[:-1]
     for one in told:
         places = {tuple(box) for box in one.places if box is not None}
-        assert len(places) == 1 and len({tuple(bag) for bag in one.bags if bag}) == 1
+        ends = [bag[-len(mark) :] == mark for bag in one.bags if bag]
+        assert sum(ends) == 1 and len(places) == 1  # it counts once
+        assert len({tuple(bag[: -len(mark)] if end else bag) for bag, end in zip(filter(None, one.bags), ends)}) == 1
         said = [float(number) for number in known.text(one.answer).strip("[]").split(",")]
         np.testing.assert_allclose(places.pop(), said, atol=0.01)
 
@@ -156,6 +159,10 @@ def test_rows_learn_the_words_of_what_is_in_their_place(parts: list[str]) -> Non
         said = known.text([one for one in row.tolist() if one >= 0]).split()
         assert {item.color, item.shape, item.size} <= set(said)
     assert (sample["patches"][:, 0] < 0).any()
+    marked = [
+        row for row in sample["patches"].tolist() if known.text([one for one in row if one >= 0]).endswith("object")
+    ]
+    assert len(marked) == len({(int(item.x * 8), int(item.y * 8)) for item in scene.objects})
     begun = LionTask(recipe("lion-stage1", parts), 1).model.lion.state_dict()
     aligned = read_part(parts[3].partition("=")[2], "connectors")
     assert {name.split(".")[0] for name in aligned} == {"queries", "aggregator"}

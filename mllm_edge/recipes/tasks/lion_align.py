@@ -2,8 +2,9 @@
 
 In place of the pretraining that the published system starts from (BLIP-2's first stage for its Q-Former): a small T5
 that can look things up in bags of words (`lion-language`) then finds such bags in a picture's rows. The target of a row
-is the sum of the word embeddings of the object there and the code of its place (`place_code.py`); empty places are
-zero. A row of the aggregator stands for a patch, a query for one of as many equal parts of the picture.
+is the sum of the word embeddings of the object there, with one more word at its middle so that it can be counted, and
+the code of its place (`place_code.py`); empty places are zero. A row of the aggregator stands for a patch, a query for
+one of as many equal parts of the picture.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from mllm_edge.models.lion.plan import preprocessing
 from mllm_edge.recipes.data.lion_words import Words, turns
 from mllm_edge.recipes.data.mixture import wide_share
 from mllm_edge.recipes.data.place_code import place_codes
-from mllm_edge.recipes.data.scene_pixels import box_shares, drawn, owners, squashed_masks
+from mllm_edge.recipes.data.scene_pixels import box_shares, drawn, owners, raster, squashed_masks
 from mllm_edge.recipes.modules import decaying
 from mllm_edge.recipes.parts import read_part, save_part
 from mllm_edge.recipes.recipe import Recipe
+from mllm_edge.recipes.tasks.language import COUNTED
 from mllm_edge.runtime.preprocess import preprocess
 from mllm_edge.scenes import Scene, attributes, mixed_scene, pick
 
@@ -114,15 +116,18 @@ class LionAlignTask:
 
     def _targets(self, scene: Scene, grid: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Ids of the words of what is in each cell, [N,W] filled with -1, and the codes of its places [N,D]."""
-        said = [self.words.answer(" ".join(attributes(item)))[:-1] for item in scene.objects]
-        table = np.full((len(said) + 1, MOST_WORDS), -1)
-        for number, ids in enumerate(said):
-            table[number, : len(ids)] = ids
+        said = [" ".join(attributes(item)) for item in scene.objects]
         covered = squashed_masks(scene, self.dims.vision.image_size)
-        owner = owners(covered, np.array([(item.x, item.y) for item in scene.objects]), grid)
+        centers = np.array([(item.x, item.y) for item in scene.objects])
+        owner = owners(covered, centers, grid)
+        words = np.full((grid * grid, MOST_WORDS), -1)
+        for cell in np.flatnonzero(owner >= 0):
+            counted = cell in raster(centers[owner[cell]][None], grid)  # its object's middle, so that it counts once
+            ids = self.words.answer(f"{said[owner[cell]]} {COUNTED}" if counted else said[owner[cell]])[:-1]
+            words[cell, : len(ids)] = ids
         codes = place_codes(box_shares(scene), self.dims.language.width)
         codes = np.concatenate([codes, np.zeros((1, codes.shape[1]), np.float32)])
-        return table[owner], codes[owner]  # the last rows, of -1 and 0, where there is no owner
+        return words, codes[owner]  # the last row, of 0, where there is no owner
 
     def collate(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         return {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}

@@ -1,8 +1,10 @@
 """Recipe task `lion-language`: pretrains the small T5 and both of LION's tokenizers on the language of scenes.
 
 As in `language`, a scene is mostly given as bags of words, one row per object, as a picture's rows will be; the T5
-learns to look things up in single rows before it sees any picture, and first in telegrams (`scenes/brief.py`). In most
-of them a row also says where its object is, as a code that the T5 learns to read and write as a box (`place_code.py`).
+learns to look things up in single rows before it sees any picture: first in telegrams, then in terse questions
+(`scenes/brief.py`), without which it guesses among the things that are there for a thousand steps and more. In most
+scenes after these a row also says where its object is, as a code that the T5 learns to read and write as a box
+(`place_code.py`).
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from mllm_edge.recipes.data.place_code import place_codes
 from mllm_edge.recipes.data.scene_pixels import box_shares
 from mllm_edge.recipes.parts import read_part, save_part
 from mllm_edge.recipes.recipe import Recipe
+from mllm_edge.recipes.tasks.language import COUNTED
 from mllm_edge.scenes import ToldScene, attributes, mixed_scene, telegram, terse, told_scene
 
 CORPUS = 1_500  # scenes that the tokenizers are trained on
@@ -45,6 +48,7 @@ VALIDATION = 10_000_000  # first scene that is never trained on
 IN_BAGS = 0.85  # share of scenes given as bags of words instead of text
 TAGGED = 0.5  # share of prompts with tags
 BRIEF = (0.15, 0.25)  # shares of the scenes without places that get telegrams, and terse questions
+TELEGRAMS = 0.3  # share of telegrams in the opening's second half
 PLACED = 0.6  # share of scenes whose rows have places, for all tasks
 QUESTIONS = 4  # of one scene
 PARTS = 4  # of a batch, by length
@@ -173,7 +177,8 @@ class LionLanguageTask:
     def sample(self, index: int) -> list[Told]:
         rng = np.random.default_rng([self.recipe.seed, 93, index])
         if index < self.opening:
-            return self._brief(told_scene(index, self.recipe.seed, other_names=True, wide=self.wide), rng, 1.0)
+            told = told_scene(index, self.recipe.seed, other_names=True, wide=self.wide)
+            return self._brief(told, rng, 1.0 if index < self.opening // 2 else TELEGRAMS)
         if rng.random() < self.lone:
             return self._lone(index, rng)
         if rng.random() < PLACED:
@@ -226,11 +231,13 @@ class LionLanguageTask:
     def _bags(
         self, things: Sequence[Sequence[str]], rng: np.random.Generator
     ) -> tuple[list[list[int]], list[int | None]]:
-        """Rows in any order, several of a thing and empty ones, and whose each is."""
+        """Rows in any order, several of a thing with a mark on one, so that it counts once, and empty ones; and whose
+        each is."""
         rows: list[tuple[list[int], int | None]] = [([], None)] * int(rng.integers(BLANKS + 1))
         for number, thing in enumerate(things):
-            ids = self.words.prompt(" ".join(thing))[:-1]
-            rows += [(ids, number)] * (1 + int(rng.integers(COPIES)))
+            words = " ".join(thing)
+            rows.append((self.words.answer(f"{words} {COUNTED}")[:-1], number))
+            rows += [(self.words.answer(words)[:-1], number)] * int(rng.integers(COPIES))
         mixed = [rows[i] for i in rng.permutation(len(rows))]
         return [ids for ids, _ in mixed], [owner for _, owner in mixed]
 
