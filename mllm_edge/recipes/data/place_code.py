@@ -14,7 +14,7 @@ import numpy as np
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 KNOTS = 11  # along a side of the picture
-SCALE = 2.0  # of a bump, and of the angle's sine and cosine; a word's channels have about 1
+SCALE = 6.0  # of a bump, and of the angle's sine and cosine: a row's words, three or four, must not drown its place
 
 
 def place_codes(boxes: np.ndarray[Any, Any], width: int) -> Floats:
