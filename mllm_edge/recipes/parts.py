@@ -1,7 +1,8 @@
 """Parts of a model on disk between recipes: `<part>.safetensors` in the folder of the run that trained it.
 
 Instead of a folder a recipe may give `packages`: the part is then read from an ordinary package (see `llava_packaged`).
-`shipped` stands for the vision encoder that comes with mllm-edge, which recipes of all tiny systems may start from.
+`shipped` stands for the vision encoder that comes with mllm-edge, which recipes of all tiny systems may start from,
+`shipped/lion` for the parts of that system that come with it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,23 @@ from mllm_edge.errors import BadInput
 from mllm_edge.models.resolve import shipped
 
 PACKAGES, SHIPPED = "packages", "shipped"
+
+
+def part_folder(folder: str) -> Path:
+    """The folder that an `init` names: a path, or `shipped`, or `shipped/SYSTEM`.
+
+    Raises:
+        BadInput: no parts of that system ship.
+    """
+    if folder == SHIPPED:
+        return shipped("encoder") / "tiny"
+    first, _, system = folder.partition("/")
+    if first != SHIPPED:
+        return Path(folder)
+    place = shipped(system) / "parts"
+    if "/" in system or not place.is_dir():
+        raise BadInput(f"no parts of {system!r} come with the package; give a run's folder")
+    return place
 
 
 def save_part(folder: Path, part: str, dims: dict[str, Any], state: dict[str, Tensor], prefix: str, dtype: str) -> None:
@@ -55,7 +73,7 @@ def read_part(folder: str, part: str) -> dict[str, Tensor]:
 
         tensors, prefix = base_tensors(), f"{part}."
         return {name.removeprefix(prefix): tensors[name].float() for name in tensors if name.startswith(prefix)}
-    path = (shipped("encoder") / "tiny" if folder == SHIPPED else Path(folder)) / f"{part}.safetensors"
+    path = part_folder(folder) / f"{part}.safetensors"
     if not path.is_file():
         raise BadInput(f"{path} is missing; train that part first (see: mllm-edge recipes)")
     try:

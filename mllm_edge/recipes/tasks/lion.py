@@ -31,7 +31,7 @@ from mllm_edge.recipes.data.lion_words import LionTurn, Words, prompted, tags_of
 from mllm_edge.recipes.data.mixture import wide_share
 from mllm_edge.recipes.data.scene_pixels import drawn
 from mllm_edge.recipes.modules import decaying
-from mllm_edge.recipes.parts import read_part
+from mllm_edge.recipes.parts import part_folder, read_part
 from mllm_edge.recipes.recipe import Recipe
 from mllm_edge.recipes.tasks.lion_language import alike, answer_losses, answer_tensors, mean_losses, padded
 from mllm_edge.runtime.boxes import box_iou
@@ -133,10 +133,10 @@ class LionTask:
         if init.get("connectors"):
             aligned, own = read_part(init["connectors"], "connectors"), lion.state_dict()
             lion.load_state_dict({name: tensor for name, tensor in aligned.items() if name in own}, strict=False)
-        return lion, Path(init["t5"]), self._tagger(init["tagger"])
+        return lion, part_folder(init["t5"]), self._tagger(init["tagger"])
 
     def _tagger(self, folder: str) -> dict[str, Tensor]:
-        self.tags = Path(folder) / TAGS
+        self.tags = part_folder(folder) / TAGS
         return {f"tagger.{name}": tensor for name, tensor in read_part(folder, "tagger").items()}
 
     def _dims(self) -> LionDims:

@@ -27,7 +27,7 @@ from mllm_edge.recipes.data.mixture import wide_share
 from mllm_edge.recipes.data.place_code import place_codes
 from mllm_edge.recipes.data.scene_pixels import box_shares, drawn, owners, raster, squashed_masks
 from mllm_edge.recipes.modules import decaying
-from mllm_edge.recipes.parts import read_part, save_part
+from mllm_edge.recipes.parts import part_folder, read_part, save_part
 from mllm_edge.recipes.recipe import Recipe
 from mllm_edge.recipes.tasks.language import COUNTED
 from mllm_edge.runtime.preprocess import preprocess
@@ -87,7 +87,7 @@ class LionAlignTask:
         if missing:
             raise BadInput(f"the recipe's init names no {missing[0]}; add init.{missing[0]}=FOLDER")
         self.wide = wide_share(recipe.data)
-        self.words = Words(Path(recipe.init["t5"]))
+        self.words = Words(part_folder(recipe.init["t5"]))
         lion = Lion(self.dims)
         lion.vision_encoder.load_state_dict(read_part(recipe.init["vision_encoder"], "vision_encoder"))
         with torch.no_grad():

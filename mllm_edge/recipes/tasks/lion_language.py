@@ -38,7 +38,7 @@ from mllm_edge.recipes.data.lion_words import (
 from mllm_edge.recipes.data.mixture import wide_share
 from mllm_edge.recipes.data.place_code import place_codes
 from mllm_edge.recipes.data.scene_pixels import box_shares
-from mllm_edge.recipes.parts import read_part, save_part
+from mllm_edge.recipes.parts import part_folder, read_part, save_part
 from mllm_edge.recipes.recipe import Recipe
 from mllm_edge.recipes.tasks.language import COUNTED
 from mllm_edge.scenes import ToldScene, attributes, mixed_scene, telegram, terse, told_scene
@@ -169,7 +169,7 @@ class LionLanguageTask:
         self.opening = int(recipe.data.get("opening", 0)) * recipe.batch
         self.folder = Path(recipe.out)
         if recipe.init.get("t5") and not (self.folder / TOKENIZER).is_file():
-            _copy_tokenizers(Path(recipe.init["t5"]), self.folder)
+            _copy_tokenizers(part_folder(recipe.init["t5"]), self.folder)
         if not (self.folder / TOKENIZER).is_file():
             scenes = (mixed_scene("train", index, recipe.seed, self.wide) for index in range(CORPUS))
             sizes = self.dims.language.vocabulary, self.dims.qformer.vocabulary
