@@ -1,7 +1,7 @@
 """Tokenizers of checkpoints, converted to GGUF metadata or refused where llama.cpp would tokenize differently.
 
 Two families: SentencePiece BPE with byte fallback (LLaMA; `tokenizer.model`, or a `tokenizer.json` converted from one)
-and byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM; `tokenizer.json`).
+and byte-level BPE (GPT-2, OPT, Llama 3, Qwen, SmolLM; `tokenizer.json`, or vocab.json and merges.txt).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mllm_edge.bundle.read import read_text
 from mllm_edge.checkpoints.byte_level import check_byte_level, pre_tokenizer, steps_of
+from mllm_edge.checkpoints.tokenizer_files import read_json, role_names, tokenizer_json
 from mllm_edge.errors import BadInput
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
@@ -68,8 +68,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         BadInput: no tokenizer, or one (named) that llama.cpp does not support.
     """
-    config = _json(folder / "tokenizer_config.json")
-    data = _json(folder / "tokenizer.json")
+    config = read_json(folder / "tokenizer_config.json")
+    data = tokenizer_json(folder)
     added = _added_tokens(folder, config, data)
     _check_added(folder, added, data)
     _check_prefix(folder, data)
@@ -77,7 +77,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         return _with_ends(folder, _from_sentencepiece(folder, config, data, added))
     if not data:
         raise BadInput(
-            f"{folder} has neither tokenizer.model nor tokenizer.json; copy the checkpoint's tokenizer there"
+            f"{folder} has none of tokenizer.model, tokenizer.json, vocab.json; copy the checkpoint's tokenizer there"
         )
     model = data.get("model", {})
     if model.get("type") != "BPE":
@@ -120,7 +120,7 @@ def fitting_tokenizer(folder: Path, rows: int) -> Tokenizer:
 def _with_ends(folder: Path, tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer with the end tokens of generation_config.json, which the tokenizer's own eos may not be among."""
     where = folder / "generation_config.json"
-    ends = _json(where).get("eos_token_id")
+    ends = read_json(where).get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
     for end in ends:
         if not isinstance(end, int) or not 0 <= end < len(tokenizer.tokens):
@@ -148,13 +148,13 @@ def require_tokens(folder: Path, tokens: Iterable[str]) -> None:
 
 def checkpoint_tokenizer(folder: Path) -> Callable[[str], list[int]]:
     """The checkpoint's own tokenizer as a function from text to ids, without BOS; control strings become their ids."""
-    if (folder / "tokenizer.json").is_file():
+    if not (folder / "tokenizer.model").is_file() or (folder / "tokenizer.json").is_file():
         import tokenizers
 
         try:
-            fast = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            fast = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(folder)))
         except Exception as error:  # noqa: BLE001 - the library raises bare Exception on a malformed file
-            raise BadInput(f"{folder}/tokenizer.json cannot be read ({error}); copy it again") from None
+            raise BadInput(f"{folder}: the tokenizer cannot be read ({error}); copy it again") from None
         return lambda text: list(fast.encode(text, add_special_tokens=False).ids)
     import sentencepiece
 
@@ -172,18 +172,8 @@ def checkpoint_tokenizer(folder: Path) -> Callable[[str], list[int]]:
     return encode
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(read_text(path, 256 << 20))
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path} is not valid JSON ({error}); copy it again") from None
-    return data if isinstance(data, dict) else {}
-
-
 def _added_tokens(folder: Path, config: dict[str, Any], data: dict[str, Any]) -> dict[int, Added]:
-    found = {i: Added(i, text, True) for text, i in _json(folder / "added_tokens.json").items()}
+    found = {i: Added(i, text, True) for text, i in read_json(folder / "added_tokens.json").items()}
     for key, entry in config.get("added_tokens_decoder", {}).items():
         found[int(key)] = _added(int(key), entry)
     for entry in data.get("added_tokens", []):
@@ -231,16 +221,10 @@ def _normalizer(data: dict[str, Any], kind: str) -> bool:
     return any(step.get("type") == kind for step in steps_of(data.get("normalizer"), "normalizers"))
 
 
-def _roles(config: dict[str, Any], folder: Path, ids: dict[str, int]) -> dict[str, int]:
-    """Ids of the roles that the configuration names."""
-    names = {**_json(folder / "special_tokens_map.json"), **config}
-    roles: dict[str, int] = {}
-    for role in ("bos", "eos", "unk", "pad"):
-        value = names.get(f"{role}_token")
-        text = value.get("content") if isinstance(value, dict) else value
-        if text in ids:
-            roles[role] = ids[text]
-    return roles
+def _roles(folder: Path, ids: dict[str, int]) -> dict[str, int]:
+    """Ids of the roles that the configuration names and a GGUF file has."""
+    names = role_names(folder)
+    return {role: ids[names[role]] for role in ("bos", "eos", "unk", "pad") if names.get(role) in ids}
 
 
 def _from_sentencepiece(
@@ -278,7 +262,7 @@ def _from_sentencepiece(
         tokens=tokens,
         types=types,
         scores=scores,
-        special={**special, **_roles(config, folder, ids)},
+        special={**special, **_roles(folder, ids)},
         add_bos=bool(config.get("add_bos_token", True)),
         space_prefix=spec.normalizer_spec.add_dummy_prefix and not first_space,
         first_space=first_space,
@@ -325,7 +309,7 @@ def _from_bpe(folder: Path, config: dict[str, Any], data: dict[str, Any], added:
     common: dict[str, Any] = {
         "tokens": tokens,
         "types": types,
-        "special": _roles(config, folder, ids),
+        "special": _roles(folder, ids),
         "add_bos": _adds_bos(data, config),
         "normalized": _normalizer(data, "NFC"),
     }

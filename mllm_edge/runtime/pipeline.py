@@ -24,6 +24,7 @@ from mllm_edge.runtime.boxes import check_boxes
 from mllm_edge.runtime.decoding.loop import Completion, Decoding, Loop, Script, Watch, script_keys, settings_for
 from mllm_edge.runtime.decoding.rules import Rule, at_least, group_members, never, one_box
 from mllm_edge.runtime.decoding.sampling import check_settings
+from mllm_edge.runtime.decoding.tokenizers import named
 from mllm_edge.runtime.engines.interface import Floats, LanguageModel
 from mllm_edge.runtime.engines.lazy import LazyLanguageModel, LazyStage
 from mllm_edge.runtime.images import ImageSource, load_image, pixel_hash
@@ -64,16 +65,17 @@ class Pipeline:
         self.close = self._tensors.close
         self._loop = Loop(language_model, self.tokenizer)
         self._states = [source for source in manifest.sources if isinstance(source, States)]
-        self._ids = {token: self._control(token) for source in self._states for token in source.tokens}
+        self._ids = {token: self._token(token) for source in self._states for token in source.tokens}
         groups = manifest.generation.groups
-        self._groups = {self._control(first): [self._control(one) for one in rest] for first, rest in groups.items()}
+        self._groups = {self._token(first): [self._token(one) for one in rest] for first, rest in groups.items()}
         # Once, and not after an answer, when the tokenizer may be busy: the end of an assistant's turn.
         self._after = ids_of(answer_parts(manifest.prompt)[1], self.tokenizer, self._entry.added)
 
-    def _control(self, token: str) -> int:
-        if token not in self.tokenizer.control_tokens:
+    def _token(self, token: str) -> int:
+        known = named(self.tokenizer)
+        if token not in known:
             raise BadInput(f"the bundle's language model has no token {token}; export the bundle again")
-        return self.tokenizer.control_tokens[token]
+        return known[token]
 
     def look(self, image: ImageSource) -> list[Floats]:
         """See `Model.look`."""
@@ -99,10 +101,10 @@ class Pipeline:
     def decoding(self, raw: bool, seed: int = 0, stop: Sequence[str] | None = None, **given: float | None) -> Decoding:
         settings = settings_for(self.manifest.generation, **given)
         check_settings(settings)
-        template, control = self.manifest.prompt, self.tokenizer.control_tokens
+        template, known = self.manifest.prompt, named(self.tokenizer)
         before, _ = answer_parts(template)
         strip = not raw and before != "" and before.isspace()
-        added = frozenset(control[text] for text in self._entry.added if text in control)
+        added = frozenset(known[text] for text in self._entry.added if text in known)
         members = group_members(self._groups)
         rules = [never(members)] if members else []
         if settings.min_tokens:

@@ -30,6 +30,9 @@ class Vocabulary(Protocol):
     @property
     def control_tokens(self) -> Mapping[str, int]: ...
 
+    @property
+    def user_defined(self) -> Mapping[str, int]: ...
+
     def tokenize(self, text: str) -> list[int]: ...
 
 
@@ -137,13 +140,14 @@ def tokenized(parts: Sequence[Part], vocabulary: Vocabulary, added: Sequence[str
     """Runs of ids and slots, without BOS; the first and the last are runs, and slots have one between them.
 
     Text around a control token or a slot is tokenized as a fresh string on both sides, and loses the white space beside
-    a token of `added`.
+    a token of `added`. Of these the user-defined ones mean a token in a user's words, too.
     """
+    anywhere = {text: vocabulary.user_defined[text] for text in added if text in vocabulary.user_defined}
     result: list[list[int] | Slot] = [[]]
     continued = bool(parts) and isinstance(parts[0], Span) and _is_open(parts[0].continues, vocabulary)
     fragments: list[tuple[str, int | Slot | None]] = [
         ("", None),
-        *_fragments(parts, vocabulary.control_tokens),
+        *_fragments(parts, {**anywhere, **vocabulary.control_tokens}, anywhere),
         ("", None),
     ]
     for (before, _), (text, meaning), (after, _) in zip(fragments, fragments[1:], fragments[2:]):
@@ -173,7 +177,7 @@ def ids_of(text: str, vocabulary: Vocabulary, added: Sequence[str] = (), trusted
 
 def _is_open(text: str, vocabulary: Vocabulary) -> bool:
     """Whether the tokenizer sees what follows a text as the rest of the same string."""
-    return bool(text) and not text.endswith(tuple(vocabulary.control_tokens))
+    return bool(text) and not text.endswith((*vocabulary.control_tokens, *vocabulary.user_defined))
 
 
 def _continued(text: str, vocabulary: Vocabulary) -> list[int]:
@@ -183,8 +187,11 @@ def _continued(text: str, vocabulary: Vocabulary) -> list[int]:
     return ids[len(before) :] if ids[: len(before)] == before else vocabulary.tokenize(text)
 
 
-def _fragments(parts: Sequence[Part], control: Mapping[str, int]) -> Iterator[tuple[str, int | Slot | None]]:
-    """Runs of plain text, joined across spans as the tokenizer must see them; control strings with their ids; slots."""
+def _fragments(
+    parts: Sequence[Part], trusted: Mapping[str, int], anywhere: Mapping[str, int]
+) -> Iterator[tuple[str, int | Slot | None]]:
+    """Runs of plain text, joined across spans as the tokenizer must see them; strings that mean a token, in a trusted
+    span or anywhere, with their ids; slots."""
     plain = ""
     for part in parts:
         if isinstance(part, Slot):
@@ -193,12 +200,13 @@ def _fragments(parts: Sequence[Part], control: Mapping[str, int]) -> Iterator[tu
             plain = ""
             yield part.placeholder, part
             continue
-        for text, found in _cut(part.text, control if part.trusted else {}):
+        known = trusted if part.trusted else anywhere
+        for text, found in _cut(part.text, known):
             plain += text
             if found:
                 if plain:
                     yield plain, None
                 plain = ""
-                yield found, control[found]
+                yield found, known[found]
     if plain:
         yield plain, None

@@ -23,7 +23,7 @@ from mllm_edge.runtime.prompt import render, tokenized
 class Bytes:
     """A tokenizer whose tokens are bytes."""
 
-    bos, control_tokens = 1, {}
+    bos, control_tokens, user_defined = 1, {}, {}
 
     def tokenize(self, text):
         return [byte % DIMS.vocabulary for byte in text.encode()]

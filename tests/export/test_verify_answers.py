@@ -40,7 +40,9 @@ def rows(parts, monkeypatch):
     model = types.SimpleNamespace(
         manifest=types.SimpleNamespace(stages=[], language_model=types.SimpleNamespace(precision="f32")),
         language_model=types.SimpleNamespace(context=64),
-        tokenizer=types.SimpleNamespace(control_tokens={"[M]": MARK}, is_end=lambda token: token == END),
+        tokenizer=types.SimpleNamespace(
+            control_tokens={"[M]": MARK}, user_defined={}, is_end=lambda token: token == END
+        ),
         generate=lambda *_, **__: told,
     )
     samples = types.SimpleNamespace(need=lambda number, values: None)

@@ -10,16 +10,29 @@ from mllm_edge.checkpoints.tokenizer import read_tokenizer
 from mllm_edge.export.gguf.maps import tensor_shapes
 from mllm_edge.export.gguf.writer import export_language_model
 from mllm_edge.models.language.llama import LlamaDims
+from mllm_edge.models.language.opt import OptDims, opt
 from mllm_edge.models.plan import LanguageModelExport
 
 
-def causal(dims: LlamaDims, tensors: Mapping[str, torch.Tensor], tokenizer: Path) -> LanguageModelExport:
+def causal(dims: LlamaDims | OptDims, tensors: Mapping[str, torch.Tensor], tokenizer: Path) -> LanguageModelExport:
     """A language model that is only written: nothing may ask for its reference."""
 
     def reference() -> NoReturn:
         raise AssertionError("the reference was built")
 
-    return LanguageModelExport(dims, tokenizer, reference, tensors=tensors)
+    architecture = "opt" if isinstance(dims, OptDims) else "llama"
+    return LanguageModelExport(dims, tokenizer, reference, architecture=architecture, tensors=tensors)
+
+
+def random_opt(dims: OptDims, seed: int = 1) -> torch.nn.Module:
+    """Weights of a size that moves answers; large ones of positions keep a tied head from repeating a token."""
+    torch.manual_seed(seed)
+    model = opt(dims).eval()
+    for name, parameter in model.named_parameters():
+        norm = "layer_norm.weight" in name
+        spread = 0.3 if norm or "positions" in name else 0.08
+        torch.nn.init.normal_(parameter, 1.0 if norm else 0.0, spread)
+    return model
 
 
 def vocabulary_only(tmp_path: Path, folder: Path) -> Path:

@@ -98,5 +98,23 @@ def byte_level(folder: Path, pre: str) -> Path:
     return folder
 
 
+def gpt2_lists(folder: Path, size: int = 400) -> Path:
+    """vocab.json and merges.txt alone, with OPT's first four tokens and configuration."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.model.save(str(folder))
+    end = {"__type": "AddedToken", "content": "</s>", **FLAGS, "normalized": True}
+    roles = {"bos_token": end, "eos_token": end, "unk_token": end, "pad_token": "<pad>"}
+    write(folder / "tokenizer_config.json", {**roles, "add_bos_token": True, "tokenizer_class": "GPT2Tokenizer"})
+    return folder
+
+
 def write(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data), encoding="utf-8")

@@ -15,6 +15,7 @@ class Vocabulary:
     """LLaMA's slow tokenizer: each string gets a leading space."""
 
     control_tokens: ClassVar = {"<s>": 1, "</s>": 2}
+    user_defined: ClassVar = {}
 
     def __init__(self, folder: Path):
         self._model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))

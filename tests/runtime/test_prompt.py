@@ -16,6 +16,7 @@ class Letters:
     """Every character is its code point; `</s>` is control token -2. Remembers what it was asked to tokenize."""
 
     control_tokens: Mapping[str, int] = {"</s>": -2, "<s>": -1}
+    user_defined: Mapping[str, int] = {}
 
     def __init__(self) -> None:
         self.asked: list[str] = []

@@ -23,7 +23,11 @@ _ROWS_AT_ONCE = 256  # that a thread quantizes before it takes the next
 
 
 def chosen_types(
-    shapes: Mapping[str, tuple[int, ...]], quant: str, embedding: TYPE, write_head: Callable[[gguf.GGUFWriter], None]
+    architecture: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    quant: str,
+    embedding: TYPE,
+    write_head: Callable[[gguf.GGUFWriter], None],
 ) -> dict[str, TYPE]:
     """The type that llama.cpp gives each tensor in a mixture such as q4_k_m.
 
@@ -31,6 +35,7 @@ def chosen_types(
     sketch of the model, with two rows per matrix, whose types are read back.
 
     Args:
+        architecture: as llama.cpp calls it.
         shapes: name in the GGUF file -> shape.
         quant: a K-quant.
         embedding: the type of the token embedding.
@@ -42,7 +47,7 @@ def chosen_types(
     llama = library()
     with tempfile.TemporaryDirectory() as folder:
         sketch, result = Path(folder) / "sketch.gguf", Path(folder) / "result.gguf"
-        writer = gguf.GGUFWriter(sketch, "llama")
+        writer = gguf.GGUFWriter(sketch, architecture)
         write_head(writer)
         for name, shape in shapes.items():
             small = shape if len(shape) == 1 else (_SKETCHED_ROWS, shape[-1])

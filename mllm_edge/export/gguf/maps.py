@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import gguf
@@ -12,9 +13,34 @@ import numpy as np
 from mllm_edge.errors import MllmEdgeError
 from mllm_edge.models.language.llama import LlamaDims
 from mllm_edge.models.language.llama_gguf import interleave_rotary
+from mllm_edge.models.language.opt import TABLE, UNUSED_POSITIONS, OptDims
 
 _ROPE = "rope_freqs.weight"
+# llama.cpp's gpt2 has GELU where OPT has ReLU: gelu(s x) / s is at most 0.17 / s away. A larger s makes the scales of
+# quantized blocks so small that 16 bits no longer hold them.
+SHARPNESS = 64.0
 Shapes = dict[str, tuple[int, ...]]
+
+
+def _same(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor of the file.
+
+    Attributes:
+        shape: in the file.
+        parts: what it is made from: names in transformers' class, and their shapes.
+        made: their arrays, float32, in order -> the tensor as llama.cpp expects it.
+        float32: it is never stored in fewer bits.
+    """
+
+    shape: tuple[int, ...]
+    parts: Shapes = field(default_factory=dict)
+    made: Callable[..., np.ndarray] = _same
+    float32: bool = False
 
 
 @dataclass(frozen=True)
@@ -23,19 +49,13 @@ class Map:
 
     Attributes:
         architecture: as llama.cpp calls it.
-        tensor_shapes: dims -> every tensor by its name in transformers' class, in the order of the file.
-        names: dims and those names -> the names in the file.
-        arranged: name, weight, dims -> the weight as llama.cpp expects it.
+        tensors: dims -> every tensor of the file by its name, in the order of the file.
         write_dims: puts the dims into the header.
-        made: dims -> tensors of the file that are computed from them alone, by their names in the file.
     """
 
     architecture: str
-    tensor_shapes: Callable[[Any], Shapes]
-    names: Callable[[Any, Iterable[str]], dict[str, str]]
-    arranged: Callable[[str, np.ndarray, Any], np.ndarray]
+    tensors: Callable[[Any], dict[str, Held]]
     write_dims: Callable[[gguf.GGUFWriter, Any], None]
-    made: Callable[[Any], dict[str, np.ndarray]]
 
 
 def tensor_shapes(dims: LlamaDims) -> dict[str, tuple[int, ...]]:
@@ -64,18 +84,19 @@ def tensor_shapes(dims: LlamaDims) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _llama_names(dims: LlamaDims, names: Iterable[str]) -> dict[str, str]:
+def _llama_tensors(dims: LlamaDims) -> dict[str, Held]:
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, dims.layers)
-    found = {name: name if name == _ROPE else known.get_name(name, (".weight", ".bias")) for name in names}
-    unknown = [name for name, gguf_name in found.items() if gguf_name is None]
-    if unknown:
-        raise MllmEdgeError(f"the gguf package has no name for {unknown[0]}; install gguf >= 0.19")
-    return {name: str(gguf_name) for name, gguf_name in found.items()}
-
-
-def _llama_arranged(name: str, weight: np.ndarray, dims: LlamaDims) -> np.ndarray:
-    heads = {"q_proj": dims.heads, "k_proj": dims.kv_heads}.get(name.split(".")[-2])
-    return interleave_rotary(weight, heads) if heads else weight
+    turned = {"q_proj": dims.heads, "k_proj": dims.kv_heads}
+    held: dict[str, Held] = {}
+    for name, shape in tensor_shapes(dims).items():
+        gguf_name = known.get_name(name, (".weight", ".bias"))
+        if gguf_name is None:
+            raise MllmEdgeError(f"the gguf package has no name for {name}; install gguf >= 0.19")
+        heads = turned.get(name.split(".")[-2])
+        made = functools.partial(interleave_rotary, heads=heads) if heads else _same
+        held[gguf_name] = Held(shape, {name: shape}, made)
+    factors = _rope_factors(dims)
+    return held if factors is None else {**held, _ROPE: Held(factors.shape, made=lambda: factors)}
 
 
 def _llama_dims(writer: gguf.GGUFWriter, dims: LlamaDims) -> None:
@@ -96,16 +117,73 @@ def _llama_dims(writer: gguf.GGUFWriter, dims: LlamaDims) -> None:
     writer.add_vocab_size(dims.vocabulary)
 
 
-def _llama_made(dims: LlamaDims) -> dict[str, np.ndarray]:
+def _rope_factors(dims: LlamaDims) -> np.ndarray | None:
     """What llama.cpp divides the rotary frequencies by: llama3's scaling (transformers' modeling_rope_utils.py)."""
     scaling = dims.rope_scaling or {}
     if scaling.get("rope_type") != "llama3":
-        return {}
+        return None
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = dims.rope_theta ** -(np.arange(0, dims.head_dim, 2) / dims.head_dim) / (2 * np.pi)  # a position
     smooth = (scaling["original_max_position_embeddings"] * turns - low) / (high - low)
     kept = np.clip(smooth, 0, 1)  # 0: slow, divided by the factor; 1: fast, as it is
-    return {_ROPE: (1 / ((1 - kept) / factor + kept)).astype(np.float32)}
+    return (1 / ((1 - kept) / factor + kept)).astype(np.float32)
 
 
-MAPS = {"llama": Map("llama", tensor_shapes, _llama_names, _llama_arranged, _llama_dims, _llama_made)}
+def _opt_tensors(dims: OptDims) -> dict[str, Held]:
+    """OPT as llama.cpp's gpt2 (its `src/models/gpt2.cpp`): queries, keys and values are one matrix, the head is the
+    table, and GELU is sharpened to ReLU."""
+    home, width, wide = "model.decoder.", dims.width, dims.ffn_width
+    table, positions = (dims.vocabulary, width), (dims.context, width)
+    held = {
+        "token_embd.weight": Held(table, {TABLE: table}),
+        "position_embd.weight": Held(
+            positions,
+            {f"{home}embed_positions.weight": (dims.context + UNUSED_POSITIONS, width)},
+            lambda rows: rows[UNUSED_POSITIONS:],
+            float32=True,
+        ),
+        **_with_bias("output_norm", [f"{home}final_layer_norm"], (width,)),
+    }
+    for number in range(dims.layers):
+        here, there = f"{home}layers.{number}.", f"blk.{number}."
+        projections = [f"{here}self_attn.{name}_proj" for name in "qkv"]
+        held |= {
+            **_with_bias(f"{there}attn_norm", [f"{here}self_attn_layer_norm"], (width,)),
+            **_with_bias(f"{there}attn_qkv", projections, (width, width)),
+            **_with_bias(f"{there}attn_output", [f"{here}self_attn.out_proj"], (width, width)),
+            **_with_bias(f"{there}ffn_norm", [f"{here}final_layer_norm"], (width,)),
+            **_with_bias(f"{there}ffn_up", [f"{here}fc1"], (wide, width), SHARPNESS, SHARPNESS),
+            **_with_bias(f"{there}ffn_down", [f"{here}fc2"], (width, wide), 1 / SHARPNESS),
+        }
+    return held
+
+
+def _with_bias(
+    name: str, parts: Sequence[str], shape: tuple[int, ...], weight: float = 1.0, bias: float = 1.0
+) -> dict[str, Held]:
+    """A weight and its bias: the rows of all parts, each of `shape`, times a factor."""
+
+    def stacked(kind: str, one: tuple[int, ...], factor: float) -> Held:
+        return Held(
+            (len(parts) * one[0], *one[1:]),
+            {f"{part}.{kind}": one for part in parts},
+            lambda *arrays: np.concatenate(arrays) * np.float32(factor),
+        )
+
+    return {f"{name}.weight": stacked("weight", shape, weight), f"{name}.bias": stacked("bias", shape[:1], bias)}
+
+
+def _opt_dims(writer: gguf.GGUFWriter, dims: OptDims) -> None:
+    writer.add_context_length(dims.context)
+    writer.add_embedding_length(dims.width)
+    writer.add_block_count(dims.layers)
+    writer.add_feed_forward_length(dims.ffn_width)
+    writer.add_head_count(dims.heads)
+    writer.add_layer_norm_eps(1e-5)  # torch's, which OPT does not set
+    writer.add_vocab_size(dims.vocabulary)
+
+
+MAPS = {
+    "llama": Map("llama", _llama_tensors, _llama_dims),
+    "opt": Map("gpt2", _opt_tensors, _opt_dims),
+}

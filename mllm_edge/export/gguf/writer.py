@@ -15,7 +15,7 @@ import os
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from mllm_edge.bundle.read import file_entry
 from mllm_edge.checkpoints.tokenizer import UNUSED, Tokenizer, fitting_tokenizer
 from mllm_edge.errors import BadInput, look_up
 from mllm_edge.export.gguf.k_quants import chosen_types, quantize_rows
-from mllm_edge.export.gguf.maps import MAPS, Map
+from mllm_edge.export.gguf.maps import MAPS, Held, Map
 from mllm_edge.models.counts import kv_bytes_per_token
 from mllm_edge.models.language.reference import DecoderDims
 from mllm_edge.models.plan import LanguageModelExport
@@ -92,46 +92,45 @@ def write_gguf(
         BadInput: see `export_language_model`.
     """
     form = look_up("architecture", lm.architecture, MAPS)
-    made = form.made(lm.dims)
-    shapes = {**form.tensor_shapes(lm.dims), **{name: array.shape for name, array in made.items()}}
-    types = _types(form, lm.dims, shapes, quant)
-    head = _head(form, lm, shapes, types, quant, path, about or About())
-    sizes = [_bytes(shape, types[name]) for name, shape in shapes.items()]
+    tensors = form.tensors(lm.dims)
+    types = _types(form, lm.dims, tensors, quant)
+    head = _head(form, lm, tensors, types, quant, path, about or About())
+    sizes = [_bytes(held.shape, types[name]) for name, held in tensors.items()]
     padded = [gguf.GGUFWriter.ggml_pad(size, gguf.GGUF_DEFAULT_ALIGNMENT) for size in sizes]
     ends = [len(head) + end for end in itertools.accumulate(padded)]
-    weights = list(itertools.accumulate(math.prod(shape) for shape in shapes.values()))
+    weights = list(itertools.accumulate(math.prod(held.shape) for held in tensors.values()))
     done = _started(path, head, ends)
     with path.open("r+b") as file:
         file.truncate(ends[done - 1] if done else len(head))
         file.seek(0, os.SEEK_END)
         if done and progress:
             progress(weights[done - 1], weights[-1])
-        for number, (name, shape) in itertools.islice(enumerate(shapes.items()), done, None):
-            file.write(made[name].data if name in made else _tensor(form, lm, name, shape, types[name]).data)
+        for number, (name, held) in itertools.islice(enumerate(tensors.items()), done, None):
+            file.write(_tensor(lm, name, held, types[name]).data)
             file.write(bytes(padded[number] - sizes[number]))
             if progress:
                 progress(weights[number], weights[-1])
 
 
-def _types(form: Map, dims: DecoderDims, shapes: dict[str, tuple[int, ...]], quant: str) -> dict[str, TYPE]:
+def _types(form: Map, dims: DecoderDims, tensors: Mapping[str, Held], quant: str) -> dict[str, TYPE]:
     """The type that each tensor gets in the file."""
     if not QUANTS[quant].k:
-        return {name: _type(shape, gguf.GGMLQuantizationType[QUANTS[quant].type]) for name, shape in shapes.items()}
-    names = form.names(dims, shapes)
-    chosen = chosen_types(
-        {names[name]: shape for name, shape in shapes.items()},
+        kind = gguf.GGMLQuantizationType[QUANTS[quant].type]
+        return {name: TYPE.F32 if held.float32 else _type(held.shape, kind) for name, held in tensors.items()}
+    return chosen_types(
+        form.architecture,
+        {name: held.shape for name, held in tensors.items()},
         quant,
         _type((1, dims.width), TYPE.Q8_0),  # llama.cpp aborts on a type that does not fit the rows
         lambda writer: _write_about(writer, form, dims, gguf.LlamaFileType.ALL_F32),
     )
-    return {name: chosen[names[name]] for name in shapes}
 
 
 def _head(
     form: Map,
     lm: LanguageModelExport,
-    shapes: dict[str, tuple[int, ...]],
-    types: dict[str, TYPE],
+    tensors: Mapping[str, Held],
+    types: Mapping[str, TYPE],
     quant: str,
     path: Path,
     about: About,
@@ -145,10 +144,9 @@ def _head(
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             _write_origin(writer, about)
             _write_tokenizer(writer, fitting_tokenizer(lm.tokenizer, lm.dims.vocabulary), lm.dims.vocabulary)
-            for name, gguf_name in form.names(lm.dims, shapes).items():
-                shape, kind = shapes[name], types[name]
-                size = _bytes(shape, kind)
-                writer.add_tensor_info(gguf_name, shape, np.dtype(np.float32), size, raw_dtype=kind)
+            for name, held in tensors.items():
+                size = _bytes(held.shape, types[name])
+                writer.add_tensor_info(name, held.shape, np.dtype(np.float32), size, raw_dtype=types[name])
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -179,15 +177,9 @@ def _bytes(shape: tuple[int, ...], kind: TYPE) -> int:
     return int(np.prod(shape)) // block * size
 
 
-def _tensor(form: Map, lm: LanguageModelExport, name: str, shape: tuple[int, ...], kind: TYPE) -> np.ndarray:
+def _tensor(lm: LanguageModelExport, name: str, held: Held, kind: TYPE) -> np.ndarray:
     """One tensor as its bytes will stand in the file."""
-    tensor = lm.tensors[name]
-    if tuple(tensor.shape) != shape:
-        raise BadInput(f"{name} has shape {tuple(tensor.shape)}, not {shape}; the config is of another model")
-    array: np.ndarray = tensor.float().numpy()
-    if not np.isfinite(array).all():
-        raise BadInput(f"{name} has values that are NaN or infinite; download or train the checkpoint again")
-    array = form.arranged(name, array, lm.dims)
+    array = held.made(*(_part(lm, part, shape) for part, shape in held.parts.items()))
     if kind == TYPE.F16:
         if np.abs(array).max() > np.finfo(np.float16).max:
             raise BadInput(f"{name} has values beyond 16-bit floats; use --quant f32 or q8_0")
@@ -195,6 +187,17 @@ def _tensor(form: Map, lm: LanguageModelExport, name: str, shape: tuple[int, ...
     if kind in (TYPE.F16, TYPE.F32):
         return np.ascontiguousarray(array)
     return quantize_rows(array, kind)
+
+
+def _part(lm: LanguageModelExport, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor of the checkpoint, float32."""
+    tensor = lm.tensors[name]
+    if tuple(tensor.shape) != shape:
+        raise BadInput(f"{name} has shape {tuple(tensor.shape)}, not {shape}; the config is of another model")
+    array: np.ndarray = tensor.float().numpy()
+    if not np.isfinite(array).all():
+        raise BadInput(f"{name} has values that are NaN or infinite; download or train the checkpoint again")
+    return array
 
 
 def _write_about(writer: gguf.GGUFWriter, form: Map, dims: DecoderDims, file_type: gguf.LlamaFileType) -> None:
@@ -248,9 +251,11 @@ def _reader(path: Path) -> Iterator[gguf.GGUFReader]:
 def _entry(lm: LanguageModelExport, path: Path, quant: str) -> LanguageModelEntry:
     dims = lm.dims
     with _reader(path) as reader:
-        table = next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
-        tied = dims.weights == dims.product_weights
-        unread = 0 if tied else int(table.n_bytes)  # a step looks up one row of it
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        table = tensors["token_embd.weight"]
+        # A step looks up one row of a table that is not the head as well.
+        tables = ["position_embd.weight", *(["token_embd.weight"] if "output.weight" in tensors else [])]
+        unread = sum(int(tensors[name].n_bytes) for name in tables if name in tensors)
         embedding = EmbeddingTable(table.tensor_type.name, int(table.data_offset), [dims.vocabulary, dims.width])
         types = Counter(tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1)
         block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[QUANTS[quant].type]][0]  # rows must be a multiple

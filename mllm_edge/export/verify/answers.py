@@ -21,6 +21,7 @@ from mllm_edge.models.plan import ExportPlan
 from mllm_edge.runtime.answer import Mask, Part, Picture
 from mllm_edge.runtime.answers.kinds import KINDS
 from mllm_edge.runtime.answers.resize import iou
+from mllm_edge.runtime.decoding.tokenizers import named
 from mllm_edge.runtime.engines.interface import Floats
 from mllm_edge.runtime.model import Model
 from mllm_edge.runtime.turn import Drawing, InputPicture, Turn
@@ -72,8 +73,8 @@ def answer_rows(
 
 def _answer(model: Model, plan: ExportPlan, reference: Reference, prompt: Floats, most: int) -> list[int]:
     """The reference's greedy answer, in which a group's first token is followed by the others."""
-    groups = {model.tokenizer.control_tokens[first]: rest for first, rest in plan.generation.groups.items()}
-    forced = {first: [model.tokenizer.control_tokens[one] for one in rest] for first, rest in groups.items()}
+    known = named(model.tokenizer)
+    forced = {known[first]: [known[one] for one in rest] for first, rest in plan.generation.groups.items()}
     members = {token for rest in forced.values() for token in rest}
     if not forced:
         return reference.generate(prompt, most, model.tokenizer.is_end)
@@ -96,9 +97,10 @@ def _states(
 ) -> dict[str, list[Floats]]:
     _, hidden = reference.forced(prompt, tokens)  # row i after i tokens
     found: dict[str, list[Floats]] = {}
+    known = named(model.tokenizer)
     for source in plan.sources:
         if isinstance(source, States):
-            ids = [model.tokenizer.control_tokens[token] for token in source.tokens]
+            ids = [known[token] for token in source.tokens]
             places = [place for place, token in enumerate(tokens) if token in ids]
             if places:
                 found[source.name] = [hidden[place + (source.at == "token")] for place in places]

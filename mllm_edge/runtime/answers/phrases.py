@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mllm_edge.runtime.decoding.text_stream import TextStream
-from mllm_edge.runtime.decoding.tokenizers import Tokenizer
+from mllm_edge.runtime.decoding.tokenizers import Tokenizer, named
 from mllm_edge.runtime.turn import Turn
 
 
@@ -55,7 +55,7 @@ def phrases(
         added: control strings after which a space before punctuation is dropped.
         strip: whether white space before the first word was dropped.
     """
-    tokens = {token: text for text, token in tokenizer.control_tokens.items()}
+    tokens = {token: text for text, token in named(tokenizer).items()}
     opening, closing = tags or ("", "")
     stream = TextStream((), strip)
     found: list[Phrase] = []

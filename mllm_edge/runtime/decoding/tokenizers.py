@@ -33,6 +33,11 @@ class Tokenizer(Protocol):
         """Control strings, such as `</s>`, and their ids."""
         ...
 
+    @property
+    def user_defined(self) -> Mapping[str, int]:
+        """Added tokens that any text may mean, and that are shown as they are, with their ids."""
+        ...
+
     def tokenize(self, text: str) -> list[int]:
         """Ids of a piece of text as a fresh string, without BOS. Control strings are plain text."""
         ...
@@ -48,6 +53,11 @@ class Tokenizer(Protocol):
     def close(self) -> object:
         """Free it."""
         ...
+
+
+def named(tokenizer: Tokenizer) -> dict[str, int]:
+    """All tokens that a manifest may name, and their ids."""
+    return {**tokenizer.user_defined, **tokenizer.control_tokens}
 
 
 class JsonTokenizer:
@@ -72,6 +82,7 @@ class JsonTokenizer:
         self._tokenizer.no_truncation()
         added = json.loads(text).get("added_tokens", [])
         self.control_tokens = {one["content"]: int(one["id"]) for one in added if one.get("special")}
+        self.user_defined = {one["content"]: int(one["id"]) for one in added if not one.get("special")}
         self._control = set(self.control_tokens.values())
         self._byte_level = '"ByteLevel"' in text
         self.vocabulary = int(self._tokenizer.get_vocab_size())

@@ -17,6 +17,7 @@ class Words:
 
     def __init__(self) -> None:
         self.control_tokens: Mapping[str, int] = {"</s>": 1, "<p>": 2, "</p>": 3, "[SEG]": 4}
+        self.user_defined: Mapping[str, int] = {}
         self.known: list[str] = []
 
     def ids(self, text: str) -> list[int]:

@@ -18,7 +18,6 @@ import numpy as np
 
 from mllm_edge.errors import BadInput
 
-ARCHITECTURES = ("llama",)  # those that export writes
 MOST_KEYS, MOST_TENSORS, MOST_TOKENS = 4096, 1 << 16, 1 << 22
 MOST_LAYERS = 512  # LLAMA_MAX_LAYERS
 _STRING, _ARRAY, _BOOL = 8, 9, 7
@@ -40,6 +39,10 @@ _F32, _VECTORS = 0, 1
 # others are not multiplied by every backend.
 _BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34)}
 _BLOCKS |= {10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 30: (1, 2)}
+
+
+Whole = Callable[[str, int, int | None], int]  # a count by its key and most, or where it lacks the third
+Real = Callable[[str, float, float | None], None]
 
 
 class _Damaged(ValueError):
@@ -73,6 +76,16 @@ def read_head(path: Path) -> Head:
     except (ValueError, struct.error, OverflowError) as error:
         raise BadInput(f"{path} is no GGUF that can be run ({error}); export the bundle again") from None
     return head
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """The width, heads of queries, heads of keys and values, and the channels of a head."""
+
+    width: int
+    heads: int
+    groups: int
+    head: int
 
 
 class _Reader:
@@ -185,24 +198,44 @@ def _check_model(head: Head) -> None:
             raise _Damaged(f"{kind}.{key} is {value if isinstance(value, (int, float, str)) else 'of another type'}")
         return value
 
+    def real(key: str, least: float, default: float | None) -> None:
+        value = values.get(f"{kind}.{key}", default)
+        if not isinstance(value, float) or not least <= value < 1e12:  # a NaN is neither
+            raise _Damaged(f"{kind}.{key} is {value!r}")
+
     width, heads = whole("embedding_length", 1 << 16), whole("attention.head_count", 1 << 12)
     whole("context_length", MOST_TOKENS), whole("feed_forward_length", 1 << 20), whole("block_count", MOST_LAYERS)
     groups = whole("attention.head_count_kv", heads, heads)
     size = whole("attention.key_length", 1 << 12, max(width // heads, 1))
     if heads % groups or whole("attention.value_length", 1 << 12, size) != size:
         raise _Damaged(f"it has {heads} heads, {groups} of keys")
-    if whole("rope.dimension_count", size, size) % 2:
-        raise _Damaged("rotary positions need pairs")
     if values.get(f"{kind}.expert_count", 0) != 0:
         raise _Damaged("it has experts")
-    for key, least, default in (("attention.layer_norm_rms_epsilon", 0.0, None), ("rope.freq_base", 1.0, 1e4)):
-        value = values.get(f"{kind}.{key}", default)
-        if not isinstance(value, float) or not least <= value < 1e12:  # a NaN is neither
-            raise _Damaged(f"{kind}.{key} is {value!r}")
+    ARCHITECTURES[kind](_Sizes(width, heads, groups, size), whole, real)
     _check_vocabulary(head, whole)
 
 
-def _check_vocabulary(head: Head, whole: Callable[[str, int, int | None], int]) -> None:
+def _check_llama(sizes: _Sizes, whole: Whole, real: Real) -> None:
+    if whole("rope.dimension_count", sizes.head, sizes.head) % 2:
+        raise _Damaged("rotary positions need pairs")
+    real("attention.layer_norm_rms_epsilon", 0.0, None)
+    real("rope.freq_base", 1.0, 1e4)
+
+
+def _check_gpt2(sizes: _Sizes, whole: Whole, real: Real) -> None:
+    """Heads are views of one matrix of width D, 3 D high."""
+    if sizes.heads != sizes.groups or sizes.heads * sizes.head != sizes.width:
+        raise _Damaged(f"it has {sizes.heads} heads of {sizes.head} in a width of {sizes.width}")
+    real("attention.layer_norm_epsilon", 0.0, None)
+
+
+ARCHITECTURES: dict[str, Callable[[_Sizes, Whole, Real], None]] = {  # those that export writes
+    "llama": _check_llama,
+    "gpt2": _check_gpt2,
+}
+
+
+def _check_vocabulary(head: Head, whole: Whole) -> None:
     values, prefix = head.values, "tokenizer.ggml."
     tokens = values.get(f"{prefix}tokens")
     if not isinstance(tokens, list) or not tokens:

@@ -36,7 +36,8 @@ class LlamaLanguageModel:
     """A GGUF model with one sequence of positions; see `interface.LanguageModel`.
 
     Raises:
-        BadInput: a file that llama.cpp cannot load, or not the model that the manifest describes; an unknown KV type.
+        BadInput: a file that llama.cpp cannot load, or not the model that the manifest describes; an unknown KV type; a
+            context beyond learned positions.
         MllmEdgeError: a GPU was asked for and this llama.cpp has none; not enough memory.
         MissingPackage: llama-cpp-python is not installed.
     """
@@ -64,6 +65,10 @@ class LlamaLanguageModel:
                 f"{path} has {self.vocabulary} tokens of width {self.width}, but the manifest says {spec.vocabulary} "
                 f"of {spec.width}; export the bundle again"
             )
+        trained = int(self._llama.llama_model_n_ctx_train(self._model))
+        learned = self._llama.llama_model_rope_type(self._model) == self._llama.LLAMA_ROPE_TYPE_NONE
+        if learned and options.context > trained:  # llama.cpp would end the process at the first that is missing
+            raise BadInput(f"{path} has {trained} positions, not {options.context}; load it with --context {trained}")
         self._context = self._new_context(options)
         self._free_context = weakref.finalize(self, self._llama.llama_free, self._context)
 

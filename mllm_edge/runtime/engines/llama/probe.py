@@ -201,7 +201,8 @@ def _try_decode(path: str, plain: bool) -> int:
     context = llama.llama_init_from_model(model, settings)
     if not context:
         return 1
-    for tokens in ([1] * 32, [1]):
+    most = min(32, llama.llama_model_n_ctx_train(model) - 1)  # a learned position has no next one
+    for tokens in ([1] * most, [1]):
         ids = (llama.llama_token * len(tokens))(*tokens)  # the batch holds only a pointer to it
         if llama.llama_decode(context, llama.llama_batch_get_one(ids, len(tokens))) != 0:
             return 1

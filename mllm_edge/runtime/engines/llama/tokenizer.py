@@ -43,10 +43,18 @@ class GgufTokenizer:
     @functools.cached_property
     def control_tokens(self) -> Mapping[str, int]:
         """Control strings and their ids."""
+        return self._of(self._llama.LLAMA_TOKEN_ATTR_CONTROL)
+
+    @functools.cached_property
+    def user_defined(self) -> Mapping[str, int]:
+        """Added tokens that any text may mean, and their ids."""
+        return self._of(self._llama.LLAMA_TOKEN_ATTR_USER_DEFINED)
+
+    def _of(self, kind: int) -> Mapping[str, int]:
         self._check_open()
         llama, vocab = self._llama, self._vocab
-        control = [token for token in range(self.vocabulary) if llama.llama_vocab_is_control(vocab, token)]
-        return {llama.llama_vocab_get_text(vocab, token).decode("utf-8", "replace"): token for token in control}
+        found = [token for token in range(self.vocabulary) if llama.llama_vocab_get_attr(vocab, token) & kind]
+        return {llama.llama_vocab_get_text(vocab, token).decode("utf-8", "replace"): token for token in found}
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """Ids of a piece of text, without BOS. Control strings are plain text unless `special`."""
