@@ -186,5 +186,5 @@ def test_tokenizers_that_llama_cpp_does_not_have(tmp_path: Path, data: dict[str,
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="neither"):
+    with pytest.raises(BadInput, match="none of"):
         read_tokenizer(tmp_path)
