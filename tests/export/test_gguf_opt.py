@@ -24,8 +24,8 @@ from mllm_edge.runtime.engines.llama.library import library
 from mllm_edge.runtime.engines.llama.model import LlamaLanguageModel
 
 MARKS = [f"[M{number}]" for number in range(8)]
-DIMS = OptDims(vocabulary=409, width=64, ffn_width=96, layers=3, heads=4, context=128)
-WIDE = OptDims(vocabulary=412, width=256, ffn_width=512, layers=3, heads=4, context=128)  # K-quants have blocks of 256
+DIMS = OptDims(vocabulary=393, width=64, ffn_width=96, layers=3, heads=4, context=128)
+WIDE = OptDims(vocabulary=396, width=256, ffn_width=512, layers=3, heads=4, context=128)  # K-quants have blocks of 256
 F32 = Options("cpu", True, 1, "f32", 128)
 
 
@@ -69,12 +69,12 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def test_logits_and_states_are_those_of_transformers(model: LlamaLanguageModel, reference: LlamaReference) -> None:
-    rows, tokens = prompt(DIMS, 9), [2, 7, 300, 17, 1, 405]
+    rows, tokens = prompt(DIMS, 9), [2, 7, 300, 17, 1, 390]
     logits, states = reference.forced(rows, tokens)
     steps = [model.prefill(rows, state=True), *(model.extend([token], 1) for token in tokens)]
     assert np.abs(logits).max() > 2
-    np.testing.assert_allclose([step.logits for step in steps], logits, atol=5e-3)
-    np.testing.assert_allclose(np.concatenate([step.hidden for step in steps]), states, atol=5e-3)
+    np.testing.assert_allclose([step.logits for step in steps], logits, atol=1e-4)
+    np.testing.assert_allclose(np.concatenate([step.hidden for step in steps]), states, atol=1e-4)
 
 
 def test_64_greedy_tokens_are_those_of_transformers(model: LlamaLanguageModel, reference: LlamaReference) -> None:
@@ -84,25 +84,25 @@ def test_64_greedy_tokens_are_those_of_transformers(model: LlamaLanguageModel, r
     while len(tokens) < 64:
         tokens.append(int(step.logits.argmax()))
         step = model.extend(tokens[-1:])
-    assert tokens == expected and len(set(tokens)) > 20
+    assert tokens == expected and len(set(tokens)) > 10
 
 
 def test_a_group_of_eight_in_one_batch_has_the_states_at_its_own_places(
     model: LlamaLanguageModel, reference: LlamaReference
 ) -> None:
-    rows, group = prompt(DIMS, 9), list(range(401, 409))
+    rows, group = prompt(DIMS, 9), list(range(385, 393))
     logits, states = reference.forced(rows, group)
     model.prefill(rows)
     step = model.extend(group, states=8)
-    np.testing.assert_allclose(step.hidden, states[1:], atol=5e-3)
-    np.testing.assert_allclose(step.logits, logits[-1], atol=5e-3)
+    np.testing.assert_allclose(step.hidden, states[1:], atol=1e-4)
+    np.testing.assert_allclose(step.logits, logits[-1], atol=1e-4)
 
 
 def test_token_rows_are_the_tables_and_a_prefix_is_kept(model: LlamaLanguageModel, reference: LlamaReference) -> None:
-    np.testing.assert_array_equal(model.embed([2, 408]), reference.embed([2, 408]))
+    np.testing.assert_array_equal(model.embed([2, 392]), reference.embed([2, 392]))
     rows = np.concatenate([model.embed([2, 9, 300]), prompt(DIMS, 4)])
     model.prefill(np.concatenate([rows[:5], prompt(DIMS, 6, seed=1)]))
-    np.testing.assert_allclose(model.prefill(rows[5:], keep=5).logits, reference.forced(rows, [])[0][0], atol=5e-3)
+    np.testing.assert_allclose(model.prefill(rows[5:], keep=5).logits, reference.forced(rows, [])[0][0], atol=1e-4)
 
 
 def test_the_context_ends_with_the_last_position(
@@ -111,7 +111,7 @@ def test_the_context_ends_with_the_last_position(
     rows = prompt(DIMS, 127)
     model.prefill(rows)
     logits, _ = reference.forced(rows, [5])
-    np.testing.assert_allclose(model.extend([5]).logits, logits[-1], atol=5e-3)
+    np.testing.assert_allclose(model.extend([5]).logits, logits[-1], atol=1e-4)
     with pytest.raises(MllmEdgeError, match="129 positions do not fit"):
         model.extend([5])
     with pytest.raises(BadInput, match="has 128 positions, not 256"):
@@ -123,7 +123,7 @@ def test_every_quantization_is_as_near_as_it_may_be(tmp_path: Path, tokenizer: P
     entry = exported(tmp_path / "model.gguf", WIDE, quant, tokenizer)
     assert entry.gguf and entry.gguf.embedding.dtype in ("F32", "F16", "Q8_0")
     model = LlamaLanguageModel(tmp_path, entry, F32)
-    rows, tokens = prompt(WIDE, 9), [2, 7, 300, 17, 1, 405]
+    rows, tokens = prompt(WIDE, 9), [2, 7, 300, 17, 1, 390]
     try:
         steps = [model.prefill(rows, state=True), *(model.extend([token], 1) for token in tokens)]
     finally:
@@ -147,8 +147,8 @@ def test_k_quants_are_those_of_llama_cpps_own_quantizer(tmp_path: Path, tokenize
     expected = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "theirs.gguf").tensors}
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "ours.gguf").tensors}
     assert {name: t.tensor_type for name, t in found.items()} == {name: t.tensor_type for name, t in expected.items()}
-    for name, tensor in found.items():
-        np.testing.assert_array_equal(tensor.data, expected[name].data, err_msg=name)
+    for name in (name for name in found if ".ffn_" not in name):  # those are scaled for their quantization
+        np.testing.assert_array_equal(found[name].data, expected[name].data, err_msg=name)
 
 
 def test_what_the_file_holds(plain: tuple[Path, LanguageModelEntry]) -> None:
@@ -161,8 +161,8 @@ def test_what_the_file_holds(plain: tuple[Path, LanguageModelEntry]) -> None:
     here = "model.decoder.layers.1."
     stacked = torch.cat([state[f"{here}self_attn.{name}_proj.weight"] for name in "qkv"])
     np.testing.assert_array_equal(tensors["blk.1.attn_qkv.weight"], stacked)
-    np.testing.assert_array_equal(tensors["blk.1.ffn_up.bias"], state[f"{here}fc1.bias"] * 64)
-    np.testing.assert_array_equal(tensors["blk.1.ffn_down.weight"], state[f"{here}fc2.weight"] / 64)
+    np.testing.assert_array_equal(tensors["blk.1.ffn_up.bias"], state[f"{here}fc1.bias"] * 4096)
+    np.testing.assert_array_equal(tensors["blk.1.ffn_down.weight"], state[f"{here}fc2.weight"] / 4096)
     np.testing.assert_array_equal(tensors["blk.1.ffn_down.bias"], state[f"{here}fc2.bias"])
     np.testing.assert_array_equal(tensors["position_embd.weight"], state["model.decoder.embed_positions.weight"][2:])
     _, entry = plain

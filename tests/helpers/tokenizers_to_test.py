@@ -98,7 +98,7 @@ def byte_level(folder: Path, pre: str) -> Path:
     return folder
 
 
-def gpt2_lists(folder: Path, size: int = 400) -> Path:
+def gpt2_lists(folder: Path, size: int = 384) -> Path:
     """vocab.json and merges.txt alone, with OPT's first four tokens and configuration."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

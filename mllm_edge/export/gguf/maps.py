@@ -16,9 +16,9 @@ from mllm_edge.models.language.llama_gguf import interleave_rotary
 from mllm_edge.models.language.opt import TABLE, UNUSED_POSITIONS, OptDims
 
 _ROPE = "rope_freqs.weight"
-# llama.cpp's gpt2 has GELU where OPT has ReLU: gelu(s x) / s is at most 0.17 / s away. A larger s makes the scales of
-# quantized blocks so small that 16 bits no longer hold them.
-SHARPNESS = 64.0
+# OPT has ReLU where llama.cpp's gpt2 has GELU: gelu(s x) / s is at most 0.17 / s away. In 16 bits s x may not pass
+# 65504, and a large s leaves scales of quantized blocks so small that 16 bits cut them off. Measured in docs/design.md.
+_SHARPNESS, _SHARPNESS_OF_BLOCKS = {"f32": 4096.0, "f16": 64.0}, 32.0
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -49,12 +49,12 @@ class Map:
 
     Attributes:
         architecture: as llama.cpp calls it.
-        tensors: dims -> every tensor of the file by its name, in the order of the file.
+        tensors: dims and quantization -> every tensor of the file by its name, in the order of the file.
         write_dims: puts the dims into the header.
     """
 
     architecture: str
-    tensors: Callable[[Any], dict[str, Held]]
+    tensors: Callable[[Any, str], dict[str, Held]]
     write_dims: Callable[[gguf.GGUFWriter, Any], None]
 
 
@@ -84,7 +84,7 @@ def tensor_shapes(dims: LlamaDims) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _llama_tensors(dims: LlamaDims) -> dict[str, Held]:
+def _llama_tensors(dims: LlamaDims, quant: str) -> dict[str, Held]:
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, dims.layers)
     turned = {"q_proj": dims.heads, "k_proj": dims.kv_heads}
     held: dict[str, Held] = {}
@@ -129,10 +129,11 @@ def _rope_factors(dims: LlamaDims) -> np.ndarray | None:
     return (1 / ((1 - kept) / factor + kept)).astype(np.float32)
 
 
-def _opt_tensors(dims: OptDims) -> dict[str, Held]:
+def _opt_tensors(dims: OptDims, quant: str) -> dict[str, Held]:
     """OPT as llama.cpp's gpt2 (its `src/models/gpt2.cpp`): queries, keys and values are one matrix, the head is the
     table, and GELU is sharpened to ReLU."""
     home, width, wide = "model.decoder.", dims.width, dims.ffn_width
+    sharpness = _SHARPNESS.get(quant, _SHARPNESS_OF_BLOCKS)
     table, positions = (dims.vocabulary, width), (dims.context, width)
     held = {
         "token_embd.weight": Held(table, {TABLE: table}),
@@ -152,8 +153,8 @@ def _opt_tensors(dims: OptDims) -> dict[str, Held]:
             **_with_bias(f"{there}attn_qkv", projections, (width, width)),
             **_with_bias(f"{there}attn_output", [f"{here}self_attn.out_proj"], (width, width)),
             **_with_bias(f"{there}ffn_norm", [f"{here}final_layer_norm"], (width,)),
-            **_with_bias(f"{there}ffn_up", [f"{here}fc1"], (wide, width), SHARPNESS, SHARPNESS),
-            **_with_bias(f"{there}ffn_down", [f"{here}fc2"], (width, wide), 1 / SHARPNESS),
+            **_with_bias(f"{there}ffn_up", [f"{here}fc1"], (wide, width), sharpness, sharpness),
+            **_with_bias(f"{there}ffn_down", [f"{here}fc2"], (width, wide), 1 / sharpness),
         }
     return held
 

@@ -92,7 +92,7 @@ def write_gguf(
         BadInput: see `export_language_model`.
     """
     form = look_up("architecture", lm.architecture, MAPS)
-    tensors = form.tensors(lm.dims)
+    tensors = form.tensors(lm.dims, quant)
     types = _types(form, lm.dims, tensors, quant)
     head = _head(form, lm, tensors, types, quant, path, about or About())
     sizes = [_bytes(held.shape, types[name]) for name, held in tensors.items()]
