@@ -16,9 +16,6 @@ from mllm_edge.models.language.llama_gguf import interleave_rotary
 from mllm_edge.models.language.opt import TABLE, UNUSED_POSITIONS, OptDims
 
 _ROPE = "rope_freqs.weight"
-# OPT has ReLU where llama.cpp's gpt2 has GELU: gelu(s x) / s is at most 0.17 / s away. In 16 bits s x may not pass
-# 65504, and a large s leaves scales of quantized blocks so small that 16 bits cut them off. Measured in docs/design.md.
-_SHARPNESS, _SHARPNESS_OF_BLOCKS = {"f32": 4096.0, "f16": 64.0}, 32.0
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -129,11 +126,19 @@ def _rope_factors(dims: LlamaDims) -> np.ndarray | None:
     return (1 / ((1 - kept) / factor + kept)).astype(np.float32)
 
 
-def _opt_tensors(dims: OptDims, quant: str) -> dict[str, Held]:
+def sharpness(quant: str) -> float:
+    """How much the input of llama.cpp's GELU is scaled to make it OPT's ReLU: gelu(s x) / s is at most 0.17 / s away.
+
+    In 16 bits s x may not pass 65504, and a large s leaves the scales of quantized blocks so small that their 16 bits
+    cut them off (measured in docs/design.md).
+    """
+    return {"f32": 4096.0, "f16": 64.0}.get(quant, 32.0)
+
+
+def opt_tensors(dims: OptDims, sharpness: float) -> dict[str, Held]:
     """OPT as llama.cpp's gpt2 (its `src/models/gpt2.cpp`): queries, keys and values are one matrix, the head is the
     table, and GELU is sharpened to ReLU."""
     home, width, wide = "model.decoder.", dims.width, dims.ffn_width
-    sharpness = _SHARPNESS.get(quant, _SHARPNESS_OF_BLOCKS)
     table, positions = (dims.vocabulary, width), (dims.context, width)
     held = {
         "token_embd.weight": Held(table, {TABLE: table}),
@@ -186,5 +191,5 @@ def _opt_dims(writer: gguf.GGUFWriter, dims: OptDims) -> None:
 
 MAPS = {
     "llama": Map("llama", _llama_tensors, _llama_dims),
-    "opt": Map("gpt2", _opt_tensors, _opt_dims),
+    "opt": Map("gpt2", lambda dims, quant: opt_tensors(dims, sharpness(quant)), _opt_dims),
 }

@@ -93,7 +93,7 @@ def test_heads_are_views_of_one_matrix(tmp_path: Path, whole: Path, more: dict[s
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(BadInput, match="heads|experts"):
+    with pytest.raises(BadInput, match=r"heads|experts"):
         read_head(path)
 
 
