@@ -24,8 +24,6 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "added_tokens.json",
     "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
 )
 OURS = "system"
 

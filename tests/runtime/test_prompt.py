@@ -133,6 +133,17 @@ def test_a_region_is_a_slot_even_in_the_users_words() -> None:
     ]  # fmt: skip
 
 
+class WithWords(Letters):
+    user_defined: Mapping[str, int] = {"[A]": -7, "[B]": -8}
+
+
+def test_user_defined_tokens_of_the_manifest_are_cut_out_of_any_words() -> None:
+    parts = render(replace(PROMPT, first="{text}"), " see [A]\n [B] [C]</s>", NONE)
+    assert tokenized(parts, WithWords(), ["[A]"]) == [[*map(ord, " see"), -7, *map(ord, "[B] [C]</s>")]]
+    assert tokenized(parts, WithWords()) == [[*map(ord, " see [A]\n [B] [C]</s>")]]
+    assert ids_of("a [B] </s>", WithWords(), ["[B]"]) == [ord("a"), -8, -2]
+
+
 @pytest.mark.parametrize(("text", "boxes"), [("What is <bbox>?", 0), ("<bbox> or <bbox>?", 1), ("What?", 1)])
 def test_every_region_needs_its_box(text: str, boxes: int) -> None:
     with pytest.raises(BadInput, match=rf"{text.count('<bbox>')} <bbox> placeholder.*{boxes} box"):
