@@ -116,4 +116,3 @@ def test_answers_are_those_of_transformers(bundle: Path, folder: Path, question:
     assert found.tokens.ids == expected
     if question == "draw a dog":
         assert START in expected and "[M0][M1][M2][M3][M4][M5][M6][M7]" in found.text
-

@@ -73,6 +73,13 @@ def test_numbers_that_cannot_be(model: Path, key: str, value: float, form: str) 
         read_head(model)
 
 
+def test_an_architecture_that_is_no_text(tmp_path: Path) -> None:
+    names = struct.pack("<IIQ", 9, 8, 1) + text("gpt2")  # an array of one string
+    (tmp_path / "list.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text("general.architecture") + names)
+    with pytest.raises(BadInput, match="architecture is"):
+        read_head(tmp_path / "list.gguf")
+
+
 @pytest.mark.parametrize(
     "more",
     [{"attention.head_count_kv": 1}, {"attention.key_length": 8, "attention.value_length": 8}, {"expert_count": 2}],

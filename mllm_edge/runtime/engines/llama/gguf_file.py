@@ -189,8 +189,8 @@ def _dtype(form: str) -> np.dtype[Any]:
 def _check_model(head: Head) -> None:
     values = head.values
     kind = values.get("general.architecture")
-    if kind not in ARCHITECTURES:
-        raise _Damaged(f"its architecture is {kind!r}; known: {', '.join(ARCHITECTURES)}")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise _Damaged(f"its architecture is {kind!r:.40}; known: {', '.join(ARCHITECTURES)}")
 
     def whole(key: str, most: int, default: int | None = None) -> int:
         value = values.get(f"{kind}.{key}", default)
