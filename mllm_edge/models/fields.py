@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,26 @@ def real(config: Fields, key: str, where: Path, default: Any = _NEEDED) -> float
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
         raise BadInput(f"{where} has {key} {value!r}, which is no positive number; copy it again")
     return float(value)
+
+
+def counts(config: Fields, key: str, where: Path, length: int = 0) -> tuple[int, ...]:
+    """A list of counts; where `length` is given it has as many, and one number stands for all. Raises BadInput as
+    `whole` does."""
+    value = config.get(key)
+    listed = value if isinstance(value, (list, tuple)) else [value] * max(1, length)
+    if not 0 < len(listed) <= MOST_LAYERS or (length and len(listed) != length):
+        raise BadInput(f"{where} has {len(listed)} numbers as {key}, not {length or 'one or more'}; copy it again")
+    return tuple(whole({key: one}, key, where) for one in listed)
+
+
+def names(config: Fields, key: str, where: Path, known: Collection[str], length: int) -> list[str]:
+    """A list of `length` names out of those that are known. Raises BadInput that names another."""
+    value = config.get(key)
+    if not isinstance(value, (list, tuple)) or len(value) != length:
+        raise BadInput(f"{where} has {key} {value!r}, which is no list of {length}; copy it again")
+    for name in value:
+        check_fixed({key: name}, {key: tuple(known)}, where)
+    return list(value)
 
 
 def flag(config: Fields, key: str, where: Path, default: bool = False) -> bool:
