@@ -41,7 +41,9 @@ class PicturesAnswer:
     `decoded`, the last latent / `latent_scale`, and returns `pixels` [1,3,h,w] in -1..1. The square roots of the
     variances of the `train_steps` steps of training lie linearly between those of the two `betas`. Branch k of the
     guidance has the first k of `drops` replaced ([tensor, what stands for it]); `guidance` has a scale for each
-    (`runtime/diffusion/guidance.py`).
+    (`runtime/diffusion/guidance.py`). Where the first axis of the UNet's `latent` has a name, all branches are one
+    batch along it, and inputs that lack the axis are the same for all. `spacing` of the timesteps "" is the schedule's
+    usual.
     """
 
     states: str
@@ -60,6 +62,7 @@ class PicturesAnswer:
     guidance: list[float] = field(default_factory=list)
     schedule: str = "ddim"
     steps: int = 50
+    spacing: str = ""
     kind: Literal["pictures"] = "pictures"
 
 

@@ -25,6 +25,7 @@ LANGUAGE_MODELS = {("causal", "gguf"), ("causal", "onnx"), ("seq2seq", "onnx")} 
 MOST_PIXELS = 4096  # along a side of what an encoder reads
 MOST_TOKENS = 1 << 22  # of a context, a text, a vocabulary
 MOST_STEPS = 1000
+MOST_LATENT = 1 << 26  # numbers
 LONGEST_PATTERN = 200
 LONGEST_PATH = 255
 QUESTIONS = ("describe", "segment", "locate", "region")
@@ -309,16 +310,34 @@ def _answer(entry: AnswerEntry, manifest: Manifest, made: dict[str, tuple[Tensor
         for name in filter(None, (entry.query, entry.decision)):
             _known(name, what, made, where)
     if isinstance(entry, PicturesAnswer):
-        for stage, gives in ((entry.unet, entry.noise), (entry.vae, entry.pixels)):
-            if gives not in [spec.name for spec in manifest.stage(stage).outputs]:
-                raise BadInput(f"{where}: {what} need {gives} of stage {stage}, which does not give it; {AGAIN}")
-        for drop in entry.drops:
-            if len(drop) != 2:
-                raise BadInput(f"{where}: a condition and what stands for it are two names, not {drop}; {AGAIN}")
-            for name in drop:
-                _known(name, what, made, where)
-        if len(entry.guidance) != len(entry.drops) or len(entry.betas) != 2 or not entry.latent_scale > 0:
-            raise BadInput(f"{where}: the numbers of {what} cannot be; {AGAIN}")
+        _drawn(entry, manifest, made, where)
+
+
+def _drawn(
+    entry: PicturesAnswer, manifest: Manifest, made: dict[str, tuple[TensorSpec | None, str]], where: str
+) -> None:
+    """Raises BadInput where the loop of a generated picture does not fit its stages."""
+    what = f"answers of kind {entry.kind}"
+    for stage, gives in ((entry.unet, entry.noise), (entry.vae, entry.pixels)):
+        if gives not in [spec.name for spec in manifest.stage(stage).outputs]:
+            raise BadInput(f"{where}: {what} need {gives} of stage {stage}, which does not give it; {AGAIN}")
+    shapes = {spec.name: spec.shape for spec in manifest.stage(entry.unet).inputs}
+    taken = shapes.get(entry.latent, [])
+    named = taken[:1] if taken and isinstance(taken[0], str) else [1]
+    if entry.timestep not in shapes or [*named, *entry.shape[1:]] != taken or entry.shape[:1] != [1]:
+        raise BadInput(f"{where}: stage {entry.unet} takes {shapes}, not a latent of {entry.shape}; {AGAIN}")
+    for drop in entry.drops:
+        if len(drop) != 2:
+            raise BadInput(f"{where}: a condition and what stands for it are two names, not {drop}; {AGAIN}")
+        for name in drop:
+            _known(name, what, made, where)
+    numbers = [entry.latent_scale, *entry.betas, *entry.guidance]
+    if len(entry.guidance) != len(entry.drops) or len(entry.betas) != 2 or not all(map(math.isfinite, numbers)):
+        raise BadInput(f"{where}: the numbers of {what} cannot be; {AGAIN}")
+    if not entry.latent_scale > 0 or not 0 < entry.betas[0] <= entry.betas[1] < 1:
+        raise BadInput(f"{where}: the numbers of {what} cannot be; {AGAIN}")
+    if math.prod(entry.shape) > MOST_LATENT:
+        raise BadInput(f"{where}: a latent of {entry.shape} is more than a machine can draw; {AGAIN}")
 
 
 def _pattern(entry: BoxesAnswer, where: str) -> None:

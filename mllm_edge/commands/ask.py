@@ -83,7 +83,8 @@ def run(
     pictures, boxes = _pictures(image), _boxes([region] if region is not None else box)
     if out:
         can_be_made(out)
-    with loading.open(bundle) as model:
+    drawing.open(out=out)
+    with loading.open(bundle) as model, screen.late_steps() as report:
         if out and not model.manifest.answers:
             raise BadInput(f"{bundle} ({', '.join(model.manifest.tasks)}) answers with text alone; leave out --out")
         if loading.memory_budget:
@@ -92,7 +93,7 @@ def run(
             name, what = own[0]
             question = model.question(name, "" if name == "region" else what)
         asked: dict[str, Any] = {"task": _task(screen, model, question or "", task), "tags": _tags(tags)}
-        asked |= {"raw": raw, "teacher_forced": teacher_forced, "drawing": drawing.open()}
+        asked |= {"raw": raw, "teacher_forced": teacher_forced, "drawing": drawing.open(report, out)}
         pieces = model.stream(question or "", pictures, boxes, **asked, **vars(decoding))
         stream = stream and not screen.as_json and teacher_forced is None
         answer = _shown(screen, pieces, stream)
@@ -149,11 +150,14 @@ def chat(
                     raise BadInput(f"there is no {command}; /help lists what there is")
                 if text:
                     chosen = _task(screen, model, text, task)
-                    items = dialogue.stream(text, pictures, boxes, chosen, drawing.open(), _tags(tags))
-                    answer = _shown(screen, items, not screen.as_json)
+                    place = out and out / f"turn_{len(turns) + 1}"
+                    with screen.late_steps() as report:
+                        made = drawing.open(report, place)
+                        items = dialogue.stream(text, pictures, boxes, chosen, made, _tags(tags))
+                        answer = _shown(screen, items, not screen.as_json)
                     turns.append({"prompt": text, **answer.to_json()})
                     pictures, boxes = [], []
-                    _write(screen, answer, out and out / f"turn_{len(turns)}")
+                    _write(screen, answer, place)
                     screen.times(answer)
     if screen.as_json:
         screen.result(screen.finished)
@@ -241,8 +245,7 @@ def _shown(screen: Screen, items: Iterator[str | Answer], show: bool) -> Answer:
     """The answer at the end of a stream, whose pieces are shown as they come."""
     for item in items:
         if not isinstance(item, str):
-            if show:
-                screen.text("\n")
+            screen.end_text()
             return item
         if show:
             screen.text(item)

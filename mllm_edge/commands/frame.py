@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import typing
 from collections import defaultdict
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mllm_edge.errors import MissingPackage
+from mllm_edge.errors import BadInput, MissingPackage
 from mllm_edge.quants import KV_TYPES
 from mllm_edge.targets import TARGETS
 
 if TYPE_CHECKING:
+    from mllm_edge.progress import Report
     from mllm_edge.runtime import Model
     from mllm_edge.runtime import turn as runtime_turn
 
@@ -119,17 +121,36 @@ class Drawing:
     guidance: Annotated[
         list[float] | None, typer.Option(metavar="SCALE", help="Guidance scale of a condition; may be repeated.")
     ] = None
+    schedule: Annotated[
+        str, typer.Option(metavar="NAME", help="Diffusion schedule of a generated picture; by default the bundle's.")
+    ] = ""
     draw_seed: Annotated[int, typer.Option(help="The same one gives the same generated picture.")] = 0
+    preview_every: Annotated[
+        int | None,
+        typer.Option(metavar="STEPS", help="Write preview.png under --out after so many steps of a generated picture."),
+    ] = None
     index: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Index of pictures that an answer may retrieve.")
     ] = None
 
-    def open(self) -> runtime_turn.Drawing:
-        """The runtime's own."""
+    def open(self, report: Report | None = None, out: Path | None = None) -> runtime_turn.Drawing:
+        """The runtime's own, with previews in the folder `out`. Raises BadInput where they have none."""
         from mllm_edge.runtime.answers.index import Index
+        from mllm_edge.runtime.answers.write import preview
         from mllm_edge.runtime.turn import Drawing as Made
 
-        return Made(self.steps, self.guidance, self.draw_seed, Index(self.index) if self.index else None)
+        if self.preview_every is not None and out is None:
+            raise BadInput("--preview-every has no place to write to; give --out too")
+        return Made(
+            steps=self.steps,
+            guidance=self.guidance,
+            seed=self.draw_seed,
+            index=Index(self.index) if self.index else None,
+            schedule=self.schedule,
+            report=report,
+            preview=None if out is None or self.preview_every is None else functools.partial(preview, folder=out),
+            every=self.preview_every or 0,
+        )
 
 
 GROUPS = (Loading, Decoding, Drawing)

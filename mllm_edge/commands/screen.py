@@ -51,6 +51,7 @@ class Screen:
         self.finished: dict[str, Any] = {}
         self._out, self._err = sys.stdout, sys.stderr
         self._answered = False
+        self._mid_line = False
         self._live: Progress | None = None
 
     def result(self, document: Any, *shown: RenderableType, paint: Callable[[str], str] | None = None) -> None:
@@ -84,6 +85,12 @@ class Screen:
         with _writing_stdout():
             self._out.write(escaped(piece))
             self._out.flush()
+        self._mid_line = not piece.endswith("\n") if piece else self._mid_line
+
+    def end_text(self) -> None:
+        """End the line of an answer that was shown as it came, if it has not ended."""
+        if self._mid_line:
+            self.text("\n")
 
     def times(self, answer: Answer) -> None:
         """What an answer cost, beside it."""
@@ -164,7 +171,21 @@ class Screen:
 
             def report(step: str, number: int, total: int, seconds: float | None, part: float = 0.0) -> None:
                 text = escaped(step) + (f" {part:.0%}{paces[step].left(part)}" if part else "")
-                bar.update(task, description=text, total=total, completed=number - (seconds is None))
+                bar.update(task, description=text, total=total, completed=number - (seconds is None) + part)
+
+            yield report
+
+    @contextlib.contextmanager
+    def late_steps(self) -> Iterator[Report]:
+        """As `steps`, from the first report on: until then the answer's text may be coming."""
+        with contextlib.ExitStack() as shown:
+            begun: list[Report] = []
+
+            def report(step: str, number: int, total: int, seconds: float | None, part: float = 0.0) -> None:
+                if not begun:
+                    self.end_text()
+                    begun.append(shown.enter_context(self.steps()))
+                begun[0](step, number, total, seconds, part)
 
             yield report
 

@@ -41,7 +41,7 @@ from mllm_edge.export.onnx.lower import export_stage
 from mllm_edge.export.onnx.merging import with_merged_tokens
 from mllm_edge.export.options import check_devices, check_language_model, check_options
 from mllm_edge.export.tensorrt.build import make_engine
-from mllm_edge.export.tensorrt.engine import ahead, language_model_axes, settings
+from mllm_edge.export.tensorrt.engine import ahead, language_model_axes, settings, stage_axes
 from mllm_edge.export.verify.samples import Samples, pictures
 from mllm_edge.export.verify.verify import PICTURES, require, verify
 from mllm_edge.export.workplace import Finished, Workplace, disk_full_explained
@@ -59,7 +59,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-AXIS = [1, 4, 16]  # least, usual and greatest length of an axis that varies
 ENGINE_PARTS = {"encoder", "decoder"}  # of a language model
 CALIBRATION_PICTURES = {"fp32": 0, "fp16": 8, "int8": 32}  # other pictures than those of the verification
 
@@ -134,8 +133,7 @@ def export(
         if mmproj:
             raise BadInput("llama.cpp's projector file cannot merge tokens; export without --mmproj or --merge-tokens")
         plan = with_merged_tokens(plan, merge_tokens)
-    varying = {size for stage in plan.stages for spec in stage.inputs for size in spec.shape if isinstance(size, str)}
-    axes = dict.fromkeys(sorted(varying), AXIS)
+    axes = stage_axes(plan.stages, plan.answers)
     if target == "trt" and llm == "onnx":
         axes |= language_model_axes(plan.language_model.dims.context, plan.generation.beams)
     how = dataclasses.replace(how, axes=axes)

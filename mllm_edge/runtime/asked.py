@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from mllm_edge.bundle.answers import BoxesAnswer
+from mllm_edge.bundle.answers import BoxesAnswer, PicturesAnswer
 from mllm_edge.bundle.manifest import Manifest
 from mllm_edge.bundle.sources import Labels, Task
 from mllm_edge.errors import BadInput
+from mllm_edge.runtime.answers.pictures import settled
 from mllm_edge.runtime.boxes import check_boxes, spelled
 from mllm_edge.runtime.images import ImageSource
 from mllm_edge.runtime.turn import Drawing, InputPicture
@@ -48,8 +49,8 @@ def completed(asked: Asked, manifest: Manifest, picture: InputPicture | None) ->
     """`asked` with its task, and with boxes as words where the bundle reads them so.
 
     Raises:
-        BadInput: an unknown task, a box that is none of the picture's, tags that cannot stand in the prompt, or a
-            question after a thing that does not say which.
+        BadInput: an unknown task, a box that is none of the picture's, tags that cannot stand in the prompt, a question
+            after a thing that does not say which, or pictures that cannot be drawn so.
     """
     _check_tags(asked.tags, manifest)
     asked = replace(asked, task=task_of(manifest, asked.text, asked.task))
@@ -58,6 +59,8 @@ def completed(asked: Asked, manifest: Manifest, picture: InputPicture | None) ->
             asked = _spelled(asked, entry, picture)
             if entry.tasks and asked.task in entry.tasks and not asked.raw:
                 _names_something(asked.text, asked.task, manifest)
+        if isinstance(entry, PicturesAnswer):
+            settled(entry, asked.drawing)
     return asked
 
 

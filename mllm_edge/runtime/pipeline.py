@@ -165,6 +165,7 @@ class Pipeline:
             timings=timings,
             marks={source.name: source.tokens for source in self._states},
             added=self._entry.added,
+            inputs={stage.name: stage.inputs for stage in self.manifest.stages},
         )
 
     def _task_rules(self, task: str) -> list[Rule]:

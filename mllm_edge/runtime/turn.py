@@ -12,6 +12,8 @@ from mllm_edge.runtime.boxes import Box
 from mllm_edge.runtime.engines.interface import Array, Floats
 
 if TYPE_CHECKING:
+    from mllm_edge.bundle.manifest import TensorSpec
+    from mllm_edge.progress import Report
     from mllm_edge.runtime.answers.index import Index
     from mllm_edge.runtime.decoding.tokenizers import Tokenizer
 
@@ -43,14 +45,22 @@ class Drawing:
     Attributes:
         steps: of the diffusion.
         guidance: a scale for each condition.
-        seed: of the noise.
+        seed: of the noise, 0 to 2**64 - 1.
         index: where retrieved pictures come from.
+        schedule: one of `runtime.diffusion.schedules`, "" for the bundle's.
+        report: told of each picture, and of the part of its steps that is done.
+        preview: given each picture as it looks after every `every` steps, which costs a decoding.
+        every: see `preview`.
     """
 
     steps: int | None = None
     guidance: Sequence[float] | None = None
     seed: int = 0
     index: Index | None = None
+    schedule: str = ""
+    report: Report | None = None
+    preview: Callable[[Image.Image], None] | None = None
+    every: int = 0
 
 
 @dataclass
@@ -71,6 +81,7 @@ class Turn:
         states: hidden states [D] by the source that asks for them.
         marks: the control strings at which states are read, by the source that asks for them.
         added: control strings after which a space before punctuation is dropped.
+        inputs: what each of the bundle's stages reads, by the stage's name.
         values: tensors that were made for this turn alone, or put in place of others.
     """
 
@@ -88,6 +99,7 @@ class Turn:
     states: dict[str, list[Floats]] = field(default_factory=dict)
     marks: Mapping[str, Sequence[str]] = field(default_factory=dict)
     added: Sequence[str] = ()
+    inputs: Mapping[str, Sequence[TensorSpec]] = field(default_factory=dict)
     values: dict[str, Array] = field(default_factory=dict)
 
     def add_time(self, name: str, milliseconds: float) -> None:

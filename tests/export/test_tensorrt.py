@@ -15,7 +15,6 @@ import mllm_edge
 from mllm_edge.bundle.manifest import BuildSettings, TensorSpec
 from mllm_edge.bundle.read import read_manifest
 from mllm_edge.errors import BadInput, MissingPackage, MllmEdgeError
-from mllm_edge.export.export import AXIS
 from mllm_edge.export.onnx.language_model import export_part
 from mllm_edge.export.onnx.lower import export_stage
 from mllm_edge.export.tensorrt import engine as tensorrt
@@ -105,7 +104,9 @@ def build(onnx: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec
 
 def settings(inputs: Sequence[TensorSpec]) -> BuildSettings:
     """With the lengths that export gives to axes that vary."""
-    return BuildSettings(axes={size: AXIS for spec in inputs for size in spec.shape if isinstance(size, str)})
+    return BuildSettings(
+        axes={size: list(tensorrt.AXIS) for spec in inputs for size in spec.shape if isinstance(size, str)}
+    )
 
 
 def test_a_node_that_the_parser_refuses_is_named(small: tuple[Path, StageExport], tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
-"""A toy system that draws: eight forced tokens, their own states, a denoiser with guidance, four steps of DDIM.
+"""A toy system that draws: eight forced tokens, their own states, a denoiser with guidance in one batch, four steps of
+DDIM.
 
 Expectations come from transformers' decoder, diffusers' scheduler and a loop in PyTorch.
 """
 
+import json
 from pathlib import Path
 
 import diffusers
@@ -27,7 +29,8 @@ from mllm_edge.runtime.turn import Drawing
 
 CHANNELS, SIDE, STEPS, SCALE, CONDITION = 4, 8, 4, 7.5, 6
 BETAS, TRAINED, LATENT_SCALE = (0.00085, 0.012), 1000, 0.18215
-LATENT = TensorSpec("latent", "float32", [1, CHANNELS, SIDE, SIDE])
+LATENT = TensorSpec("latent", "float32", ["branches", CHANNELS, SIDE, SIDE])
+DECODED = TensorSpec("decoded", "float32", [1, CHANNELS, SIDE, SIDE])
 
 
 class Mapper(nn.Module):
@@ -69,13 +72,13 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
         StageExport(
             "denoiser",
             DENOISER,
-            [LATENT, TensorSpec("timestep", "float32", [1]), text],
+            [LATENT, TensorSpec("timestep", "float32", [1]), TensorSpec("text", "float32", ["branches", 8, CONDITION])],
             [TensorSpec("noise", "float32", LATENT.shape)],
         ),
         StageExport(
             "painter",
             PAINTER,
-            [TensorSpec("decoded", "float32", LATENT.shape)],
+            [DECODED],
             [TensorSpec("pixels", "float32", [1, 3, 2 * SIDE, 2 * SIDE])],
         ),
     ]
@@ -89,7 +92,7 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
         decoded="decoded",
         pixels="pixels",
         latent_scale=LATENT_SCALE,
-        shape=LATENT.shape,  # type: ignore[arg-type]
+        shape=DECODED.shape,  # type: ignore[arg-type]
         betas=list(BETAS),
         train_steps=TRAINED,
         drops=[["text", "empty_text"]],
@@ -98,7 +101,7 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
         steps=STEPS,
     )
     random = np.random.default_rng(25)
-    latent = random.standard_normal(LATENT.shape).astype(np.float32)
+    latent = random.standard_normal(DECODED.shape).astype(np.float32)  # type: ignore[arg-type]
     examples = {"latent": latent, "decoded": latent, "timestep": np.array([401.0], np.float32)}
     return toy_marks.plan(
         checkpoint, stages=stages, answers=[entry], constants={"empty_text": lambda: EMPTY}, examples=examples
@@ -136,7 +139,7 @@ def _painted(states: Tensor, random: np.random.Generator, steps: int, scale: flo
     )
     scheduler.set_timesteps(steps)
     text, denoiser = MAPPER()(states), DENOISER()
-    latent = torch.from_numpy(random.standard_normal(LATENT.shape, np.float32))
+    latent = torch.from_numpy(random.standard_normal(DECODED.shape, np.float32))
     for timestep in scheduler.timesteps:
         with_text, without = (
             denoiser(latent, timestep.reshape(1).float(), one) for one in (text, torch.from_numpy(EMPTY))
@@ -206,6 +209,48 @@ def test_run_writes_the_picture(bundle: Path, tmp_path: Path, capsys: pytest.Cap
     assert cli.main([*words, "--threads", "1", "--draw-seed", "3"]) == 0
     assert "image_0.png" in capsys.readouterr().err
     assert Image.open(tmp_path / "out" / "image_0.png").size == (16, 16)
+
+
+def test_progress_and_previews_come_while_it_is_drawn(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(noise_picture(0)).save(tmp_path / "noise.png")
+    out = tmp_path / "out"
+    words = ["run", str(bundle), "draw a dog", "--image", str(tmp_path / "noise.png"), "--threads", "1"]
+    assert cli.main([*words, "-o", str(out), "--schedule", "dpm_solver", "--preview-every", "1", "--json"]) == 0
+    told = capsys.readouterr()
+    assert "[1/1] drawing picture 1 ..." in told.err
+    assert json.loads(told.out)["images"][0]["origin"] == "generated"
+    assert sorted(file.name for file in out.iterdir()) == [".mllm-edge-answer", "image_0.png"]
+    assert cli.main([*words, "--preview-every", "2"]) == 2
+    assert "--preview-every has no place to write to; give --out too" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--steps", "0"], "0 steps draw nothing; give 1 to 1000"),
+        (["--steps", "1000000000"], "1000000000 steps draw nothing; give 1 to 1000"),
+        (["--steps", "1000"], "this schedule cannot take 1000 steps of 1000; give fewer"),
+        (["--draw-seed", "18446744073709551616"], "the seed 18446744073709551616 is outside 64 bits; give 0 to"),
+        (["--draw-seed=-1"], "the seed -1 is outside 64 bits"),
+        (["--guidance", "nan"], "are not all numbers"),
+        (["--schedule", "heun"], "unknown schedule 'heun'; use one of ddim, pndm, euler"),
+        (["--preview-every", "0", "-o", "out"], "there is no preview every 0 steps; give 1 or more"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_before_the_text(
+    option: list[str],
+    message: str,
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", str(bundle), "draw a dog", "--threads", "1", "--stream", *option]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and message in told.err
 
 
 def test_a_missing_stage_and_a_wrong_scale_are_named(bundle: Path) -> None:

@@ -38,6 +38,8 @@ class EngineCheck:
         self._options = Options("cpu", True, usable_cores(), "f16", manifest.language_model.context)
         self._random = np.random.default_rng(0)
         self._sources = {source.name: source for source in manifest.sources if not isinstance(source, Labels)}
+        axes = manifest.build.axes
+        self._fixed = {axis: least for axis, (least, _, most) in axes.items() if least == most}
         self._values: dict[str, Array] = {}
 
     def __call__(self, stage: StageEntry, built: BuiltEngine) -> Parity:
@@ -69,7 +71,7 @@ class EngineCheck:
         """What an earlier stage gave, or what a source may look like: any question, boxes, pictures and states."""
         if spec.name in self._values:
             return self._values[spec.name]
-        size = shape(spec, defaultdict(lambda: LENGTH))
+        size = shape(spec, defaultdict(lambda: LENGTH, self._fixed))
         source = self._sources.get(spec.name)
         if isinstance(source, Boxes):
             corners = np.sort(self._random.uniform(0, 1, (*size[:-1], 2, 2)), axis=-2)

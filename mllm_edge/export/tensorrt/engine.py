@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mllm_edge.bundle.answers import AnswerEntry, PicturesAnswer
 from mllm_edge.bundle.manifest import BuildSettings, TensorSpec
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.machine.devices import Device, get
@@ -22,7 +23,9 @@ from mllm_edge.runtime.engines.parts_language_model import BATCH
 from mllm_edge.runtime.engines.tensorrt.engine import logger
 from mllm_edge.runtime.engines.tensorrt.packages import RTX, Package
 from mllm_edge.runtime.engines.tensorrt.stage import shape
+from mllm_edge.runtime.wiring import Wired
 
+AXIS = (1, 4, 16)  # least, usual and greatest length of an axis that varies
 BEAMS = 5  # sequences that a language model's decoder is built for at least
 USUAL = ("sm_86", "sm_89", "sm_120")  # GeForce RTX 30, 40 and 50
 
@@ -95,6 +98,20 @@ def settings(devices: Sequence[str]) -> BuildSettings:
     boards = [name for name in devices if is_board(name)]
     limits = [limit for name in boards if (limit := get(name).scratch_mb)]
     return BuildSettings(boards, workspace_mb=min(limits, default=0))
+
+
+def stage_axes(stages: Sequence[Wired], answers: Sequence[AnswerEntry]) -> dict[str, list[int]]:
+    """Least, usual and greatest lengths of the named axes of stages. The branches of a generated picture's guidance are
+    always all there."""
+    named = {size for stage in stages for spec in stage.inputs for size in spec.shape if isinstance(size, str)}
+    axes = {axis: list(AXIS) for axis in sorted(named)}
+    for entry in answers:
+        if isinstance(entry, PicturesAnswer):
+            unet = next(stage for stage in stages if stage.name == entry.unet)
+            batch = next(spec.shape[0] for spec in unet.inputs if spec.name == entry.latent)
+            if isinstance(batch, str):
+                axes[batch] = [len(entry.drops) + 1] * 3
+    return axes
 
 
 def language_model_axes(context: int, beams: int) -> dict[str, list[int]]:

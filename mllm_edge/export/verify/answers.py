@@ -132,6 +132,7 @@ def _parts(
         ids=ended,
         states=states,
         marks=marks,
+        inputs={stage.name: stage.inputs for stage in plan.stages},
         values={name: np.stack(each) for name, each in states.items()},
     )
     return list(KINDS[entry.kind](turn, entry, samples.need(number, turn.values)))

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 
 class ResidualBlock(nn.Module):
-    """[B,Ci,h,w] -> [B,Co,h,w]; where `embedded`, E, is not 0, a timestep's embedding [B,E] or [1,E] is added between the
-    convolutions."""
+    """[B,Ci,h,w] -> [B,Co,h,w]; where `embedded`, E, is not 0, a timestep's embedding [B,E] or [1,E] is added between
+    the convolutions."""
 
     def __init__(self, width: int, out_width: int, groups: int, eps: float, embedded: int = 0):
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 
@@ -9,58 +10,128 @@ import numpy as np
 from PIL import Image
 
 from mllm_edge.bundle.answers import PicturesAnswer
-from mllm_edge.errors import BadInput, look_up
+from mllm_edge.errors import BadInput
 from mllm_edge.runtime.answer import Picture
 from mllm_edge.runtime.answers.phrases import groups
 from mllm_edge.runtime.diffusion.guidance import guided
-from mllm_edge.runtime.diffusion.schedules import SCHEDULES, Table, run
-from mllm_edge.runtime.engines.interface import Floats
-from mllm_edge.runtime.turn import Need, Turn
+from mllm_edge.runtime.diffusion.schedules import Table, run, table_of
+from mllm_edge.runtime.engines.interface import Array, Floats
+from mllm_edge.runtime.turn import Drawing, Need, Turn
+
+SEEDS = 1 << 64
+
+
+def settled(entry: PicturesAnswer, drawing: Drawing) -> tuple[Table, list[float]]:
+    """The schedule and the guidance scales that a user's wishes come to.
+
+    Raises:
+        BadInput: a schedule that is not known or cannot take so many steps, not as many guidance scales as conditions,
+            a seed outside 64 bits, or no steps between previews.
+    """
+    scales = list(entry.guidance if drawing.guidance is None else drawing.guidance)
+    if len(scales) != len(entry.drops):
+        raise BadInput(f"{len(scales)} guidance scale(s) for {len(entry.drops)} condition(s); give one for each")
+    if not all(map(math.isfinite, scales)):
+        raise BadInput(f"the guidance scales {scales} are not all numbers; give numbers")
+    if not 0 <= drawing.seed < SEEDS:
+        raise BadInput(f"the seed {drawing.seed} is outside 64 bits; give 0 to {SEEDS - 1}")
+    if drawing.preview and drawing.every < 1:
+        raise BadInput(f"there is no preview every {drawing.every} steps; give 1 or more")
+    name = drawing.schedule or entry.schedule
+    steps = entry.steps if drawing.steps is None else drawing.steps
+    spacing = entry.spacing if name == entry.schedule else ""
+    return table_of(name, entry.betas, entry.train_steps, steps, spacing), scales
 
 
 def pictures(turn: Turn, entry: PicturesAnswer, need: Need) -> Iterator[Picture]:
-    """A picture for each group of states, drawn from noise of the turn's seed.
+    """A picture for each group of states, drawn from one stream of noise of the turn's seed: numpy's PCG64, whose
+    numbers are the same on every machine.
 
     Raises:
-        BadInput: a schedule that is not known, or not as many guidance scales as conditions.
+        BadInput: see `settled`.
     """
     drawing = turn.drawing
-    scales = list(entry.guidance if drawing.guidance is None else drawing.guidance)
-    schedule = look_up("schedule", entry.schedule, SCHEDULES)
-    if len(scales) != len(entry.drops):
-        raise BadInput(f"{len(scales)} guidance scale(s) for {len(entry.drops)} condition(s); give one for each")
-    if drawing.steps is not None and not 1 <= drawing.steps <= entry.train_steps:
-        raise BadInput(f"{drawing.steps} steps draw nothing; give 1 to {entry.train_steps}")
-    table = schedule(entry.betas, entry.train_steps, drawing.steps or entry.steps)
-    random = np.random.default_rng(drawing.seed % 2**64)
-    for place in groups(turn, entry.states):
-        start = time.perf_counter()
-        image = _drawn(turn, entry, need, table, scales, random)
-        turn.add_time("pictures", 1000 * (time.perf_counter() - start))
+    table, scales = settled(entry, drawing)
+    random, calls = np.random.Generator(np.random.PCG64(drawing.seed)), len(table.timesteps)
+    for number, place in enumerate(groups(turn, entry.states), 1):
+        start, name, before = time.perf_counter(), f"drawing picture {number}", dict(turn.values)
+        if drawing.report:
+            drawing.report(name, 1, 1, None)
+        for step, (latent, clean) in enumerate(_latents(turn, entry, need, table, scales, random), 1):
+            if step == calls:
+                image = _decoded(turn, entry, need, latent)
+                break
+            if drawing.report:
+                drawing.report(name, 1, 1, None, step / calls)
+            if drawing.preview and step % drawing.every == 0:
+                drawing.preview(_decoded(turn, entry, need, clean))
+        turn.values.clear()
+        turn.values |= before
+        seconds = time.perf_counter() - start
+        turn.add_time("pictures", 1000 * seconds)
+        if drawing.report:
+            drawing.report(name, 1, 1, seconds)
         yield Picture((place.start, place.end), turn.question, "generated", image)
 
 
-def _drawn(
+def _latents(
     turn: Turn, entry: PicturesAnswer, need: Need, table: Table, scales: list[float], random: np.random.Generator
-) -> Image.Image:
-    conditions = {name: need(name) for name, _ in entry.drops}
-    before = dict(turn.values)
+) -> Iterator[tuple[Floats, Floats]]:
+    """The latent after each step, and how it looks without noise, float32 of the entry's shape."""
+    calls = _calls(turn, entry, need)
 
     def predict(latent: Floats, timestep: float) -> Floats:
-        branches = []
-        for dropped in range(len(entry.drops) + 1):
-            given = {**conditions, **{name: need(other) for name, other in entry.drops[:dropped]}}
-            turn.values |= {**given, entry.latent: latent, entry.timestep: np.array([timestep], np.float32)}
-            branches.append(np.asarray(need(entry.noise)))
+        turn.values[entry.timestep] = np.array([timestep], np.float32)
+        branches: list[Floats] = []
+        for rows, given in calls:
+            turn.values |= {**given, entry.latent: np.repeat(latent, rows, axis=0)}
+            branches += np.split(np.asarray(need(entry.noise)), rows)  # [1,C,h,w] each
         return guided(branches, scales)
 
     def noise() -> Floats:
         return random.standard_normal(entry.shape, np.float32)
 
-    latent = run(table, noise(), predict, noise)
-    turn.values[entry.decoded] = (latent / np.float32(entry.latent_scale)).astype(np.float32)
-    pixels = np.asarray(need(entry.pixels))[0]  # [3,h,w] in -1..1
+    return run(table, noise(), predict, noise)
+
+
+def _calls(turn: Turn, entry: PicturesAnswer, need: Need) -> list[tuple[int, dict[str, Array]]]:
+    """What the UNet reads beside latent and timestep, made once for all steps: in one call for all branches where its
+    latent has a named axis for them, else in a call for each.
+
+    Returns:
+        The number of branches in each call, and arrays by name.
+
+    Raises:
+        BadInput: an input without that axis differs between branches.
+    """
+    shapes = {spec.name: spec.shape for spec in turn.inputs[entry.unet]}
+    conditions = [name for name in shapes if name not in (entry.latent, entry.timestep)]
+    dropped = {name: need(other) for name, other in entry.drops}
+    before, branches = dict(turn.values), list[dict[str, Array]]()
+    for name in [None, *dropped]:
+        turn.values |= {} if name is None else {name: dropped[name]}
+        # On the host, as a stage's output on a GPU lasts until it runs for the next branch.
+        branches.append({condition: np.asarray(need(condition)) for condition in conditions})
     turn.values.clear()
     turn.values |= before
+    axis = shapes[entry.latent][0]
+    if not isinstance(axis, str):
+        return [(1, branch) for branch in branches]
+    together: dict[str, Array] = {}
+    for name in conditions:
+        arrays = [branch[name] for branch in branches]
+        if shapes[name][0] == axis:
+            together[name] = np.concatenate(arrays)  # a row for each branch
+        elif all(np.array_equal(arrays[0], array) for array in arrays[1:]):
+            together[name] = arrays[0]  # one for all
+        else:
+            raise BadInput(f"{entry.unet} reads one {name} for all {axis}, which differ in it; export the bundle again")
+    return [(len(branches), together)]
+
+
+def _decoded(turn: Turn, entry: PicturesAnswer, need: Need, latent: Floats) -> Image.Image:
+    """A latent as a picture."""
+    turn.values[entry.decoded] = (latent / np.float32(entry.latent_scale)).astype(np.float32)
+    pixels = np.asarray(need(entry.pixels))[0]  # [3,h,w] in -1..1
     levels = np.clip((pixels / 2 + 0.5) * 255, 0, 255).round().astype(np.uint8)
     return Image.fromarray(levels.transpose(1, 2, 0))  # [h,w,3]

@@ -33,7 +33,7 @@ TINT = 0.5  # share of a mask's color in the pixels that it covers
 SMALLEST = 640  # pixels of an overlay's longest side, and of the text's width; smaller pictures are enlarged
 LARGEST = 4096  # pixels of an overlay's longest side; it is for people, the masks have the picture's own size
 LIST = ".mllm-edge-answer"
-_OURS = re.compile(r"overlay\.(png|txt)|(mask|image)_\d+\.png")
+_OURS = re.compile(r"overlay\.(png|txt)|(mask|image)_\d+\.png|preview\.png")
 Mark = Mask | TextBox
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 
@@ -57,12 +57,7 @@ def write(answer: Answer, folder: Path) -> list[Path]:
     files: list[Path] = []
 
     def put(name: str, write_to: Callable[[Path], object]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / name).exists() or (folder / name).is_symlink():
-            raise BadInput(f"{folder / name} is not from an answer of ours; move it away or give another --out")
-        with (folder / LIST).open("a", encoding="utf-8") as names:  # first, so that nothing unlisted stays behind
-            names.write(f"{name}\n")
-        write_to(folder / name)
+        _put(folder, name, write_to)
         files.append(folder / name)
 
     with writing(folder):
@@ -77,6 +72,23 @@ def write(answer: Answer, folder: Path) -> list[Path]:
         for number, part in enumerate(answer.images):
             put(f"image_{number}.png", part.image.save)
     return files
+
+
+def preview(image: Image.Image, folder: Path) -> None:
+    """Write a picture that is not finished as `preview.png`, in the place of the last one and of the files of an
+    earlier answer. The finished answer's files replace it. Raises BadInput as `write` does."""
+    clear(folder)
+    with writing(folder):
+        _put(folder, "preview.png", image.save)
+
+
+def _put(folder: Path, name: str, write_to: Callable[[Path], object]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / name).exists() or (folder / name).is_symlink():
+        raise BadInput(f"{folder / name} is not from an answer of ours; move it away or give another --out")
+    with (folder / LIST).open("a", encoding="utf-8") as names:  # first, so that nothing unlisted stays behind
+        names.write(f"{name}\n")
+    write_to(folder / name)
 
 
 def clear(folder: Path) -> None:

@@ -46,8 +46,9 @@ class TensorRtStage:
         self._staging = {tensor.name: cuda.allocate_host(sizes[tensor.name]) for tensor in spec.inputs}
         for name, buffer in self._buffers.items():
             self._engine.at(name, buffer.address)
-        self._varies = bool(packages.free_axes(spec))
-        self._static = not self._varies  # and so worth recording
+        free = packages.free_axes(spec)
+        self._varies = bool(free)
+        self._static = all(axes[axis][0] == axes[axis][-1] for axis in free)  # and so worth recording
         self._launch: Callable[[], None] | None = None
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
