@@ -13,6 +13,7 @@ import pytest
 from calls_for_tests import Call
 
 from mllm_edge import cli
+from mllm_edge.commands.screen import Screen
 
 
 def test_ctrl_c_says_what_is_kept(call: Call, stub_export: Callable[[Callable[..., Path]], None]) -> None:
@@ -49,6 +50,21 @@ def test_unexpected_errors_are_one_line_unless_debugging(
     debugged = call("export", "llava", "--debug")
     assert debugged.code == 1
     assert "Traceback (most recent call last)" in debugged.err
+
+
+def test_progress_that_comes_late_leaves_the_text_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Screen()
+    with screen.late_steps() as report:
+        screen.text("a dog")
+        report("drawing picture 1", 1, 1, None)
+        report("drawing picture 1", 1, 1, 2.0)
+    screen.end_text()
+    said = capsys.readouterr()
+    assert said.out == "a dog\n"
+    assert said.err == "[1/1] drawing picture 1 ...\n[1/1] drawing picture 1 2.0 s\n"
+    with Screen().late_steps():
+        pass
+    assert capsys.readouterr().err == ""
 
 
 def test_only_our_warnings_are_shown(

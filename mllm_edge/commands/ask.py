@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -83,7 +84,7 @@ def run(
     pictures, boxes = _pictures(image), _boxes([region] if region is not None else box)
     if out:
         can_be_made(out)
-    drawing.open(out=out)
+    made = drawing.open(out)
     with loading.open(bundle) as model, screen.late_steps() as report:
         if out and not model.manifest.answers:
             raise BadInput(f"{bundle} ({', '.join(model.manifest.tasks)}) answers with text alone; leave out --out")
@@ -93,7 +94,7 @@ def run(
             name, what = own[0]
             question = model.question(name, "" if name == "region" else what)
         asked: dict[str, Any] = {"task": _task(screen, model, question or "", task), "tags": _tags(tags)}
-        asked |= {"raw": raw, "teacher_forced": teacher_forced, "drawing": drawing.open(report, out)}
+        asked |= {"raw": raw, "teacher_forced": teacher_forced, "drawing": replace(made, report=report)}
         pieces = model.stream(question or "", pictures, boxes, **asked, **vars(decoding))
         stream = stream and not screen.as_json and teacher_forced is None
         answer = _shown(screen, pieces, stream)
@@ -152,7 +153,7 @@ def chat(
                     chosen = _task(screen, model, text, task)
                     place = out and out / f"turn_{len(turns) + 1}"
                     with screen.late_steps() as report:
-                        made = drawing.open(report, place)
+                        made = replace(drawing.open(place), report=report)
                         items = dialogue.stream(text, pictures, boxes, chosen, made, _tags(tags))
                         answer = _shown(screen, items, not screen.as_json)
                     turns.append({"prompt": text, **answer.to_json()})

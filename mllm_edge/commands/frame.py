@@ -20,7 +20,6 @@ from mllm_edge.quants import KV_TYPES
 from mllm_edge.targets import TARGETS
 
 if TYPE_CHECKING:
-    from mllm_edge.progress import Report
     from mllm_edge.runtime import Model
     from mllm_edge.runtime import turn as runtime_turn
 
@@ -133,7 +132,7 @@ class Drawing:
         Path | None, typer.Option(metavar="DIR", help="Index of pictures that an answer may retrieve.")
     ] = None
 
-    def open(self, report: Report | None = None, out: Path | None = None) -> runtime_turn.Drawing:
+    def open(self, out: Path | None = None) -> runtime_turn.Drawing:
         """The runtime's own, with previews in the folder `out`. Raises BadInput where they have none."""
         from mllm_edge.runtime.answers.index import Index
         from mllm_edge.runtime.answers.write import preview
@@ -147,7 +146,6 @@ class Drawing:
             seed=self.draw_seed,
             index=Index(self.index) if self.index else None,
             schedule=self.schedule,
-            report=report,
             preview=None if out is None or self.preview_every is None else functools.partial(preview, folder=out),
             every=self.preview_every or 0,
         )

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_manifest import make
 
+from mllm_edge.bundle.answers import PicturesAnswer
+from mllm_edge.bundle.manifest import StageEntry, TensorSpec
 from mllm_edge.bundle.read import read_manifest, read_text, sha256, write_manifest
 from mllm_edge.errors import BadInput
 
@@ -49,6 +52,80 @@ def test_numbers_paths_and_templates(tmp_path: Path, damage: Callable[[dict[str,
     (tmp_path / "bundle.json").write_text(json.dumps(data))
     with pytest.raises(BadInput, match=message):
         read_manifest(tmp_path, verify_hash=False)
+
+
+def drawing(folder: Path, latent: list[int | str]) -> dict[str, Any]:
+    """A manifest that draws from a picture's features."""
+    manifest = make(folder)
+    seer = manifest.stages[0]
+
+    def stage(name: str, inputs: list[TensorSpec], output: TensorSpec) -> StageEntry:
+        return replace(seer, name=name, inputs=inputs, outputs=[output])
+
+    fixed: list[int | str] = [1, *latent[1:]]
+    features = TensorSpec("image_features", "float32", [latent[0], 4, 32])
+    read = [TensorSpec("latent", "float32", latent), TensorSpec("timestep", "float32", [1]), features]
+    stages = [
+        *manifest.stages,
+        stage("unet", read, TensorSpec("noise", "float32", latent)),
+        stage("vae", [TensorSpec("decoded", "float32", fixed)], TensorSpec("pixels", "float32", [1, 3, 64, 64])),
+    ]
+    entry = PicturesAnswer(
+        states="",
+        unet="unet",
+        vae="vae",
+        latent="latent",
+        timestep="timestep",
+        noise="noise",
+        decoded="decoded",
+        pixels="pixels",
+        latent_scale=0.18215,
+        shape=fixed,  # type: ignore[arg-type]
+        betas=[0.00085, 0.012],
+        train_steps=1000,
+        drops=[["image_features", "image_features"]],
+        guidance=[7.5],
+    )
+    write_manifest(replace(manifest, stages=stages, answers=[entry]), folder)
+    data: dict[str, Any] = json.loads((folder / "bundle.json").read_text())
+    return data
+
+
+@pytest.mark.parametrize("latent", [[1, 4, 8, 8], ["branches", 4, 8, 8]])
+def test_pictures_are_drawn_alone_or_in_a_batch_of_branches(tmp_path: Path, latent: list[int | str]) -> None:
+    drawing(tmp_path, latent)
+    assert read_manifest(tmp_path).answers[0].kind == "pictures"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (change("answers", 0, "shape", to=[1, 4, 8, 9]), "not a latent of .1, 4, 8, 9."),
+        (change("answers", 0, "shape", to=[2, 4, 8, 8]), "not a latent of"),
+        (change("answers", 0, "shape", to=[]), "not a latent of"),
+        (change("answers", 0, "timestep", to="time"), "nothing before vision.onnx gives its input timestep"),
+        (change("answers", 0, "betas", to=[-0.1, 0.012]), "the numbers of answers of kind pictures cannot be"),
+        (change("answers", 0, "betas", to=[0.012, 0.00085]), "the numbers of answers of kind pictures cannot be"),
+        (change("answers", 0, "betas", to=[0.5, 1.0]), "the numbers of answers of kind pictures cannot be"),
+        (change("answers", 0, "guidance", to=[float("inf")]), "the numbers of answers of kind pictures cannot be"),
+        (change("answers", 0, "guidance", to=[]), "the numbers of answers of kind pictures cannot be"),
+        (change("answers", 0, "latent_scale", to=0.0), "the numbers of answers of kind pictures cannot be"),
+        (change("answers", 0, "steps", to=10**9), "the steps of pictures is 1000000000"),
+        (change("answers", 0, "drops", to=[["image_features"]]), "are two names"),
+    ],
+)
+def test_numbers_of_pictures(tmp_path: Path, damage: Callable[[dict[str, Any]], None], message: str) -> None:
+    data = drawing(tmp_path, ["branches", 4, 8, 8])
+    damage(data)
+    (tmp_path / "bundle.json").write_text(json.dumps(data))
+    with pytest.raises(BadInput, match=message):
+        read_manifest(tmp_path, verify_hash=False)
+
+
+def test_a_latent_larger_than_any_memory(tmp_path: Path) -> None:
+    drawing(tmp_path, ["branches", 1 << 20, 1 << 20, 1 << 20])
+    with pytest.raises(BadInput, match="more than a machine can draw"):
+        read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"schema": ' + "9" * 5000 + "}", '{"schema": 1e999}'])

@@ -62,7 +62,7 @@ def pndm(kept: np.ndarray, steps: int, spacing: str) -> Table:
     a, b = kept[here], _shares(kept, here - gap)
     latent, moved = np.sqrt(b / a), (a - b) / (a * np.sqrt(1 - b) + np.sqrt(a * (1 - a) * b))
     mixed = np.tile(np.array([55, -59, 37, -9]) / 24, (len(timesteps), 1))  # Adams-Bashforth, as far as there are some
-    first = [[1, 0, 0, 0], [1 / 2, 1 / 2, 0, 0], [3 / 2, -1 / 2, 0, 0], [23 / 12, -16 / 12, 5 / 12, 0]]
+    first = np.array([[12, 0, 0, 0], [6, 6, 0, 0], [18, -6, 0, 0], [23, -16, 5, 0]]) / 12
     mixed[:4] = first[: len(timesteps)]
     weights = _weights(latent=np.where(repeats, 0, latent), kept=np.where(repeats, latent, 0), now=moved)
     weights[:, 2:6] = moved[:, None] * mixed
@@ -166,9 +166,10 @@ def run(
         fresh: more noise of that shape, where the schedule adds some.
     """
     latent, kept, before = noise * np.float32(table.start), np.zeros_like(noise), [np.zeros_like(noise)] * 3
+    noisy = table.weights[:, 6].any()  # then each step draws, as the others do, also one that does not use it
     for step, weights in enumerate(table.weights.astype(np.float32)):
         found = predict(latent * np.float32(table.scales[step]), float(table.timesteps[step]))
-        parts = [latent, kept, found, *before, fresh() if weights[6] else kept]
+        parts = [latent, kept, found, *before, fresh() if noisy else kept]
         clean = np.float32(table.clean[step, 0]) * latent + np.float32(table.clean[step, 1]) * found
         kept = latent if table.keeps[step] else kept
         latent = sum(

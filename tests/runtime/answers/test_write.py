@@ -9,7 +9,7 @@ from PIL import Image
 
 from mllm_edge.errors import BadInput
 from mllm_edge.runtime.answer import Answer, Mask, TextBox, Tokens
-from mllm_edge.runtime.answers.write import COLORS, INK, LIST, clear, overlay, write
+from mllm_edge.runtime.answers.write import COLORS, INK, LIST, clear, overlay, preview, write
 
 
 def mask(phrase: str, span: tuple[int, int], left: int) -> Mask:
@@ -100,6 +100,20 @@ def test_files_of_the_answer_before_are_taken_away_and_no_others(tmp_path: Path)
     assert names(tmp_path) == [LIST, "mask_0.png", "mask_7.png", "overlay.png", "thesis.tex"]
     assert write(answer([]), tmp_path) == []
     assert names(tmp_path) == ["mask_7.png", "thesis.tex"]
+
+
+def test_previews_replace_each_other_and_go_when_the_answer_comes(tmp_path: Path) -> None:
+    write(answer(MASKS[:1]), tmp_path)
+    for gray in (10, 20):
+        preview(Image.new("RGB", (8, 8), (gray,) * 3), tmp_path)
+        assert names(tmp_path) == [LIST, "preview.png"]
+    assert Image.open(tmp_path / "preview.png").getpixel((0, 0)) == (20, 20, 20)
+    write(answer(MASKS[:1]), tmp_path)
+    assert names(tmp_path) == [LIST, "mask_0.png", "overlay.png"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "preview.png").write_text("mine")
+    with pytest.raises(BadInput, match=r"preview\.png is not from an answer of ours"):
+        preview(Image.new("RGB", (8, 8)), tmp_path / "other")
 
 
 def test_files_of_others_are_not_overwritten(tmp_path: Path) -> None:
