@@ -101,7 +101,7 @@ class _MiddleAttention(Heads):
 
     def forward(self, x: Tensor) -> Tensor:
         cells = self.group_norm(x).flatten(2).transpose(1, 2)  # [B,h*w,C]
-        return x + self.attend(cells, cells).transpose(1, 2).unflatten(-1, x.shape[-2:])
+        return x + self.attend(cells, cells).transpose(1, 2).reshape(x.shape)
 
 
 class _Middle(nn.Module):
