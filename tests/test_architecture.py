@@ -13,9 +13,9 @@ from mllm_edge.models import SYSTEMS
 ROOT = Path(mllm_edge.__file__).parent
 # Each may import what stands before it (functions' own imports and those for types included).
 ORDER = (
-    *("errors", "places", "progress", "typed_json", "tables", "version", "targets", "quants"),
+    *("errors", "places", "growing", "progress", "typed_json", "tables", "version", "targets", "quants"),
     *("machine", "bundle", "scenes", "kernels", "runtime", "checkpoints", "models"),
-    *("export", "recipes", "evaluate", "bench", "doctor", "commands", "cli", "__main__"),
+    *("index", "export", "recipes", "evaluate", "bench", "doctor", "commands", "cli", "__main__"),
 )
 SHARED = (
     "commands",

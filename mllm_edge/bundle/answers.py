@@ -69,12 +69,19 @@ class PicturesAnswer:
 @dataclass(frozen=True)
 class RetrievedAnswer:
     """For each group of tokens of the source `states`, the picture of the user's index that is nearest to the tensor
-    `query` [1,d]; `decision` [1,2], if any, holds logits of retrieving and of generating."""
+    `query` [1,d]; `decision` [1,2], if any, holds logits of retrieving and of generating.
+
+    The tensor `picture` [n,d] stands for n pictures and is made from pixels alone (n is 1, or a named axis of all that
+    leads there: then pictures are embedded in batches); without it the bundle makes no index. Stages need normalise
+    neither: an index holds `picture` divided by its length, a search divides `query` by its own, and a score is their
+    product, times `scale` in an answer.
+    """
 
     states: str
     query: str
     scale: float = 1.0
     decision: str = ""
+    picture: str = ""
     kind: Literal["retrieved"] = "retrieved"
 
 

@@ -307,8 +307,11 @@ def _answer(entry: AnswerEntry, manifest: Manifest, made: dict[str, tuple[Tensor
         if len(entry.phrase) not in (0, 2):
             raise BadInput(f"{where}: a phrase stands between two tokens, not {entry.phrase}; {AGAIN}")
     if isinstance(entry, RetrievedAnswer):
-        for name in filter(None, (entry.query, entry.decision)):
-            _known(name, what, made, where)
+        names = filter(None, (entry.query, entry.decision, entry.picture))
+        known = {name: _known(name, what, made, where)[0] for name in names}
+        query, picture = known[entry.query], known.get(entry.picture)
+        if query and picture and query.shape[1:] != picture.shape[1:]:
+            raise BadInput(f"{where}: {what} compare {query.shape} with pictures of {picture.shape}; {AGAIN}")
     if isinstance(entry, PicturesAnswer):
         _drawn(entry, manifest, made, where)
 

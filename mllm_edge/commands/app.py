@@ -6,12 +6,17 @@ from typing import Annotated
 
 import typer
 
-from mllm_edge.commands import ask, look, make, measure
+from mllm_edge.commands import ask, index, look, make, measure
 from mllm_edge.commands.frame import VERBS
 from mllm_edge.version import __version__
 
 # What typer raises for a wrong command line. Its home moved between typer's versions, its place above BadParameter not.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+def _help(ctx: typer.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
 
 
 app = typer.Typer(
@@ -27,6 +32,13 @@ app = typer.Typer(
 for _group in (look, make, ask, measure):
     for _verb in VERBS[_group.__name__]:
         app.command(name=_verb.name, epilog=_verb.epilog)(_verb.command)
+NESTED = {"index": index}  # verbs that have verbs of their own
+for _name, _group in NESTED.items():
+    _nested = typer.Typer(name=_name, help=_group.__doc__, rich_markup_mode=None)
+    for _verb in VERBS[_group.__name__]:
+        _nested.command(name=_verb.name, epilog=_verb.epilog)(_verb.command)
+    _nested.callback(invoke_without_command=True)(_help)
+    app.add_typer(_nested)
 
 
 @app.callback(invoke_without_command=True)
@@ -36,8 +48,8 @@ def root(
 ) -> None:
     if version:
         typer.echo(f"mllm-edge {__version__}")
-    elif ctx.invoked_subcommand is None:
-        typer.echo(ctx.get_help())
+    else:
+        _help(ctx)
 
 
 def usage_line(error: Exception) -> str:

@@ -22,6 +22,7 @@ from mllm_edge.targets import TARGETS
 if TYPE_CHECKING:
     from mllm_edge.runtime import Model
     from mllm_edge.runtime import turn as runtime_turn
+    from mllm_edge.runtime.embedding import Embedder
 
 BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.", show_default=False)]
 Pictures = Annotated[list[Path] | None, typer.Option("--image", metavar="FILE", help="A picture; may be repeated.")]
@@ -55,14 +56,27 @@ class Common:
 
 
 @dataclass(frozen=True)
-class Loading:
-    """Options of commands that run a bundle; see `mllm_edge.load`."""
+class Embedding:
+    """Options of commands that run the stages of a bundle which see pictures; see `runtime.embedding.Embedder`."""
 
     target: Annotated[
         str | None,
         typer.Option(metavar="|".join(TARGETS), help="Where to run; if that is not possible, it is an error."),
     ] = None
     threads: Annotated[int | None, typer.Option(help="CPU threads; by default the physical cores.")] = None
+    no_verify_hash: NoVerifyHash = False
+
+    def embedder(self, bundle: Path) -> Embedder:
+        """Load them so."""
+        from mllm_edge.runtime.embedding import Embedder
+
+        return Embedder(bundle, self.target, self.threads, not self.no_verify_hash)
+
+
+@dataclass(frozen=True)
+class Loading(Embedding):
+    """Options of commands that run a bundle; see `mllm_edge.load`."""
+
     context: Annotated[
         int | None,
         typer.Option(help="Most tokens of prompt and answer, pictures included; by default the bundle's, up to 4096."),
@@ -71,7 +85,6 @@ class Loading:
         int | None, typer.Option(help="Layers of the language model on a GPU; by default what fits.")
     ] = None
     kv_type: Annotated[str, typer.Option(metavar="|".join(KV_TYPES), help="Element type of the KV cache.")] = "f16"
-    no_verify_hash: NoVerifyHash = False
     no_tagger: Annotated[
         bool,
         typer.Option("--no-tagger", help="Do not load the bundle's tagger; the prompt has the tags of --tags or none."),
@@ -151,7 +164,7 @@ class Drawing:
         )
 
 
-GROUPS = (Loading, Decoding, Drawing)
+GROUPS = (Embedding, Loading, Decoding, Drawing)
 Command = Callable[..., None]
 
 

@@ -154,7 +154,7 @@ def export(
                 rows = verify(place.folder, checkpoint, plan, pictures(PICTURES), drawing)
             require(rows)
             write_manifest(dataclasses.replace(manifest, parity=rows), place.folder)
-        return place.publish(manifest.files())
+        return place.publish(entry.file for entry in manifest.files())
 
 
 class _Clock:

@@ -8,7 +8,6 @@ import functools
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mllm_edge.bundle.check import locate
 from mllm_edge.bundle.manifest import Manifest
@@ -25,9 +24,6 @@ from mllm_edge.runtime.model import Model
 from mllm_edge.runtime.sources import Held
 from mllm_edge.runtime.wiring import needed_for, taggers
 from mllm_edge.targets import TARGETS
-
-if TYPE_CHECKING:
-    from mllm_edge.runtime.engines.tensorrt.stage import Device
 
 DEFAULT_CONTEXT = 4096  # positions, where the bundle allows more: the KV cache of a longer one must be asked for
 
@@ -74,23 +70,19 @@ def load(
     manifest = read_manifest(folder, verify_hash, engines=target in (None, "trt"))
     if not tagger:
         manifest = _without_tagger(manifest)
-    options = _options(manifest, target, threads, kv_type, context, memory_budget, gpu_layers)
+    options = options_for(manifest, target, threads, kv_type, context, memory_budget, gpu_layers)
     place = plan_memory(manifest, options, memory_budget)
     pictures = [name for slot in manifest.prompt.slots if slot.of == "pixels" for name in slot.tensors]
     first = needed_for(pictures, manifest.stages)
     with contextlib.ExitStack() as opened:
-        if options.target == "trt":
-            options = dataclasses.replace(options, device=_device(manifest, folder, opened))
+        options = on_device(manifest, folder, options, opened)
         sizes = {entry.name: stage_bytes(entry) for entry in manifest.stages}
         later = sum(size for name, size in sizes.items() if name not in first)  # those are loaded before the decoder
         reserve = later if place.keep_stages else max(sizes.values(), default=0)
         options = dataclasses.replace(options, gpu_reserve=reserve)
-        stages: dict[str, LazyStage] = {}
-        for entry in manifest.stages:
-            engine = functools.partial(STAGE_ENGINES[entry.engine], locate(folder, entry.file), entry, options)
-            stages[entry.name] = stage = LazyStage(entry, engine, place.keep_stages)
-            opened.callback(stage.close)
-            if entry.name in first and place.keep_stages:
+        stages = lazy_stages(manifest, folder, options, opened, place.keep_stages)
+        for name, stage in stages.items():
+            if name in first and place.keep_stages:
                 stage.load()
         tokenizers = {}
         for tokenizer in manifest.tokenizers:
@@ -114,24 +106,41 @@ def _without_tagger(manifest: Manifest) -> Manifest:
     return dataclasses.replace(manifest, stages=[stage for stage in manifest.stages if stage.name not in left_out])
 
 
-def _device(manifest: Manifest, folder: Path, opened: contextlib.ExitStack) -> Device:
+def lazy_stages(
+    manifest: Manifest, folder: Path, options: Options, opened: contextlib.ExitStack, keep: bool = True
+) -> dict[str, LazyStage]:
+    """The manifest's stages by name, none of them loaded; `opened` closes them."""
+    stages: dict[str, LazyStage] = {}
+    for entry in manifest.stages:
+        engine = functools.partial(STAGE_ENGINES[entry.engine], locate(folder, entry.file), entry, options)
+        stages[entry.name] = LazyStage(entry, engine, keep)
+        opened.callback(stages[entry.name].close)
+    return stages
+
+
+def on_device(manifest: Manifest, folder: Path, options: Options, opened: contextlib.ExitStack) -> Options:
+    """The options with the GPU that engines share, where they share one. Raises MllmEdgeError where it cannot run what
+    the manifest has."""
+    if options.target != "trt":
+        return options
     from mllm_edge.runtime.engines.tensorrt.stage import Device
 
     device = Device(manifest)
     opened.callback(device.close)
     device.check(manifest, folder)
-    return device
+    return dataclasses.replace(options, device=device)
 
 
-def _options(
+def options_for(
     manifest: Manifest,
     target: str | None,
     threads: int | None,
-    kv_type: str,
-    context: int | None,
-    memory_budget: int | None,
-    gpu_layers: int | None,
+    kv_type: str = "f16",
+    context: int | None = None,
+    memory_budget: int | None = None,
+    gpu_layers: int | None = None,
 ) -> Options:
+    """How engines are to run; see `load`. Raises BadInput or MllmEdgeError where they cannot."""
     wanted, longest = target or manifest.target, manifest.language_model.context
     look_up("target", wanted, TARGETS)
     look_up("KV cache type", kv_type, KV_TYPES)

@@ -171,6 +171,16 @@ class Model:
         has, cached by its pixels. What a question about it will need is then known."""
         return self._pipeline.look(image)
 
+    def query(self, text: str) -> Floats:
+        """What these words look for among pictures, float32 [d]: the tensor that an answer would be retrieved by, were
+        these words the question and its first group of tokens the whole answer. Not of length 1; `Index.nearest` takes
+        it.
+
+        Raises:
+            BadInput: the bundle retrieves nothing, or the words do not fit its context.
+        """
+        return self._pipeline.query(text)
+
     def tokenize(self, text: str) -> list[int]:
         """Ids of a piece of text, without BOS; control strings count as text."""
         return self.tokenizer.tokenize(text)

@@ -14,11 +14,13 @@ import numpy as np
 from mllm_edge.bundle.answers import AnswerEntry, BoxesAnswer
 from mllm_edge.bundle.manifest import Manifest, Prompt, Slot
 from mllm_edge.bundle.sources import Labels, States
-from mllm_edge.errors import BadInput
+from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.machine.facts import peak_rss
 from mllm_edge.runtime import prompt as prompt_parts
 from mllm_edge.runtime.answer import Answer, Part, Tokens
+from mllm_edge.runtime.answers.index import retrieving
 from mllm_edge.runtime.answers.kinds import KINDS
+from mllm_edge.runtime.answers.phrases import groups
 from mllm_edge.runtime.asked import Asked, Counts, Images, completed
 from mllm_edge.runtime.boxes import check_boxes
 from mllm_edge.runtime.decoding.loop import Completion, Decoding, Loop, Script, Watch, script_keys, settings_for
@@ -86,10 +88,32 @@ class Pipeline:
 
     def prompt(self, asked: Asked) -> Script:
         """What the language model reads for a question that opens a dialogue."""
+        return self._opening(asked)[1]
+
+    def query(self, text: str) -> Floats:
+        """See `Model.query`."""
+        entry = retrieving(self.manifest)
+        tokens = next(source.tokens for source in self._states if source.name == entry.states)
+        forced = [self._ids[token] for token in tokens]
+        turn, script = self._opening(Asked(text))
+        positions = len(script_keys(script)) + len(forced)
+        self._loop.fit(positions, 0, 1, self.manifest.language_model.context)
+        for item in self._completions(script, self.decoding(False), turn, forced):
+            if not isinstance(item, str):
+                turn.ids, turn.states = item.kept, item.states
+        if not self._alongside:
+            self._loop.release()
+        for _ in groups(turn, entry.states):
+            return np.asarray(self._tensors.need(turn, entry.query), np.float32).reshape(-1)
+        raise MllmEdgeError(f"{', '.join(tokens)} are no whole group of {entry.states}; export the bundle again")
+
+    def _opening(self, asked: Asked) -> tuple[Turn, Script]:
+        """A question that opens a dialogue, and what the language model reads of it."""
         pictures = _pictures(asked.images)
         asked = completed(asked, self.manifest, pictures[-1] if pictures else None)
         turn = self._new_turn(asked, pictures[-1] if pictures else None, {})
-        return self._script(self.parts(asked), turn, pictures)
+        parts = self._parts(asked, turn, _counts(asked, pictures), opening=True)
+        return turn, self._script(parts, turn, pictures)
 
     def parts(self, asked: Asked) -> list[list[int] | Slot]:
         """The runs of ids and the slots of a question that opens a dialogue."""
@@ -151,6 +175,8 @@ class Pipeline:
             yield Done(Answer(item.text, tokens, timings, memory, found, image, turn.task, turn.tags), following)
 
     def _new_turn(self, asked: Asked, picture: InputPicture | None, timings: dict[str, float]) -> Turn:
+        if asked.drawing.index is not None:
+            asked.drawing.index.check(self.manifest)
         given = None if asked.boxes is None else [tuple(box) for box in asked.boxes]
         if given and picture is None and self.manifest.prompt.slots_of("boxes"):
             raise BadInput("boxes were given but no picture; give the picture that they are of")

@@ -233,7 +233,7 @@ def test_old_bundle_survives_a_failed_replacement(toy, out, monkeypatch):
 
 def test_death_between_the_two_renames_is_repaired(toy, out):
     export("toy", out=out)
-    places.mark(out, workplace.REPLACED)
+    places.mark(out, workplace.BUNDLE.replaced)
     out.rename(out.with_name("toy.bundle.old"))
     with pytest.raises(BadInput, match="--force"):
         export("toy", out=out)
@@ -246,7 +246,7 @@ def test_second_export_to_the_same_place_is_refused(toy, out):
     lock = out.with_name("toy.bundle.lock")
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(BadInput, match="another process is exporting"):
+        with pytest.raises(BadInput, match="another process is writing"):
             export("toy", out=out)
     assert lock.exists()  # it is not ours
 
@@ -291,7 +291,7 @@ def test_links_are_not_followed(toy, out, suffix):
 def test_places_that_cannot_be_are_bad_input(toy, tmp_path, monkeypatch, place):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "afile").write_text("")
-    with pytest.raises(BadInput, match=r"give the bundle's folder one|choose another place"):
+    with pytest.raises(BadInput, match=r"give the folder one|choose another place"):
         export("toy", out=place)
 
 

@@ -18,19 +18,15 @@ def retrieved(turn: Turn, entry: RetrievedAnswer, need: Need) -> Iterator[Pictur
     """The nearest picture for each group of states; with a `decision`, only where retrieving is the likelier.
 
     Raises:
-        BadInput: there is no index, or it is of another model.
+        BadInput: there is no index, or it cannot be searched for this (`Index.nearest`).
     """
     index = turn.drawing.index
     if index is None:
         raise BadInput("this answer looks for a picture, and there is no index; give one (--index)")
     for place in groups(turn, entry.states):
         (query,) = np.asarray(need(entry.query))  # [1,d]
-        if len(query) != index.width:
-            raise BadInput(
-                f"the index has embeddings of {index.width} values, this bundle's have {len(query)}; make its own index"
-            )
         if entry.decision and np.asarray(need(entry.decision))[0, :2].argmax():  # [1,2]: retrieve, generate
             continue
-        path, score = index.nearest(query)
-        span = (place.start, place.end)
-        yield Picture(span, turn.question, "retrieved", load_image(path), str(path), entry.scale * score)
+        (found,) = index.nearest(query)
+        image, score = load_image(found.path), entry.scale * found.score
+        yield Picture((place.start, place.end), turn.question, "retrieved", image, str(found.path), score)
