@@ -55,7 +55,7 @@ def test_drawn_pictures_are_compared_with_drawn_ones_and_found_with_found(monkey
     result = rows([DRAWN, FOUND], monkeypatch)
     assert all(row.passed for row in result.values())
     assert result["pictures"].measured == {"same_tokens": 1.0, "pictures": 1.0, "mean_levels": 0.0}
-    assert result["retrieved"].measured == {"same_tokens": 1.0, "pictures": 1.0, "same_files": 1.0}
+    assert result["retrieved"].measured == {"same_tokens": 1.0, "pictures": 1.0, "same_files": 1.0, "score_off": 0.0}
 
 
 @pytest.mark.parametrize(("parts", "passed"), [([DRAWN], [True, False]), ([FOUND], [False, True]), ([], [False] * 2)])

@@ -15,6 +15,7 @@ from toys import PATCHES, PIXEL_SPEC, PIXELS, Patches, seeded
 from mllm_edge.bundle.manifest import Generation, Prompt, Slot, TensorSpec, Tokenizer
 from mllm_edge.bundle.sources import States
 from mllm_edge.models.language.llama import LlamaDims, LlamaReference, llama
+from mllm_edge.models.language.llama_parts import parts
 from mllm_edge.models.plan import Checkpoint, ExportPlan, LanguageModelExport, StageExport
 
 MARKS = [f"[IMG{number}]" for number in range(8)]
@@ -75,7 +76,11 @@ def plan(checkpoint: Checkpoint, **more: Any) -> ExportPlan:
         stages=stages,
         tokenizers=[Tokenizer("language_model", "gguf", "language_model.gguf")],
         language_model=LanguageModelExport(
-            dims(folder), folder, lambda: LlamaReference(decoder(folder)), tensors=model.state_dict()
+            dims(folder),
+            folder,
+            lambda: LlamaReference(decoder(folder)),
+            tensors=model.state_dict(),
+            parts=parts(dims(folder), lambda: decoder(folder)),
         ),
         prompt=PROMPT,
         generation=Generation(max_tokens=40, groups={MARKS[0]: MARKS[1:]}),
@@ -115,6 +120,16 @@ def answer(folder: Path, question: str, picture: np.ndarray, most: int) -> tuple
     hidden = model(inputs_embeds=_after(model, read, tokens), output_hidden_states=True).hidden_states[-1][0]
     places = [read.shape[1] + number for number, token in enumerate(tokens) if start <= token < start + 8]
     return tokens, hidden[places]
+
+
+@torch.no_grad()
+def forced(folder: Path, question: str) -> torch.Tensor:
+    """By hand: the states [8,W] at the marks right after a question without a picture."""
+    model, start = decoder(folder), first_mark(folder)
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = [*tokenizer.encode(question, add_special_tokens=False).ids, *range(start, start + 8)]
+    states: torch.Tensor = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
+    return states[-8:]
 
 
 def _after(model: Any, read: torch.Tensor, tokens: list[int]) -> torch.Tensor:

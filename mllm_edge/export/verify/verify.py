@@ -20,7 +20,7 @@ from mllm_edge.bundle.read import read_manifest, write_manifest
 from mllm_edge.errors import BadInput, OutOfTolerance
 from mllm_edge.export.onnx.merging import merged_like
 from mllm_edge.export.tensorrt.check import with_rows
-from mllm_edge.export.verify.answers import answer_rows
+from mllm_edge.export.verify.answers import answer_rows, retrievable
 from mllm_edge.export.verify.difference import AT_LEAST
 from mllm_edge.export.verify.language_model import language_rows, reference_prompts
 from mllm_edge.export.verify.same_tokens import assert_same_tokens
@@ -80,7 +80,8 @@ def verify(
             reference = lm.reference()
             prompts = reference_prompts(model, plan, samples, pictures, reference)
             rows += language_rows(model, plan, samples, pictures, prompts, reference)
-            rows += answer_rows(model, plan, samples, pictures, prompts, reference, drawing or Drawing())
+            with retrievable(folder, manifest, target, drawing or Drawing()) as drawing:
+                rows += answer_rows(model, plan, samples, pictures, prompts, reference, drawing)
     return rows
 
 
