@@ -84,7 +84,7 @@ def run(
     pictures, boxes = _pictures(image), _boxes([region] if region is not None else box)
     if out:
         can_be_made(out)
-    made = drawing.open(out)
+    made = drawing.open(bundle, out)
     with loading.open(bundle) as model, screen.late_steps() as report:
         if out and not model.manifest.answers:
             raise BadInput(f"{bundle} ({', '.join(model.manifest.tasks)}) answers with text alone; leave out --out")
@@ -125,6 +125,7 @@ def chat(
     screen.finished = {"turns": turns}
     if out:
         can_be_made(out)
+    made = drawing.open(bundle, out)
     with loading.open(bundle) as model:
         if out:
             _forget_turns(out)
@@ -153,8 +154,8 @@ def chat(
                     chosen = _task(screen, model, text, task)
                     place = out and out / f"turn_{len(turns) + 1}"
                     with screen.late_steps() as report:
-                        made = replace(drawing.open(place), report=report)
-                        items = dialogue.stream(text, pictures, boxes, chosen, made, _tags(tags))
+                        shown = replace(drawing.previewed(made, place), report=report)
+                        items = dialogue.stream(text, pictures, boxes, chosen, shown, _tags(tags))
                         answer = _shown(screen, items, not screen.as_json)
                     turns.append({"prompt": text, **answer.to_json()})
                     pictures, boxes = [], []

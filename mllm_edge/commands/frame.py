@@ -145,23 +145,31 @@ class Drawing:
         Path | None, typer.Option(metavar="DIR", help="Index of pictures that an answer may retrieve.")
     ] = None
 
-    def open(self, out: Path | None = None) -> runtime_turn.Drawing:
-        """The runtime's own, with previews in the folder `out`. Raises BadInput where they have none."""
+    def open(self, bundle: Path, out: Path | None = None) -> runtime_turn.Drawing:
+        """The runtime's own, with previews in the folder `out`.
+
+        Raises:
+            BadInput: previews have no folder, or the index is not of this bundle, which is not loaded then.
+        """
+        from mllm_edge.bundle.read import read_manifest
         from mllm_edge.runtime.answers.index import Index
-        from mllm_edge.runtime.answers.write import preview
         from mllm_edge.runtime.turn import Drawing as Made
 
         if self.preview_every is not None and out is None:
             raise BadInput("--preview-every has no place to write to; give --out too")
-        return Made(
-            steps=self.steps,
-            guidance=self.guidance,
-            seed=self.draw_seed,
-            index=Index(self.index) if self.index else None,
-            schedule=self.schedule,
-            preview=None if out is None or self.preview_every is None else functools.partial(preview, folder=out),
-            every=self.preview_every or 0,
-        )
+        index = Index(self.index) if self.index else None
+        if index:
+            index.check(read_manifest(bundle, verify_hash=False))
+        made = Made(steps=self.steps, guidance=self.guidance, seed=self.draw_seed, index=index, schedule=self.schedule)
+        return self.previewed(made, out)
+
+    def previewed(self, made: runtime_turn.Drawing, out: Path | None) -> runtime_turn.Drawing:
+        """`made` with its previews, if any are wanted, in the folder `out`."""
+        from mllm_edge.runtime.answers.write import preview
+
+        if out is None or self.preview_every is None:
+            return made
+        return dataclasses.replace(made, preview=functools.partial(preview, folder=out), every=self.preview_every)
 
 
 GROUPS = (Embedding, Loading, Decoding, Drawing)

@@ -98,7 +98,9 @@ def search(
 @contextlib.contextmanager
 def _progress(screen: Screen) -> Iterator[Callable[[float], None]]:
     with screen.steps() as report:
+        started = time.monotonic()
         yield lambda part: report("pictures", 1, 1, None, part)
+        report("pictures", 1, 1, time.monotonic() - started)
 
 
 def _show(screen: Screen, bundle: Path, made: Made, started: float) -> None:

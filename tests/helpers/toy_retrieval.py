@@ -1,4 +1,4 @@
-"""A toy system that retrieves: eight forced tokens whose states make a query, and a stage that makes vectors of pictures."""
+"""A toy that retrieves: eight forced tokens whose states make a query, and an eye that makes vectors of pictures."""
 
 from __future__ import annotations
 
