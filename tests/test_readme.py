@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from mllm_edge.commands.app import NESTED
 from mllm_edge.recipes import recipe
 
 ROOT = Path(__file__).parents[1]
@@ -107,12 +108,14 @@ def test_module_or_script_that_pages_run_exists_and_explains_itself(line: str) -
 
 @functools.cache
 def help_of(verb: str) -> str:
-    return run([str(COMMAND), verb, "--help"], ROOT)
+    return run([str(COMMAND), *verb.split(), "--help"], ROOT)
 
 
 @pytest.mark.parametrize("line", of_program("mllm-edge"))
 def test_command_has_the_options_that_pages_name(line: str) -> None:
     _, verb, *arguments = shlex.split(line)
+    if verb in NESTED:
+        verb = f"{verb} {arguments.pop(0)}"
     options = {argument.split("=")[0] for argument in arguments if argument.startswith("-")}
     known = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", help_of(verb)))
     assert options <= known

@@ -144,6 +144,9 @@ class Index:
             least = scores[-1] if len(scores) == most else -np.inf
             better = np.flatnonzero((block > least) & (block < np.inf))  # none of equals: those before them are kept
             scores, numbers = np.concatenate([scores, block[better]]), np.concatenate([numbers, start + better])
+            if len(scores) > most:  # a sort of the few that can be among them
+                able = scores >= np.partition(scores, -most)[-most]
+                scores, numbers = scores[able], numbers[able]
             kept = np.argsort(-scores, kind="stable")[:most]
             scores, numbers = scores[kept], numbers[kept]
         return [(int(number), float(score)) for number, score in zip(numbers, scores)]
