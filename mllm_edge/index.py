@@ -113,7 +113,7 @@ def _filled(place: Growing, embedder: Embedder, folders: Sequence[Path], old: Ab
         for batch in _read(waiting, embedder, writer.roots):
             good = [(item, read) for item, read in batch if not isinstance(read, str)]
             vectors = embedder.vectors([read.pixels for _, read in good])
-            whole = np.isfinite(vectors).all(axis=1)
+            whole = [bool(np.isfinite(vector).all()) for vector in vectors]
             writer.append(vectors[whole], [(*item, read.digest) for (item, read), ok in zip(good, whole) if ok])
             lost = [(item, read) for item, read in batch if isinstance(read, str)]
             lost += [(item, "its vector has no direction") for (item, _), ok in zip(good, whole) if not ok]
