@@ -9,6 +9,7 @@ import torch
 from mllm_edge.bundle import manifest
 from mllm_edge.bundle.manifest import Slot
 from mllm_edge.bundle.sources import Text
+from mllm_edge.errors import BadInput
 from mllm_edge.models.lion.layouts import QUESTION, load
 from mllm_edge.models.lion.model import CONFIGS
 from mllm_edge.models.lion.plan import READER
@@ -17,7 +18,7 @@ from mllm_edge.recipes import train
 from mllm_edge.recipes.data.lion_words import Words, prompted, tags_of, turns
 from mllm_edge.recipes.data.place_code import place_codes
 from mllm_edge.recipes.data.scene_pixels import squashed_masks
-from mllm_edge.recipes.parts import read_part
+from mllm_edge.recipes.parts import part_folder, read_part
 from mllm_edge.recipes.recipe import load as recipe
 from mllm_edge.recipes.tasks.encoder import as_eva, dense_labels
 from mllm_edge.recipes.tasks.lion import LionTask, spoken_iou
@@ -27,7 +28,7 @@ from mllm_edge.runtime.boxes import spelled
 from mllm_edge.runtime.decoding.tokenizers import JsonTokenizer
 from mllm_edge.runtime.prompt import render, tokenized
 from mllm_edge.runtime.sources import question_ids
-from mllm_edge.scenes import boxes, masks, sample_scene, sample_wide
+from mllm_edge.scenes import COLORS, boxes, masks, sample_scene, sample_wide
 
 QUIET = ["batch=2", "steps=1", "evaluate=1", "precision=fp32", "workers=0", "save_every=5"]
 
@@ -204,3 +205,30 @@ def test_what_a_stage_leaves_loads_and_ablations_have_fewer_parts(parts: list[st
     names = {name for name, _ in task.model.lion.named_parameters()}
     assert not [name for name in names if name.startswith("aggregator.") or "router" in name or "adapters.1" in name]
     assert task.words.soft not in task.sample(0, task="vqa").prompts[0]
+
+
+def test_stages_start_from_parts_that_ship(parts: list[str]) -> None:
+    """All but the tagger; the words of a scene are where lion-align put them, in the T5's own embeddings."""
+    lion = LionTask(recipe("lion-stage1", [parts[2]]), 1).model.lion.eval()
+    for part, prefix in (("vision_encoder", "vision_encoder."), ("t5", "language_model."), ("connectors", "")):
+        held, state = read_part("shipped/lion", part), lion.state_dict()
+        assert held and all(torch.equal(state[prefix + name], tensor) for name, tensor in held.items())
+    known = Words(part_folder("shipped/lion"))
+    task = LionAlignTask(recipe("lion-align", ["init.vision_encoder=shipped/lion", "init.t5=shipped/lion"]))
+    hits = []
+    for index in range(8):
+        sample = task.sample(index, "validation", 0.0)
+        with torch.no_grad():
+            rows = lion.aggregator(*lion.vision_encoder(torch.from_numpy(sample["pixel_values"])[None]))[0, 1:]
+        table = lion.language_model.shared.weight
+        colors = [known.answer(color)[0] for color in COLORS]
+        for row, ids in zip(rows, sample["patches"], strict=True):
+            if said := set(colors) & set(ids.tolist()):
+                hits.append(colors[int((table[colors] @ row).argmax())] in said)
+    assert np.mean(hits) > 0.8
+
+
+@pytest.mark.parametrize("name", ["shipped/nothing", "shipped/../lion", "shipped/lion/parts"])
+def test_parts_that_do_not_ship_are_named(name: str) -> None:
+    with pytest.raises(BadInput, match="come with the package; give a run's folder"):
+        part_folder(name)
