@@ -43,7 +43,8 @@ class PicturesAnswer:
     guidance has the first k of `drops` replaced ([tensor, what stands for it]); `guidance` has a scale for each
     (`runtime/diffusion/guidance.py`). Where the first axis of the UNet's `latent` has a name, all branches are one
     batch along it, and inputs that lack the axis are the same for all. `spacing` of the timesteps "" is the schedule's
-    usual.
+    usual. With a `decision` [1,2], logits of retrieving and of generating, nothing is drawn where the first is the
+    larger and there is an index.
     """
 
     states: str
@@ -63,13 +64,15 @@ class PicturesAnswer:
     schedule: str = "ddim"
     steps: int = 50
     spacing: str = ""
+    decision: str = ""
     kind: Literal["pictures"] = "pictures"
 
 
 @dataclass(frozen=True)
 class RetrievedAnswer:
     """For each group of tokens of the source `states`, the picture of the user's index that is nearest to the tensor
-    `query` [1,d]; `decision` [1,2], if any, holds logits of retrieving and of generating.
+    `query` [1,d]; `decision` [1,2], if any, holds logits of retrieving and of generating. Without an index an answer is
+    refused where it is `needed`; else it is left to the other kinds.
 
     The tensor `picture` [n,d] stands for n pictures and is made from pixels alone (n is 1, or a named axis of all that
     leads there: then pictures are embedded in batches); without it the bundle makes no index. Stages need normalise
@@ -82,6 +85,7 @@ class RetrievedAnswer:
     scale: float = 1.0
     decision: str = ""
     picture: str = ""
+    needed: bool = True
     kind: Literal["retrieved"] = "retrieved"
 
 

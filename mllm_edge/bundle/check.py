@@ -329,6 +329,8 @@ def _drawn(
     named = taken[:1] if taken and isinstance(taken[0], str) else [1]
     if entry.timestep not in shapes or [*named, *entry.shape[1:]] != taken or entry.shape[:1] != [1]:
         raise BadInput(f"{where}: stage {entry.unet} takes {shapes}, not a latent of {entry.shape}; {AGAIN}")
+    if entry.decision:
+        _known(entry.decision, what, made, where)
     for drop in entry.drops:
         if len(drop) != 2:
             raise BadInput(f"{where}: a condition and what stands for it are two names, not {drop}; {AGAIN}")

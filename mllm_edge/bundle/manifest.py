@@ -97,6 +97,9 @@ class Prompt:
     """A chat template as data. `first` and `next` open a user turn with {system}, {text} and the fields of `Labels`;
     `answer` closes the assistant's turn with {text}. Text between placeholders is tokenized piece by piece.
 
+    BOS opens a dialogue; where it stands `bos_with_text`, it does so behind the pictures that come first. With
+    `late_stop` the strings of `stop` end no answer that they open.
+
     `questions` are those that a user need not word: "describe", "segment" and "locate" (of {what}) and "region" (of one
     box).
     """
@@ -109,6 +112,8 @@ class Prompt:
     stop: list[str]
     slots: list[Slot] = field(default_factory=list)
     questions: dict[str, str] = field(default_factory=dict)
+    bos_with_text: bool = False
+    late_stop: bool = False
 
     def slots_of(self, of: str) -> list[Slot]:
         """The slots for "pixels", "boxes" or constants."""
@@ -203,7 +208,8 @@ class LanguageModelEntry:
 class Generation:
     """Decoding defaults. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off.
 
-    `groups` maps a token to those that always follow it: they are never sampled, and forced after it. `beams` above 1
+    `groups` maps a token to those that always follow it: they are never sampled, and forced after it; `group_scale`
+    above 1 makes the tokens that they follow likelier (`decoding.rules.favored`). `beams` above 1
     searches instead of sampling, with `length_penalty`. No end comes before `min_tokens`.
     """
 
@@ -216,6 +222,7 @@ class Generation:
     length_penalty: float = 1.0
     min_tokens: int = 0
     groups: dict[str, list[str]] = field(default_factory=dict)
+    group_scale: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ folder.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import pickle
 import re
@@ -23,7 +24,9 @@ from mllm_edge.bundle.read import read_text, sha256
 from mllm_edge.errors import BadInput, MissingPackage, first_line
 
 Shape = tuple[int, ...]
+STEMS = ("model", "pytorch_model", "diffusion_pytorch_model")  # the last is diffusers'
 WEIGHT_FILES = ("*.safetensors", "*.bin")
+PICKLES = ("*.pth", "*.pth.tar")  # authors' own files; none is taken from the hub
 TEXTS = ("*.json", "*.jinja", "*.model", "*.txt")
 HUB_FILES = [*TEXTS, *WEIGHT_FILES, "README.md"]
 
@@ -59,7 +62,7 @@ def open_folder(folder: Path) -> Tensors:
     Raises:
         BadInput: no weights, a missing or damaged shard, an index that points outside, a pickle that runs code.
     """
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+    for stem, suffix in itertools.product(STEMS, ("safetensors", "bin")):
         single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
         if single.is_file():
             return open_file(single)
@@ -70,8 +73,8 @@ def open_folder(folder: Path) -> Tensors:
 
 def has_weights(folder: Path) -> bool:
     """Whether `open_folder` finds something to open."""
-    names = ("model.safetensors", "pytorch_model.bin")
-    return any((folder / f"{name}{end}").is_file() for name in names for end in ("", ".index.json"))
+    files = itertools.product(STEMS, ("safetensors", "bin"), ("", ".index.json"))
+    return any((folder / f"{stem}.{suffix}{end}").is_file() for stem, suffix, end in files)
 
 
 def open_file(path: Path, key: str = "") -> Tensors:
@@ -213,8 +216,8 @@ def fingerprint(*folders: Path) -> str:
     """
     digest = hashlib.sha256()
     for folder in folders:
-        for path in sorted({path for pattern in (*WEIGHT_FILES, *TEXTS) for path in folder.glob(pattern)}):
-            if path.suffix not in (".safetensors", ".bin") and not is_inside(path, folder):
+        for path in sorted({path for pattern in (*WEIGHT_FILES, *PICKLES, *TEXTS) for path in folder.glob(pattern)}):
+            if path.suffix not in (".safetensors", ".bin", ".pth", ".tar") and not is_inside(path, folder):
                 raise BadInput(f"{path} is a link out of its folder; copy the file itself there")
             digest.update(f"{path.name}:{sha256(path)}\n".encode())
     return digest.hexdigest()

@@ -26,13 +26,18 @@ class Part(Mapping[str, Tensor]):
 
 
 class Decoder(Mapping[str, Tensor]):
-    """A decoder's tensors, whose head is its embedding table, `table`, where they are tied."""
+    """A decoder's tensors, whose `head` is its embedding table, `table`, where they are tied."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], table: str = "model.embed_tokens.weight"):
-        self._tensors, self._table = tensors, table
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        table: str = "model.embed_tokens.weight",
+        head: str = "lm_head.weight",
+    ):
+        self._tensors, self._table, self._head = tensors, table, head
 
     def __getitem__(self, name: str) -> Tensor:
-        tied = name == "lm_head.weight" and name not in self._tensors
+        tied = name == self._head and name not in self._tensors
         return self._tensors[self._table if tied else name]
 
     def __iter__(self) -> Iterator[str]:

@@ -77,6 +77,8 @@ class Picture:
         image: RGB.
         file: where a retrieved one is.
         score: how near a retrieved one is.
+        decided: how likely it was to be retrieved ("retrieve") and to be drawn ("generate"), where the bundle decides;
+            without an index it is drawn all the same.
     """
 
     span: tuple[int, int]
@@ -85,10 +87,13 @@ class Picture:
     image: Image.Image
     file: str = ""
     score: float | None = None
+    decided: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The entry in the answer's document; the pixels are not in it."""
-        found = {"file": self.file, "score": self.score} if self.origin == "retrieved" else {}
+        found: dict[str, Any] = {"file": self.file, "score": self.score} if self.origin == "retrieved" else {}
+        if self.decided:
+            found["decided"] = {name: round(chance, 4) for name, chance in self.decided.items()}
         size = {"width": self.image.width, "height": self.image.height}
         return {"span": list(self.span), "label": self.label, "origin": self.origin, **size, **found}
 

@@ -38,6 +38,7 @@ class DecodingOptions(TypedDict, total=False):
         beams: sequences of a beam search; 1 samples.
         length_penalty: of a beam search; above 0 favors long answers.
         min_tokens: tokens before which no answer ends.
+        group_scale: above 1 makes tokens likelier that others always follow, such as those of a picture.
     """
 
     max_tokens: int | None
@@ -50,6 +51,7 @@ class DecodingOptions(TypedDict, total=False):
     beams: int | None
     length_penalty: float | None
     min_tokens: int | None
+    group_scale: float | None
 
 
 class Model:

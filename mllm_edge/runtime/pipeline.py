@@ -24,7 +24,7 @@ from mllm_edge.runtime.answers.phrases import groups
 from mllm_edge.runtime.asked import Asked, Counts, Images, completed
 from mllm_edge.runtime.boxes import check_boxes
 from mllm_edge.runtime.decoding.loop import Completion, Decoding, Loop, Script, Watch, script_keys, settings_for
-from mllm_edge.runtime.decoding.rules import Rule, at_least, group_members, never, one_box
+from mllm_edge.runtime.decoding.rules import Rule, at_least, favored, group_members, never, one_box
 from mllm_edge.runtime.decoding.sampling import check_settings
 from mllm_edge.runtime.decoding.tokenizers import named
 from mllm_edge.runtime.engines.interface import Floats, LanguageModel
@@ -131,10 +131,13 @@ class Pipeline:
         added = frozenset(known[text] for text in self._entry.added if text in known)
         members = group_members(self._groups)
         rules = [never(members)] if members else []
+        if settings.group_scale != 1 and self._groups:
+            rules.append(favored(list(self._groups), settings.group_scale))
         if settings.min_tokens:
             ends = [token for token in range(self.tokenizer.vocabulary) if self.tokenizer.is_end(token)]
             rules.append(at_least(settings.min_tokens, ends))
-        return Decoding(settings, seed, template.stop if stop is None else stop, strip, added, self._groups, rules)
+        stop = template.stop if stop is None else stop
+        return Decoding(settings, seed, stop, strip, added, self._groups, rules, template.late_stop)
 
     def turn(self, dialogue: Dialogue, asked: Asked, decoding: Decoding) -> Iterator[str | Done]:
         """Read the dialogue and what is asked now, decode, and make the answer's other parts."""
@@ -216,10 +219,11 @@ class Pipeline:
             template, fields = self._labeled(turn)
             spans = render(template, asked.text, counts, first=opening, lead=lead, fields=fields)
         parts = tokenized(spans, self.tokenizer, self._entry.added)
-        first, bos = cast("list[int]", parts[0]), self.tokenizer.bos
+        runs, bos = [part for part in parts if isinstance(part, list)], self.tokenizer.bos
+        first = next((run for run in runs if run), runs[-1]) if template.bos_with_text else runs[0]
         if opening and bos is not None and first[:1] != [bos]:
             first.insert(0, bos)
-        if not any(part for part in parts if isinstance(part, list)):
+        if not any(runs):
             raise BadInput("the prompt is empty; ask something")
         return parts
 

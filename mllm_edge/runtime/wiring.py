@@ -75,9 +75,8 @@ def answer_tensors(entry: AnswerEntry, stages: Sequence[Wired]) -> list[str]:
         return [name for name in (entry.query, entry.decision) if name]
     if isinstance(entry, PicturesAnswer):
         loop = {entry.latent, entry.timestep}
-        return [
-            spec.name for stage in stages if stage.name == entry.unet for spec in stage.inputs if spec.name not in loop
-        ]
+        read = [spec.name for stage in stages if stage.name == entry.unet for spec in stage.inputs]
+        return [name for name in (*read, entry.decision) if name and name not in loop]
     return []
 
 

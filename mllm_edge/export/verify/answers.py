@@ -27,6 +27,7 @@ from mllm_edge.runtime.answer import Mask, Part, Picture
 from mllm_edge.runtime.answers.index import Index
 from mllm_edge.runtime.answers.kinds import KINDS
 from mllm_edge.runtime.answers.resize import iou
+from mllm_edge.runtime.decoding.text_stream import TextStream
 from mllm_edge.runtime.decoding.tokenizers import named
 from mllm_edge.runtime.embedding import Embedder
 from mllm_edge.runtime.engines.interface import Floats
@@ -104,7 +105,8 @@ def _answer(model: Model, plan: ExportPlan, reference: Reference, prompt: Floats
     if not forced:
         return reference.generate(prompt, most, model.tokenizer.is_end)
     tokens: list[int] = []
-    while len(tokens) < most:
+    text = TextStream(plan.prompt.stop, strip=False, late=plan.prompt.late_stop)
+    while len(tokens) < most and not text.stopped:
         logits = reference.forced(prompt, tokens)[0][-1]
         logits[list(members)] = -np.inf
         token = int(logits.argmax())
@@ -114,6 +116,8 @@ def _answer(model: Model, plan: ExportPlan, reference: Reference, prompt: Floats
         tokens += group
         if model.tokenizer.is_end(token):
             break
+        for one in group:
+            text.feed(model.tokenizer.piece(one))
     return tokens
 
 

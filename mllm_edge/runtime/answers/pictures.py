@@ -12,6 +12,7 @@ from PIL import Image
 from mllm_edge.bundle.answers import PicturesAnswer
 from mllm_edge.errors import BadInput
 from mllm_edge.runtime.answer import Picture
+from mllm_edge.runtime.answers.decision import chances, is_retrieved
 from mllm_edge.runtime.answers.phrases import groups
 from mllm_edge.runtime.diffusion.guidance import guided
 from mllm_edge.runtime.diffusion.schedules import Table, run, table_of
@@ -45,7 +46,7 @@ def settled(entry: PicturesAnswer, drawing: Drawing) -> tuple[Table, list[float]
 
 def pictures(turn: Turn, entry: PicturesAnswer, need: Need) -> Iterator[Picture]:
     """A picture for each group of states, drawn from one stream of noise of the turn's seed: numpy's PCG64, whose
-    numbers are the same on every machine.
+    numbers are the same on every machine. None where the entry's `decision` is to retrieve and there is an index.
 
     Raises:
         BadInput: see `settled`.
@@ -53,7 +54,12 @@ def pictures(turn: Turn, entry: PicturesAnswer, need: Need) -> Iterator[Picture]
     drawing = turn.drawing
     table, scales = settled(entry, drawing)
     random, calls = np.random.Generator(np.random.PCG64(drawing.seed)), len(table.timesteps)
-    for number, place in enumerate(groups(turn, entry.states), 1):
+    number = 0
+    for place in groups(turn, entry.states):
+        decided = chances(need, entry.decision)
+        if drawing.index is not None and is_retrieved(decided):
+            continue
+        number += 1
         start, name, before = time.perf_counter(), f"drawing picture {number}", dict(turn.values)
         if drawing.report:
             drawing.report(name, 1, 1, None)
@@ -71,7 +77,7 @@ def pictures(turn: Turn, entry: PicturesAnswer, need: Need) -> Iterator[Picture]
         turn.add_time("pictures", 1000 * seconds)
         if drawing.report:
             drawing.report(name, 1, 1, seconds)
-        yield Picture((place.start, place.end), turn.question, "generated", image)
+        yield Picture((place.start, place.end), turn.question, "generated", image, decided=decided)
 
 
 def _latents(

@@ -33,6 +33,7 @@ class Decoding:
         seed: of the draw.
         stop: strings that end the answer.
         strip: drop white space before the first word.
+        late_stop: a stop string that opens the answer does not end it.
         added: control tokens after which a space before punctuation is dropped.
         groups: tokens that are forced after a token.
         rules: what edits logits before a token is chosen.
@@ -45,6 +46,7 @@ class Decoding:
     added: frozenset[int] = frozenset()
     groups: Mapping[int, Sequence[int]] = field(default_factory=dict)
     rules: Sequence[Rule] = ()
+    late_stop: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class Loop:
             yield from self._searched(script, decoding)
             return
         model, most = self._model, decoding.settings.max_tokens
-        stream = TextStream(decoding.stop, decoding.strip)
+        stream = TextStream(decoding.stop, decoding.strip, decoding.late_stop)
         sampler = Sampler(decoding.settings, decoding.seed)
         ids: list[int] = []
         ends: list[int] = []  # bytes of text after each token
@@ -236,7 +238,7 @@ class Loop:
         prefilled = time.perf_counter()
         ids = beam_search(model, step.logits, decoding.settings, self._tokenizer.is_end, decoding.rules)
         self._keys = []  # which sequence the cache holds is the engine's business
-        stream, ends = TextStream(decoding.stop, decoding.strip), list[int]()
+        stream, ends = TextStream(decoding.stop, decoding.strip, decoding.late_stop), list[int]()
         for token in ids[:-1] if ids and self._tokenizer.is_end(ids[-1]) else ids:
             data = self._tokenizer.piece(token)
             ends.append((ends[-1] if ends else 0) + len(data))

@@ -32,6 +32,16 @@ def at_least(count: int, ends: Sequence[int]) -> Rule:
     return rule
 
 
+def favored(tokens: Sequence[int], scale: float) -> Rule:
+    """Tokens made likelier: a logit becomes its size times `scale` (Koh et al. 2023, their `gen_scale_factor`)."""
+    likelier = np.array(tokens, np.int64)
+
+    def rule(ids: Sequence[int], logits: Floats) -> None:
+        logits[likelier] = np.abs(logits[likelier]) * np.float32(scale)
+
+    return rule
+
+
 def one_box(pieces: Sequence[str], ends: Sequence[int], decimals: int) -> Rule:
     """An answer that is one box, "[x1,y1,x2,y2]" in parts of the picture with `decimals` decimals, and has an area.
 

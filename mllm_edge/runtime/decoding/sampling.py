@@ -79,6 +79,7 @@ def check_settings(settings: Generation) -> None:
         ("beams", 1 <= settings.beams <= 64, "1 (no search) to 64"),
         ("length_penalty", abs(settings.length_penalty) < float("inf"), "a number"),
         ("min_tokens", settings.min_tokens >= 0, "0 or more"),
+        ("group_scale", 0 < settings.group_scale < float("inf"), "above 0 (1 is off)"),
     ]
     for name, fits, what in rules:
         if not fits:

@@ -17,6 +17,7 @@ class TextStream:
     Args:
         stop: strings that end the answer and are not part of it.
         strip: drop white space before the first word.
+        late: a stop string that opens the answer is a part of it.
 
     Attributes:
         text: what has been released so far.
@@ -27,13 +28,13 @@ class TextStream:
         BadInput: the stop strings are too long.
     """
 
-    def __init__(self, stop: Sequence[str], strip: bool):
+    def __init__(self, stop: Sequence[str], strip: bool, late: bool = False):
         self._stop = [text.encode() for text in stop if text]
         if sum(map(len, self._stop)) > MOST_STOP:
             raise BadInput(f"the stop strings are over {MOST_STOP} bytes long together; give shorter ones")
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = b""
-        self._strip = strip
+        self._strip, self._late = strip, late
         self._joint: int | None = None  # where in what is held a control token stood
         self.text = ""
         self.size = 0
@@ -56,7 +57,7 @@ class TextStream:
                 self._held = self._held[:at] + self._held[at + 1 :]
                 self.size += 1
             self._joint = None
-        found = [at for at in map(self._held.find, self._stop) if at >= 0]
+        found = self._found()
         if found:
             self.stopped = True
             return self._release(min(found), final=True)
@@ -66,9 +67,14 @@ class TextStream:
         """The answer is over: release what was held back. A character cut in the middle becomes U+FFFD."""
         if self.stopped:
             return ""
-        found = [at for at in map(self._held.find, self._stop) if at >= 0]  # what a control token held back
+        found = self._found()  # what a control token held back
         self.stopped = bool(found)
         return self._release(min(found, default=len(self._held)), final=True)
+
+    def _found(self) -> list[int]:
+        """Where in what is held the stop strings stand."""
+        first = int(self._late and self.size == 0)
+        return [at for stop in self._stop if (at := self._held.find(stop, first)) >= 0]
 
     def _doubtful(self) -> int:
         """Length of the longest end of what is held that could begin a stop string."""
