@@ -24,20 +24,21 @@ VERBS = [
     *("run", "chat"),
     *("bench", "compare", "eval", "plan"),
 ]
+NESTED = {"index": ["build", "add", "search"]}
 
 
 def test_help_lists_the_verbs(call: Call) -> None:
     said = call("--help")
     assert (said.code, said.err) == (0, "")
     listed = said.out.partition("Commands:")[2].partition("\n\n")[0]
-    assert [line.split()[0] for line in listed.strip().splitlines()] == VERBS
+    assert [line.split()[0] for line in listed.strip().splitlines()] == [*VERBS, *NESTED]
     assert "..." not in listed  # no summary is cut off
     assert call().out == said.out
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", [*VERBS, *(f"{group} {verb}" for group in NESTED for verb in NESTED[group])])
 def test_every_verb_has_the_common_options_and_examples(verb: str, call: Call) -> None:
-    said = call(verb, "--help")
+    said = call(*verb.split(), "--help")
     assert said.code == 0
     assert {"--json", "--quiet", "--debug"} <= set(said.out.split())
     assert f"  mllm-edge {verb}" in said.out.partition("Examples:")[2]

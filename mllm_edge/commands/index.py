@@ -1,4 +1,4 @@
-"""Make an index of pictures, out of which answers retrieve, add to it, search it."""
+"""Make an index of pictures for answers, add to it, search it."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def rows(parts, monkeypatch):
     monkeypatch.setattr(answers, "KINDS", {"pictures": lambda *_: iter([DRAWN]), "retrieved": lambda *_: iter([FOUND])})
     entries = [types.SimpleNamespace(kind=kind, states="marks") for kind in ("pictures", "retrieved")]
     plan = types.SimpleNamespace(
-        answers=entries, generation=Generation(), sources=[States("marks", ["[M]"])], question="a dog"
+        answers=entries, stages=[], generation=Generation(), sources=[States("marks", ["[M]"])], question="a dog"
     )
     told = types.SimpleNamespace(tokens=types.SimpleNamespace(ids=[MARK, END]), parts=parts)
     model = types.SimpleNamespace(
