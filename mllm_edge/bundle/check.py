@@ -307,13 +307,17 @@ def _answer(entry: AnswerEntry, manifest: Manifest, made: dict[str, tuple[Tensor
         if len(entry.phrase) not in (0, 2):
             raise BadInput(f"{where}: a phrase stands between two tokens, not {entry.phrase}; {AGAIN}")
     if isinstance(entry, RetrievedAnswer):
-        names = filter(None, (entry.query, entry.decision, entry.picture))
+        names = filter(None, (entry.query, entry.picture))
         known = {name: _known(name, what, made, where)[0] for name in names}
         query, picture = known[entry.query], known.get(entry.picture)
         if query and picture and query.shape[1:] != picture.shape[1:]:
             raise BadInput(f"{where}: {what} compare {query.shape} with pictures of {picture.shape}; {AGAIN}")
     if isinstance(entry, PicturesAnswer):
         _drawn(entry, manifest, made, where)
+    if isinstance(entry, (RetrievedAnswer, PicturesAnswer)) and entry.decision:
+        spec, _ = _known(entry.decision, what, made, where)
+        if spec is None or spec.shape != [1, 2]:
+            raise BadInput(f"{where}: {what} decide by {entry.decision}, which is not a row of two; {AGAIN}")
 
 
 def _drawn(
@@ -329,8 +333,6 @@ def _drawn(
     named = taken[:1] if taken and isinstance(taken[0], str) else [1]
     if entry.timestep not in shapes or [*named, *entry.shape[1:]] != taken or entry.shape[:1] != [1]:
         raise BadInput(f"{where}: stage {entry.unet} takes {shapes}, not a latent of {entry.shape}; {AGAIN}")
-    if entry.decision:
-        _known(entry.decision, what, made, where)
     for drop in entry.drops:
         if len(drop) != 2:
             raise BadInput(f"{where}: a condition and what stands for it are two names, not {drop}; {AGAIN}")

@@ -112,6 +112,8 @@ def test_pictures_are_drawn_alone_or_in_a_batch_of_branches(tmp_path: Path, late
         (change("answers", 0, "latent_scale", to=0.0), "the numbers of answers of kind pictures cannot be"),
         (change("answers", 0, "steps", to=10**9), "the steps of pictures is 1000000000"),
         (change("answers", 0, "drops", to=[["image_features"]]), "are two names"),
+        (change("answers", 0, "decision", to="choice"), "no stage and no source gives choice"),
+        (change("answers", 0, "decision", to="noise"), "decide by noise, which is not a row of two"),
     ],
 )
 def test_numbers_of_pictures(tmp_path: Path, damage: Callable[[dict[str, Any]], None], message: str) -> None:

@@ -41,7 +41,7 @@ class _Attention(nn.Module):
         depth = width // self.heads
         weights, biases = self.in_proj_weight.view(3, width, width), self.in_proj_bias.view(3, width)
         q, k, v = (
-            functional.linear(rows, weights[at], biases[at]).unflatten(-1, (self.heads, depth)).transpose(1, 2)
+            functional.linear(rows, weights[at], biases[at]).view(*rows.shape[:2], self.heads, depth).transpose(1, 2)
             for at, rows in enumerate((x, read, read))
         )
         # [B,H,N,d] each

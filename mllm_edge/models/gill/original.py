@@ -118,12 +118,11 @@ def open_original(folder: Path) -> Opened:
     clip = _base(folder, args, "visual_encoder", "CLIP")
     parts = {name: _diffusion(folder, name) for name in ("unet", "vae", "text_encoder", "tokenizer")}
     # 1. What was trained.
-    strip = lambda name: name.removeprefix("module.")  # noqa: E731
-    trained = renamed(open_file(folder / TRAINED, "state_dict"), lambda n: canonical_name(strip(n), _NAMES) or n)
+    trained = renamed(open_file(folder / TRAINED, "state_dict"), lambda n: canonical_name(_bare(n), _NAMES) or n)
     decides = (folder / DECISION).is_file()
     if decides:
         decision = open_file(folder / DECISION, "state_dict")
-        trained = merged([trained, renamed(decision, lambda n: canonical_name(strip(n), _DECISION) or n)])
+        trained = merged([trained, renamed(decision, lambda n: canonical_name(_bare(n), _DECISION) or n)])
     # 2. The language model, with the rows of the picture tokens in its table.
     base = renamed(open_folder(opt), lambda name: f"{LM}{known}" if (known := canonical(name)) else None)
     tokenizer = Path(_extended(opt).name)
@@ -203,6 +202,11 @@ def _empty_ids(folder: Path, length: int) -> list[int]:
     except KeyError as error:
         raise BadInput(f"{folder} does not say what its {error} is; copy the tokenizer again") from None
     return [first, end, *[pad] * (length - 2)]
+
+
+def _bare(name: str) -> str:
+    """Without what training on several GPUs puts in front."""
+    return name.removeprefix("module.")
 
 
 def _base(folder: Path, args: Fields, field: str, what: str) -> Path:

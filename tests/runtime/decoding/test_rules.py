@@ -7,13 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_edge.runtime.decoding.rules import at_least, begins_box, group_members, never, one_box
+from mllm_edge.runtime.decoding.rules import at_least, begins_box, favored, group_members, never, one_box
 
 BARRED = -np.inf
 
 
 def logits() -> np.ndarray:
     return np.array([0.5, -1.0, 2.0, 3.0], np.float32)
+
+
+def test_favored_tokens_are_likelier_whatever_their_sign() -> None:
+    edited = logits()
+    favored([0, 1], 4.0)([], edited)
+    assert edited.tolist() == [2.0, 4.0, 2.0, 3.0]
 
 
 def test_some_tokens_are_never_chosen() -> None:

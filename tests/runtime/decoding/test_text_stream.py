@@ -60,6 +60,15 @@ def test_leading_space_is_dropped_but_counted() -> None:
     assert stream.size == len(b"  red dot")
 
 
+def test_a_stop_string_that_opens_the_answer_may_be_a_part_of_it() -> None:
+    stream = TextStream(["\n"], strip=False, late=True)
+    assert "".join(feed(stream, b"\n", b" a dog", b" runs\nand")) == "\n a dog runs"
+    assert stream.stopped
+    alone, twice = TextStream(["\n"], False, late=True), TextStream(["\n"], False, late=True)
+    assert alone.feed(b"\n") + alone.finish() == "\n" and not alone.stopped
+    assert twice.feed(b"\n\n") == "\n" and twice.stopped
+
+
 @given(st.text(max_size=30), st.lists(st.text(min_size=1, max_size=3), max_size=3), st.data())
 def test_any_cut_into_tokens_gives_the_same_text(text: str, stops: list[str], data: st.DataObject) -> None:
     encoded = text.encode()
