@@ -48,6 +48,7 @@ class Watched(dict[str, Any]):
 
 
 def _task(recipe: Recipe) -> Task:
+    from mllm_edge.recipes.tasks.diffusion import DiffusionTask
     from mllm_edge.recipes.tasks.encoder import EncoderTask
     from mllm_edge.recipes.tasks.glamm import GlammTask
     from mllm_edge.recipes.tasks.language import LanguageTask
@@ -57,9 +58,12 @@ def _task(recipe: Recipe) -> Task:
     from mllm_edge.recipes.tasks.llava import LlavaTask
     from mllm_edge.recipes.tasks.naming import NamingTask
     from mllm_edge.recipes.tasks.sam import SamTask
+    from mllm_edge.recipes.tasks.scene_classifier import SceneClassifierTask
     from mllm_edge.recipes.tasks.tagger import TaggerTask
+    from mllm_edge.recipes.tasks.vae import VaeTask
 
     tasks: dict[str, Callable[[Recipe], Task]] = {
+        "diffusion": DiffusionTask,
         "encoder": EncoderTask,
         "glamm": GlammTask,
         "language": LanguageTask,
@@ -70,7 +74,9 @@ def _task(recipe: Recipe) -> Task:
         "lion-stage3": lambda r: LionTask(r, 3),
         "naming": NamingTask,
         "sam": SamTask,
+        "scene-classifier": SceneClassifierTask,
         "tagger": TaggerTask,
+        "vae": VaeTask,
         "llava-pretrain": lambda r: LlavaTask(r, "pretrain"),
         "llava-finetune": lambda r: LlavaTask(r, "finetune"),
     }

@@ -73,10 +73,32 @@ def read_part(folder: str, part: str) -> dict[str, Tensor]:
 
         tensors, prefix = base_tensors(), f"{part}."
         return {name.removeprefix(prefix): tensors[name].float() for name in tensors if name.startswith(prefix)}
-    path = part_folder(folder) / f"{part}.safetensors"
-    if not path.is_file():
-        raise BadInput(f"{path} is missing; train that part first (see: mllm-edge recipes)")
+    path = _part_file(folder, part)
     try:
         return {name: tensor.float() for name, tensor in load_file(path).items()}
     except SafetensorError as error:
         raise BadInput(f"{path} is damaged ({error}); train that part again") from None
+
+
+def part_dims(folder: str, part: str) -> dict[str, Any]:
+    """The dims that `save_part` was given.
+
+    Raises:
+        BadInput: the run has not been trained, or its file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = _part_file(folder, part)
+    try:
+        with safe_open(path, "pt") as file:
+            dims = json.loads((file.metadata() or {})["dims"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise BadInput(f"{path} is damaged ({error}); train that part again") from None
+    return dict(dims)
+
+
+def _part_file(folder: str, part: str) -> Path:
+    path = part_folder(folder) / f"{part}.safetensors"
+    if not path.is_file():
+        raise BadInput(f"{path} is missing; train that part first (see: mllm-edge recipes)")
+    return path

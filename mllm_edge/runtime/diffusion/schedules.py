@@ -150,8 +150,13 @@ def table_of(name: str, betas: Sequence[float], train_steps: int, steps: int, sp
     look_up("spacing", spacing, dict.fromkeys(SPACINGS))
     if not 1 <= steps <= train_steps:
         raise BadInput(f"{steps} steps draw nothing; give 1 to {train_steps}")
-    kept = np.cumprod(1 - np.linspace(betas[0] ** 0.5, betas[1] ** 0.5, train_steps) ** 2)
-    return schedule.table(kept, steps, spacing)
+    return schedule.table(shares(betas, train_steps), steps, spacing)
+
+
+def shares(betas: Sequence[float], train_steps: int) -> np.ndarray:
+    """What is left of the picture's variance at each step of training ("scaled_linear"): float64 [train_steps]."""
+    kept: np.ndarray = np.cumprod(1 - np.linspace(betas[0] ** 0.5, betas[1] ** 0.5, train_steps) ** 2)
+    return kept
 
 
 def run(
