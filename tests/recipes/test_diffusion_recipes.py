@@ -183,6 +183,13 @@ def test_parts_are_saved_under_public_names(runs: Path) -> None:
     torch.testing.assert_close(again.model.up.state_dict()["post_quant_conv.bias"], held["post_quant_conv.bias"])
 
 
+def test_an_autoencoder_begins_with_little_noise() -> None:
+    task = VaeTask(load("vae-pretrain", []))
+    with torch.no_grad():
+        _, spread = task.model.down.distribution(task.collate([task.sample(0)])["pixel_values"])
+    assert spread.mean() < -4
+
+
 def test_drawn_pictures_are_judged(runs: Path) -> None:
     metrics = json.loads((runs / "drawn" / "report.json").read_text())["metrics"]
     assert metrics.keys() == {f"{a}_{b}" for a in ("one", "two", "held_out") for b in ("objects", "pictures")}

@@ -27,6 +27,7 @@ from mllm_edge.scenes import sample_scene
 
 CONFIGS = {"tiny": TINY_VAE}
 KL = 1e-6  # weight of a latent's KL against a pixel's error, each summed over a picture, as in latent diffusion
+START = -6.0  # logarithm of the latents' variance before training
 MEASURED = 64  # scenes that the latents' deviation is measured on
 
 Sample = dict[str, np.ndarray[Any, Any]]
@@ -38,6 +39,9 @@ class Autoencoder(nn.Module):
     def __init__(self, dims: VaeDims):
         super().__init__()
         self.down, self.up = VaeEncoder(dims), VaeDecoder(dims)
+        with torch.no_grad():
+            # Noise as large as the latents themselves, which random weights give, hides them for thousands of steps.
+            self.down.quant_conv.bias[dims.latent_channels :] = START
 
     def forward(self, pixel_values: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """`pixel_values` float32 [B,3,S,S] in -1..1, `noise` float32 [B,C,h,w] that the latent is drawn by."""
