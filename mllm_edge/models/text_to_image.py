@@ -1,7 +1,7 @@
 """The small text-to-image diffusion model that GILL tiny draws with and SmartEdit tiny starts from.
 
 Stable Diffusion 1.5's parts and names at small dims: an autoencoder, a UNet that reads text, CLIP's text encoder. About
-11 MB in fp16.
+13 MB in fp16.
 """
 
 from __future__ import annotations
