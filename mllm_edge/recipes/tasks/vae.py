@@ -41,7 +41,7 @@ class Autoencoder(nn.Module):
         self.down, self.up = VaeEncoder(dims), VaeDecoder(dims)
         with torch.no_grad():
             # Noise as large as the latents themselves, which random weights give, hides them for thousands of steps.
-            self.down.quant_conv.bias[dims.latent_channels :] = START
+            self.down.quant_conv.get_parameter("bias")[dims.latent_channels :] = START
 
     def forward(self, pixel_values: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """`pixel_values` float32 [B,3,S,S] in -1..1, `noise` float32 [B,C,h,w] that the latent is drawn by."""
