@@ -48,8 +48,7 @@ TINY_UNET = UNetDims(
     groups=16,
     side=TINY_VAE.side // TINY_VAE.shrinks,
 )
-BETAS = (0.00085, 0.012)  # Stable Diffusion's
-TRAIN_STEPS = 1000
+BETAS, TRAIN_STEPS = (0.00085, 0.012), 1000  # Stable Diffusion's, of both sizes
 
 
 def text_encoder(dims: TextDims) -> nn.Module:

@@ -20,6 +20,7 @@ from mllm_edge.models.gill.heads import Heads, MapperDims
 from mllm_edge.models.language.opt import TABLE, OptDims, opt
 from mllm_edge.models.parts import Decoder, filled
 from mllm_edge.models.plan import Checkpoint
+from mllm_edge.models.text_to_image import TINY_TEXT, TINY_UNET, TINY_VAE
 
 TOKENS = tuple(f"[IMG{number}]" for number in range(8))  # the last rows of the table
 CLASS_TOKEN = "<|image|>"  # stands before them; no text has it
@@ -101,22 +102,13 @@ class Gill(nn.Module):
         self.language_model = opt(dims.language)
 
 
-TINY_OPT = OptDims(vocabulary=512, width=192, ffn_width=768, layers=4, heads=6, context=256)
 CONFIGS: dict[str, GillDims] = {
     "tiny": GillDims(
         VitDims(image_size=64, patch_size=8, width=160, layers=5, heads=4, mlp_width=640, tap=-1),
-        TINY_OPT,
-        MapperDims(width=128, layers=2, heads=4, mlp_width=256, queries=16, out_width=96),
-        UNetDims(
-            widths=(48, 80, 144),
-            layers=1,
-            attends=(False, True, True),
-            heads=(4, 4, 4),
-            text_width=96,
-            groups=16,
-            side=16,
-        ),
-        VaeDims(widths=(32, 48, 96), layers=1, groups=16, scale=1.0, side=64),
+        OptDims(vocabulary=512, width=192, ffn_width=768, layers=4, heads=6, context=256),
+        MapperDims(128, layers=2, mlp_width=256, queries=TINY_TEXT.length, out_width=TINY_TEXT.width),
+        TINY_UNET,
+        TINY_VAE,
         query_width=64,
     ),
     "6.7b": GillDims(

@@ -28,9 +28,9 @@ from mllm_edge.models.language.opt import TABLE, opt
 from mllm_edge.models.llava.model import IMAGE_MEAN, IMAGE_STD
 from mllm_edge.models.parts import Decoder, Part, filled
 from mllm_edge.models.plan import Checkpoint, ExportPlan, LanguageModelExport, StageExport
+from mllm_edge.models.text_to_image import BETAS, TRAIN_STEPS
 
 PROMPTS: dict[str, Prompt] = {}  # a GILL has one
-BETAS, TRAINED = (0.00085, 0.012), 1000  # of the noise, as Stable Diffusion has it
 GUIDANCE, STEPS = 7.5, 50
 STATES = "image_states"
 Filled = Callable[[str, Callable[[], nn.Module]], Callable[[], nn.Module]]
@@ -106,7 +106,7 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
                 latent_scale=dims.vae.scale,
                 shape=list(latent.shape),
                 betas=list(BETAS),
-                train_steps=TRAINED,
+                train_steps=TRAIN_STEPS,
                 drops=[["text", "empty_text"]],
                 guidance=[GUIDANCE],
                 schedule="pndm",
