@@ -210,7 +210,7 @@ class Generation:
 
     `groups` maps a token to those that always follow it: they are never sampled, and forced after it; `group_scale`
     above 1 makes the tokens that they follow likelier (`decoding.rules.favored`). `beams` above 1
-    searches instead of sampling, with `length_penalty`. No end comes before `min_tokens`.
+    searches instead of sampling, with `length_penalty`. No end and no group comes before `min_tokens`.
     """
 
     max_tokens: int = 512

@@ -38,6 +38,7 @@ HELP = """/image FILE              show another picture
     'run my.bundle --segment "the red circle" --image scene.png --out answer',
     'run my.bundle --locate "the red circle" --image scene.png --out answer',
     "run my.bundle --region 124,181,247,304 --image scene.png",
+    "run my.bundle --prompt-file parts.json --out answer.html",
     'run my.bundle "USER: <image> Caption: ASSISTANT:" --image scene.png --raw --json',
 )
 def run(
@@ -48,6 +49,14 @@ def run(
     bundle: BundleFolder,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="By default what stdin says.")] = None,
     image: Pictures = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Instead of PROMPT and --image: a JSON list of texts and pictures in any order, "
+            'as ["Is", {"image": "a.png"}, "a cat?"].',
+        ),
+    ] = None,
     box: Boxes = None,
     describe: Annotated[
         bool, typer.Option("--describe", help="Instead of PROMPT: the bundle's own question for a description.")
@@ -64,7 +73,13 @@ def run(
     task: TaskName = "",
     tags: Tags = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="DIR", help="Where pictures of the answer go.")
+        Path | None,
+        typer.Option(
+            "-o",
+            "--out",
+            metavar="DIR|FILE.html",
+            help="Where pictures of the answer go; or question and answer as one page.",
+        ),
     ] = None,
     teacher_forced: Annotated[
         str | None, typer.Option(metavar="ANSWER", help="Generate nothing; make the masks and pictures of this answer.")
@@ -73,34 +88,52 @@ def run(
     raw: Annotated[bool, typer.Option("--raw", help="PROMPT is the whole text; no template.")] = False,
 ) -> None:
     """Ask a bundle once. The answer goes to stdout, its times to stderr."""
+    from mllm_edge.runtime.answers.page import check_place, is_page, write_page
+    from mllm_edge.runtime.interleaved import apart, read_parts
+
     own = [("describe", "")] * describe
     others = (("segment", segment), ("locate", locate), ("region", region))
     own += [(name, what) for name, what in others if what is not None]
-    if len(own) + (prompt is not None) > 1:
-        raise BadInput("there are several questions; give one of PROMPT, --describe, --segment, --locate and --region")
+    if len(own) + (prompt is not None) + (prompt_file is not None) > 1:
+        raise BadInput(
+            "there are several questions; give one of PROMPT, --prompt-file, --describe, --segment, --locate and "
+            "--region"
+        )
     if region is not None and box:
         raise BadInput("--region asks about its own box; leave out --box")
-    question = prompt if prompt is not None or own else _piped()
+    if prompt_file and image:
+        raise BadInput("the pictures stand in --prompt-file; leave out --image")
+    parts = read_parts(prompt_file) if prompt_file else None
+    question: str | list[str | PIL.Image.Image] = parts or (prompt if prompt is not None or own else _piped()) or ""
     pictures, boxes = _pictures(image), _boxes([region] if region is not None else box)
     if out:
-        can_be_made(out)
+        (check_place if is_page(out) else can_be_made)(out)
     made = drawing.open(bundle, out)
     with loading.open(bundle) as model, screen.late_steps() as report:
-        if out and not model.manifest.answers:
-            raise BadInput(f"{bundle} ({', '.join(model.manifest.tasks)}) answers with text alone; leave out --out")
+        if out and not model.manifest.answers and not is_page(out):
+            raise BadInput(
+                f"{bundle} ({', '.join(model.manifest.tasks)}) answers with text alone; leave out --out, or "
+                "give a page (answer.html)"
+            )
         if loading.memory_budget:
             screen.aside(str(model.memory))
         if own:
             name, what = own[0]
             question = model.question(name, "" if name == "region" else what)
-        asked: dict[str, Any] = {"task": _task(screen, model, question or "", task), "tags": _tags(tags)}
+        words = question if isinstance(question, str) else " ".join(part for part in question if isinstance(part, str))
+        asked: dict[str, Any] = {"task": _task(screen, model, words, task), "tags": _tags(tags)}
         asked |= {"raw": raw, "teacher_forced": teacher_forced, "drawing": replace(made, report=report)}
-        pieces = model.stream(question or "", pictures, boxes, **asked, **vars(decoding))
+        pieces = model.stream(question, pictures, boxes, **asked, **vars(decoding))
         stream = stream and not screen.as_json and teacher_forced is None
         answer = _shown(screen, pieces, stream)
     if not stream:
         screen.result(answer.to_json(), answer.text)
-    _write(screen, answer, out)
+    _say_none(screen, model, answer)
+    if out and is_page(out):
+        asked_for = apart(question, pictures, model.manifest.prompt) if isinstance(question, str) else question
+        screen.aside(f"wrote {write_page(asked_for, answer, out)}")
+    else:
+        _write(screen, answer, out)
     screen.times(answer)
 
 
@@ -119,6 +152,8 @@ def chat(
     ] = None,
 ) -> None:
     """Ask in turns about pictures. They are encoded once; /help lists what else can be typed."""
+    if out and out.suffix.lower() == ".html":
+        raise BadInput(f"a dialogue is written into a folder, and {out} is named as a page; give a folder as --out")
     screen.kept = "the dialogue is not kept"
     pictures, boxes = _pictures(image), _boxes(None)
     turns: list[dict[str, Any]] = []
@@ -157,6 +192,7 @@ def chat(
                         shown = replace(drawing.previewed(made, place), report=report)
                         items = dialogue.stream(text, pictures, boxes, chosen, shown, _tags(tags))
                         answer = _shown(screen, items, not screen.as_json)
+                    _say_none(screen, model, answer)
                     turns.append({"prompt": text, **answer.to_json()})
                     pictures, boxes = [], []
                     _write(screen, answer, place)
@@ -217,6 +253,12 @@ def _write(screen: Screen, answer: Answer, out: Path | None) -> None:
         screen.aside(
             f"wrote {files[0]}{more}" if files else f"the answer is text alone, so nothing is written to {out}"
         )
+
+
+def _say_none(screen: Screen, model: Model, answer: Answer) -> None:
+    """Say that an answer that could have pictures has none."""
+    if model.manifest.generation.groups and not answer.images:
+        screen.aside("no picture came; --picture-scale above 1 makes them likelier")
 
 
 def _forget_turns(out: Path) -> None:

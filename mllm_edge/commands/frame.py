@@ -123,6 +123,13 @@ class Decoding:
         list[str] | None, typer.Option(metavar="TEXT", help="End the answer here, not at the template's strings.")
     ] = None
     beams: Annotated[int | None, typer.Option(help="Sequences of a beam search; 1 samples.")] = None
+    min_tokens: Annotated[
+        int | None, typer.Option(help="No end of the answer, and no picture in it, before so many tokens.")
+    ] = None
+    group_scale: Annotated[
+        float | None,
+        typer.Option("--picture-scale", metavar="SCALE", help="Above 1 makes pictures in the answer likelier."),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,10 @@ class Drawing:
         str, typer.Option(metavar="NAME", help="Diffusion schedule of a generated picture; by default the bundle's.")
     ] = ""
     draw_seed: Annotated[int, typer.Option(help="The same one gives the same generated picture.")] = 0
+    draw: Annotated[
+        int,
+        typer.Option(metavar="N", help="Generate so many pictures for each that is wanted; the likest comes first."),
+    ] = 1
     preview_every: Annotated[
         int | None,
         typer.Option(metavar="STEPS", help="Write preview.png under --out after so many steps of a generated picture."),
@@ -153,14 +164,17 @@ class Drawing:
         """
         from mllm_edge.bundle.read import read_manifest
         from mllm_edge.runtime.answers.index import Index
+        from mllm_edge.runtime.answers.page import is_page
         from mllm_edge.runtime.turn import Drawing as Made
 
         if self.preview_every is not None and out is None:
             raise BadInput("--preview-every has no place to write to; give --out too")
+        if self.preview_every is not None and out and is_page(out):
+            raise BadInput(f"--preview-every writes into a folder, and {out} is a page; give a folder as --out")
         index = Index(self.index) if self.index else None
         if index:
             index.check(read_manifest(bundle, verify_hash=False))
-        made = Made(steps=self.steps, guidance=self.guidance, seed=self.draw_seed, index=index, schedule=self.schedule)
+        made = Made(self.steps, self.guidance, self.draw_seed, index, self.schedule, self.draw)
         return self.previewed(made, out)
 
     def previewed(self, made: runtime_turn.Drawing, out: Path | None) -> runtime_turn.Drawing:

@@ -13,6 +13,13 @@ from PIL import Image
 
 from mllm_edge.runtime.answers import rle
 
+ORDERED = ("origin", "file", "score", "decided")  # what the parts of an answer's document say of a picture
+
+
+def image_name(number: int) -> str:
+    """The file of an answer's picture."""
+    return f"image_{number}.png"
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -76,7 +83,8 @@ class Picture:
         origin: "generated" or "retrieved".
         image: RGB.
         file: where a retrieved one is.
-        score: how near a retrieved one is.
+        score: how near a retrieved one is, or one of several that were drawn: the cosine, which the bundle scales for
+            those that it retrieves.
         decided: how likely it was to be retrieved ("retrieve") and to be drawn ("generate"), where the bundle decides;
             without an index it is drawn all the same.
     """
@@ -91,7 +99,9 @@ class Picture:
 
     def to_json(self) -> dict[str, Any]:
         """The entry in the answer's document; the pixels are not in it."""
-        found: dict[str, Any] = {"file": self.file, "score": self.score} if self.origin == "retrieved" else {}
+        found: dict[str, Any] = {"file": self.file} if self.origin == "retrieved" else {}
+        if self.score is not None:
+            found["score"] = self.score
         if self.decided:
             found["decided"] = {name: round(chance, 4) for name, chance in self.decided.items()}
         size = {"width": self.image.width, "height": self.image.height}
@@ -132,6 +142,16 @@ class Answer:
         return [part for part in self.parts if isinstance(part, Picture)]
 
     @property
+    def in_order(self) -> list[str | Picture]:
+        """The text with pictures where they belong, in the place of their tokens."""
+        found, at = list[str | Picture](), 0
+        for picture in self.images:
+            start, end = picture.span
+            found += [self.text[at:start], picture]
+            at = max(at, end)
+        return [part for part in (*found, self.text[at:]) if not isinstance(part, str) or part.strip()]
+
+    @property
     def boxes(self) -> list[dict[str, Any]]:
         """Boxes of masks that are not empty, and of the text: `phrase`, `span`, `label`, `box`."""
         found: list[dict[str, Any]] = []
@@ -152,6 +172,19 @@ class Answer:
             "masks": [mask.to_json() for mask in self.masks],
             "boxes": self.boxes,
             "images": [picture.to_json() for picture in self.images],
+            **({"parts": self._parts()} if self.images else {}),
             "timings_ms": {name: round(value, 3) for name, value in self.timings.items()},
             "memory_mb": self.memory,
         }
+
+    def _parts(self) -> list[dict[str, Any]]:
+        """The answer in its order: texts, and pictures by the names of their files."""
+        found, number = list[dict[str, Any]](), 0
+        for part in self.in_order:
+            if isinstance(part, str):
+                found.append({"text": part})
+                continue
+            about = {name: value for name, value in part.to_json().items() if name in ORDERED}
+            found.append({"image": image_name(number), **about})
+            number += 1
+        return found

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from mllm_edge.bundle.manifest import Manifest, Slot
+from mllm_edge.bundle.manifest import Manifest, Prompt, Slot
 from mllm_edge.errors import BadInput
 from mllm_edge.runtime.answer import Answer
 from mllm_edge.runtime.asked import Asked, BoxList, Images, task_of
@@ -15,6 +15,7 @@ from mllm_edge.runtime.decoding.loop import Decoding, script_embeds
 from mllm_edge.runtime.engines.interface import Floats, LanguageModel
 from mllm_edge.runtime.engines.lazy import LazyStage
 from mllm_edge.runtime.images import ImageSource
+from mllm_edge.runtime.interleaved import Question, words_and_pictures
 from mllm_edge.runtime.memory import MemoryPlan
 from mllm_edge.runtime.pipeline import Dialogue, Pipeline
 from mllm_edge.runtime.sources import Held
@@ -33,12 +34,13 @@ class DecodingOptions(TypedDict, total=False):
         top_p: keep the likeliest tokens up to this probability; 1 is off.
         top_k: keep this many of the likeliest tokens; 0 is off.
         repeat_penalty: above 1 discourages tokens that were just generated.
-        seed: the same seed gives the same answer.
+        seed: the same seed gives the same answer; 0 to 2**64 - 1.
         stop: strings that end the answer, instead of the template's.
         beams: sequences of a beam search; 1 samples.
         length_penalty: of a beam search; above 0 favors long answers.
-        min_tokens: tokens before which no answer ends.
-        group_scale: above 1 makes tokens likelier that others always follow, such as those of a picture.
+        min_tokens: tokens before which no answer ends, and no picture comes.
+        group_scale: above 1 makes tokens likelier that others always follow, such as those of a picture; only for
+            bundles that have such.
     """
 
     max_tokens: int | None
@@ -86,7 +88,7 @@ class Model:
 
     def generate(
         self,
-        prompt: str,
+        prompt: Question,
         image: Images = None,
         boxes: BoxList = None,
         *,
@@ -101,7 +103,8 @@ class Model:
 
         Args:
             prompt: the question. Each placeholder of a picture (`<image>`) in it takes one; without any, pictures go to
-                the front. Each placeholder of a box takes one box.
+                the front. Each placeholder of a box takes one box. Or a list of texts and pictures in any order, where
+                a str is a text and a picture's path a `Path`.
             image: a path, the bytes of a file, a PIL image, a uint8 array [H,W,3], or a list of these.
             boxes: x1,y1,x2,y2 each, in pixels of the last picture.
             task: one of the bundle's tasks; by default the one that the question's words suggest (`task_of`).
@@ -128,7 +131,7 @@ class Model:
 
     def stream(
         self,
-        prompt: str,
+        prompt: Question,
         image: Images = None,
         boxes: BoxList = None,
         *,
@@ -140,7 +143,8 @@ class Model:
         **options: Unpack[DecodingOptions],
     ) -> Iterator[str | Answer]:
         """Like `generate`, in pieces: strings of whole characters, then the `Answer` as the last item."""
-        asked = Asked(prompt, image, boxes, task, tags, raw, drawing or Drawing(), teacher_forced)
+        more: Any = {"task": task, "tags": tags, "raw": raw, "answer": teacher_forced}
+        asked = _asked(self.manifest.prompt, prompt, image, boxes=boxes, drawing=drawing or Drawing(), **more)
         for item in self._pipeline.turn(Dialogue([], None), asked, self._pipeline.decoding(raw, **options)):
             yield item if isinstance(item, str) else item.answer
 
@@ -187,14 +191,14 @@ class Model:
         """Ids of a piece of text, without BOS; control strings count as text."""
         return self.tokenizer.tokenize(text)
 
-    def prompt_embeds(self, prompt: str, image: Images = None, *, raw: bool = False, task: str = "") -> Floats:
+    def prompt_embeds(self, prompt: Question, image: Images = None, *, raw: bool = False, task: str = "") -> Floats:
         """What the language model reads for a prompt, float32 [T,D], BOS and pictures included."""
-        script = self._pipeline.prompt(Asked(prompt, image, task=task, raw=raw))
+        script = self._pipeline.prompt(_asked(self.manifest.prompt, prompt, image, task=task, raw=raw))
         return script_embeds(script, self.language_model)
 
-    def prompt_parts(self, prompt: str, image: Images = None) -> list[list[int] | Slot]:
+    def prompt_parts(self, prompt: Question, image: Images = None) -> list[list[int] | Slot]:
         """A prompt as runs of ids and the slots that rows of tensors replace, BOS included."""
-        return self._pipeline.parts(Asked(prompt, image))
+        return self._pipeline.parts(_asked(self.manifest.prompt, prompt, image))
 
     def close(self) -> None:
         """Free every engine. A second call does nothing."""
@@ -218,7 +222,7 @@ class Chat:
 
     def ask(
         self,
-        text: str,
+        text: Question,
         image: Images = None,
         boxes: BoxList = None,
         task: str = "",
@@ -230,7 +234,7 @@ class Chat:
 
     def stream(
         self,
-        text: str,
+        text: Question,
         image: Images = None,
         boxes: BoxList = None,
         task: str = "",
@@ -238,13 +242,19 @@ class Chat:
         tags: Sequence[str] | None = None,
     ) -> Iterator[str | Answer]:
         """Like `ask`, in pieces: strings, then the `Answer`."""
-        asked = Asked(text, image, boxes, task, tags, drawing=drawing or Drawing())
+        more: Any = {"boxes": boxes, "task": task, "tags": tags, "drawing": drawing or Drawing()}
+        asked = _asked(self._pipeline.manifest.prompt, text, image, **more)
         for item in self._pipeline.turn(self._dialogue, asked, self._decoding):
             if isinstance(item, str):
                 yield item
             else:
                 self._dialogue = item.dialogue
                 yield item.answer
+
+
+def _asked(template: Prompt, prompt: Question, image: Images, **more: Any) -> Asked:
+    words, pictures = words_and_pictures(prompt, image, template, more.get("raw", False))
+    return Asked(words, pictures, **more)
 
 
 def _last(items: Iterator[str | Answer]) -> Answer:

@@ -7,11 +7,13 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple, cast
 
 import numpy as np
+from PIL import Image
 
-from mllm_edge.bundle.answers import AnswerEntry, BoxesAnswer
+from mllm_edge.bundle.answers import AnswerEntry, BoxesAnswer, RetrievedAnswer
 from mllm_edge.bundle.manifest import Manifest, Prompt, Slot
 from mllm_edge.bundle.sources import Labels, States
 from mllm_edge.errors import BadInput, MllmEdgeError
@@ -25,7 +27,7 @@ from mllm_edge.runtime.asked import Asked, Counts, Images, completed
 from mllm_edge.runtime.boxes import check_boxes
 from mllm_edge.runtime.decoding.loop import Completion, Decoding, Loop, Script, Watch, script_keys, settings_for
 from mllm_edge.runtime.decoding.rules import Rule, at_least, favored, group_members, never, one_box
-from mllm_edge.runtime.decoding.sampling import check_settings
+from mllm_edge.runtime.decoding.sampling import check_seed, check_settings
 from mllm_edge.runtime.decoding.tokenizers import named
 from mllm_edge.runtime.engines.interface import Floats, LanguageModel
 from mllm_edge.runtime.engines.lazy import LazyLanguageModel, LazyStage
@@ -33,7 +35,7 @@ from mllm_edge.runtime.images import ImageSource, load_image, pixel_hash
 from mllm_edge.runtime.prompt import WORDS, Span, answer_parts, ids_of, render, render_raw, tokenized
 from mllm_edge.runtime.sources import Held
 from mllm_edge.runtime.tensors import Tensors
-from mllm_edge.runtime.turn import InputPicture, Rows, Turn
+from mllm_edge.runtime.turn import InputPicture, Ranking, Rows, Turn
 from mllm_edge.runtime.wiring import answer_tensors
 
 
@@ -125,17 +127,23 @@ class Pipeline:
     def decoding(self, raw: bool, seed: int = 0, stop: Sequence[str] | None = None, **given: float | None) -> Decoding:
         settings = settings_for(self.manifest.generation, **given)
         check_settings(settings)
+        check_seed(seed)
         template, known = self.manifest.prompt, named(self.tokenizer)
         before, _ = answer_parts(template)
         strip = not raw and before != "" and before.isspace()
         added = frozenset(known[text] for text in self._entry.added if text in known)
         members = group_members(self._groups)
         rules = [never(members)] if members else []
-        if settings.group_scale != 1 and self._groups:
+        if settings.group_scale != 1:
+            if not self._groups:
+                raise BadInput(
+                    f"group_scale is {settings.group_scale:g}, and this bundle has no tokens that others "
+                    "follow, such as those of a picture; leave it out"
+                )
             rules.append(favored(list(self._groups), settings.group_scale))
         if settings.min_tokens:
             ends = [token for token in range(self.tokenizer.vocabulary) if self.tokenizer.is_end(token)]
-            rules.append(at_least(settings.min_tokens, ends))
+            rules.append(at_least(settings.min_tokens, [*ends, *self._groups]))
         stop = template.stop if stop is None else stop
         return Decoding(settings, seed, stop, strip, added, self._groups, rules, template.late_stop)
 
@@ -183,7 +191,7 @@ class Pipeline:
         given = None if asked.boxes is None else [tuple(box) for box in asked.boxes]
         if given and picture is None and self.manifest.prompt.slots_of("boxes"):
             raise BadInput("boxes were given but no picture; give the picture that they are of")
-        return Turn(
+        turn = Turn(
             question=asked.text,
             picture=picture,
             tokenizer=self.tokenizer,
@@ -196,6 +204,15 @@ class Pipeline:
             added=self._entry.added,
             inputs={stage.name: stage.inputs for stage in self.manifest.stages},
         )
+        for entry in self.manifest.answers:
+            if isinstance(entry, RetrievedAnswer) and entry.picture:
+                turn.ranking = Ranking(entry.states, entry.query, partial(self._embedded, turn, entry.picture))
+        return turn
+
+    def _embedded(self, turn: Turn, tensor: str, image: Image.Image) -> Floats:
+        """The vector [d] that stands for a picture."""
+        apart = replace(turn, picture=InputPicture(pixel_hash(image), image), values={})
+        return np.asarray(self._tensors.need(apart, tensor), np.float32).reshape(-1)
 
     def _task_rules(self, task: str) -> list[Rule]:
         """What an answer may be in a task."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
@@ -38,6 +38,15 @@ class Rows:
     of: str
 
 
+class Ranking(NamedTuple):
+    """How near a picture is to what an answer's groups look for: their source, the tensor [1,d] that they look by, and
+    what makes a picture's own vector [d]; neither has length 1."""
+
+    states: str
+    query: str
+    embed: Callable[[Image.Image], Floats]
+
+
 @dataclass(frozen=True)
 class Drawing:
     """How to generate or look for pictures; None takes the bundle's default.
@@ -47,6 +56,7 @@ class Drawing:
         guidance: a scale for each condition.
         seed: of the noise, 0 to 2**64 - 1.
         index: where retrieved pictures come from.
+        count: how many pictures are drawn for each that is wanted, the likest to the query first.
         schedule: one of `runtime.diffusion.schedules`, "" for the bundle's.
         report: told of each picture, and of the part of its steps that is done.
         preview: given each picture as it looks after every `every` steps, which costs a decoding.
@@ -58,6 +68,7 @@ class Drawing:
     seed: int = 0
     index: Index | None = None
     schedule: str = ""
+    count: int = 1
     report: Report | None = None
     preview: Callable[[Image.Image], None] | None = None
     every: int = 0
@@ -82,6 +93,7 @@ class Turn:
         marks: the control strings at which states are read, by the source that asks for them.
         added: control strings after which a space before punctuation is dropped.
         inputs: what each of the bundle's stages reads, by the stage's name.
+        ranking: how drawn pictures are compared, where the bundle can.
         values: tensors that were made for this turn alone, or put in place of others.
     """
 
@@ -100,6 +112,7 @@ class Turn:
     marks: Mapping[str, Sequence[str]] = field(default_factory=dict)
     added: Sequence[str] = ()
     inputs: Mapping[str, Sequence[TensorSpec]] = field(default_factory=dict)
+    ranking: Ranking | None = None
     values: dict[str, Array] = field(default_factory=dict)
 
     def add_time(self, name: str, milliseconds: float) -> None:

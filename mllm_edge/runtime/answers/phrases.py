@@ -21,17 +21,31 @@ class Phrase:
 
 
 def groups(turn: Turn, states: str) -> Iterator[Phrase]:
-    """The place of each whole group of tokens whose states a source reads; meanwhile those of this group stand for the
-    source's tensor, [n,D]. Without a source there is one group, at the end."""
+    """The place of each whole group of tokens whose states a source reads, with what is shown of them; meanwhile those
+    of this group stand for the source's tensor, [n,D]. Without a source there is one group, at the end."""
     if not states:
         yield Phrase(len(turn.text), len(turn.text))
         return
     marks, rows = turn.marks[states], turn.states[states]
-    places = phrases(turn.ids, turn.tokenizer, marks[:1], (), turn.added, turn.strip)
-    for number, place in enumerate(places[: len(rows) // len(marks)]):
+    for number, place in enumerate(_shown(turn, marks)[: len(rows) // len(marks)]):
         turn.values[states] = np.stack(rows[number * len(marks) : (number + 1) * len(marks)])
         yield place
     turn.values.pop(states, None)
+
+
+def _shown(turn: Turn, marks: Sequence[str]) -> list[Phrase]:
+    """Where each group that opens with the first mark is shown in the text; nothing is shown of control tokens."""
+    tokens = {token: text for text, token in named(turn.tokenizer).items()}
+    stream, found, inside = TextStream((), turn.strip), list[Phrase](), False
+    for before, token in zip([None, *turn.ids], turn.ids):
+        name, end = tokens.get(token, ""), len(stream.text.rstrip())
+        inside = name == marks[0] or (inside and name in marks)
+        if name == marks[0]:
+            found.append(Phrase(end, end))
+        shown = stream.feed(turn.tokenizer.piece(token), joined=tokens.get(before or -1, "") in turn.added)
+        if inside and shown:
+            found[-1] = Phrase(found[-1].start, len(stream.text))
+    return found
 
 
 def phrases(

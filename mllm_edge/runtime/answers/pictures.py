@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
@@ -14,12 +16,13 @@ from mllm_edge.errors import BadInput
 from mllm_edge.runtime.answer import Picture
 from mllm_edge.runtime.answers.decision import chances, is_retrieved
 from mllm_edge.runtime.answers.phrases import groups
+from mllm_edge.runtime.decoding.sampling import check_seed
 from mllm_edge.runtime.diffusion.guidance import guided
 from mllm_edge.runtime.diffusion.schedules import Table, run, table_of
 from mllm_edge.runtime.engines.interface import Array, Floats
 from mllm_edge.runtime.turn import Drawing, Need, Turn
 
-SEEDS = 1 << 64
+MOST_DRAWN = 64  # pictures for one that is wanted
 
 
 def settled(entry: PicturesAnswer, drawing: Drawing) -> tuple[Table, list[float]]:
@@ -27,15 +30,16 @@ def settled(entry: PicturesAnswer, drawing: Drawing) -> tuple[Table, list[float]
 
     Raises:
         BadInput: a schedule that is not known or cannot take so many steps, not as many guidance scales as conditions,
-            a seed outside 64 bits, or no steps between previews.
+            a seed outside 64 bits, a number of pictures outside its range, or no steps between previews.
     """
     scales = list(entry.guidance if drawing.guidance is None else drawing.guidance)
     if len(scales) != len(entry.drops):
         raise BadInput(f"{len(scales)} guidance scale(s) for {len(entry.drops)} condition(s); give one for each")
     if not all(map(math.isfinite, scales)):
         raise BadInput(f"the guidance scales {scales} are not all numbers; give numbers")
-    if not 0 <= drawing.seed < SEEDS:
-        raise BadInput(f"the seed {drawing.seed} is outside 64 bits; give 0 to {SEEDS - 1}")
+    check_seed(drawing.seed)
+    if not 1 <= drawing.count <= MOST_DRAWN:
+        raise BadInput(f"{drawing.count} pictures cannot be drawn for one; give 1 to {MOST_DRAWN}")
     if drawing.preview and drawing.every < 1:
         raise BadInput(f"there is no preview every {drawing.every} steps; give 1 or more")
     name = drawing.schedule or entry.schedule
@@ -48,36 +52,80 @@ def pictures(turn: Turn, entry: PicturesAnswer, need: Need) -> Iterator[Picture]
     """A picture for each group of states, drawn from one stream of noise of the turn's seed: numpy's PCG64, whose
     numbers are the same on every machine. None where the entry's `decision` is to retrieve and there is an index.
 
+    Several are drawn one after the other, and come in the order of their cosines with the query of their group (Koh et
+    al. 2023); where the bundle cannot compare them, as they were drawn.
+
     Raises:
         BadInput: see `settled`.
     """
     drawing = turn.drawing
     table, scales = settled(entry, drawing)
-    random, calls = np.random.Generator(np.random.PCG64(drawing.seed)), len(table.timesteps)
-    number = 0
+    random, number = np.random.Generator(np.random.PCG64(drawing.seed)), 0
     for place in groups(turn, entry.states):
         decided = chances(need, entry.decision)
         if drawing.index is not None and is_retrieved(decided):
             continue
-        number += 1
-        start, name, before = time.perf_counter(), f"drawing picture {number}", dict(turn.values)
+        drawn = list[Picture]()
+        for _ in range(drawing.count):
+            number += 1
+            image = _drawn(turn, entry, need, table, scales, random, number)
+            drawn.append(Picture((place.start, place.end), turn.question, "generated", image, decided=decided))
+        yield from _ranked(drawn, turn, entry, need)
+
+
+def _drawn(
+    turn: Turn,
+    entry: PicturesAnswer,
+    need: Need,
+    table: Table,
+    scales: list[float],
+    random: np.random.Generator,
+    number: int,
+) -> Image.Image:
+    """The next picture of a turn, its `number`th."""
+    drawing, calls = turn.drawing, len(table.timesteps)
+    start, name, before = time.perf_counter(), f"drawing picture {number}", dict(turn.values)
+    if drawing.report:
+        drawing.report(name, 1, 1, None)
+    for step, (latent, clean) in enumerate(_latents(turn, entry, need, table, scales, random), 1):
+        if step == calls:
+            image = _decoded(turn, entry, need, latent)
+            break
         if drawing.report:
-            drawing.report(name, 1, 1, None)
-        for step, (latent, clean) in enumerate(_latents(turn, entry, need, table, scales, random), 1):
-            if step == calls:
-                image = _decoded(turn, entry, need, latent)
-                break
-            if drawing.report:
-                drawing.report(name, 1, 1, None, step / calls)
-            if drawing.preview and step % drawing.every == 0:
-                drawing.preview(_decoded(turn, entry, need, clean))
-        turn.values.clear()
-        turn.values |= before
-        seconds = time.perf_counter() - start
-        turn.add_time("pictures", 1000 * seconds)
-        if drawing.report:
-            drawing.report(name, 1, 1, seconds)
-        yield Picture((place.start, place.end), turn.question, "generated", image, decided=decided)
+            drawing.report(name, 1, 1, None, step / calls)
+        if drawing.preview and step % drawing.every == 0:
+            drawing.preview(_decoded(turn, entry, need, clean))
+    turn.values.clear()
+    turn.values |= before
+    seconds = time.perf_counter() - start
+    turn.add_time("pictures", 1000 * seconds)
+    if drawing.report:
+        drawing.report(name, 1, 1, seconds)
+    return image
+
+
+def _ranked(drawn: list[Picture], turn: Turn, entry: PicturesAnswer, need: Need) -> list[Picture]:
+    """Several pictures of a group with their cosines, the nearest first, equals as they were drawn; the cosine of a
+    vector without direction is 0."""
+    if len(drawn) == 1:
+        return drawn
+    ranking = turn.ranking
+    if ranking is None or ranking.states != entry.states:
+        warnings.warn(
+            "this bundle cannot compare pictures with what is asked; they stand in the order of drawing",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return drawn
+    query = _unit(np.asarray(need(ranking.query)).reshape(-1))
+    found = [replace(part, score=float(_unit(ranking.embed(part.image)) @ query)) for part in drawn]
+    return sorted(found, key=lambda part: part.score or 0.0, reverse=True)  # stable, also in reverse
+
+
+def _unit(vector: Floats) -> Floats:
+    """[d] of length 1; zeros where it has no direction."""
+    length = float(np.linalg.norm(vector.astype(np.float64)))
+    return (vector / length).astype(np.float32) if 0 < length < np.inf else np.zeros_like(vector)
 
 
 def _latents(

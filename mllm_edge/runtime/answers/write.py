@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from mllm_edge.errors import BadInput
 from mllm_edge.places import no_link, writing
-from mllm_edge.runtime.answer import Answer, Mask, TextBox
+from mllm_edge.runtime.answer import Answer, Mask, TextBox, image_name
 from mllm_edge.runtime.answers.fonts import Font, drawable, font_for
 
 # Far apart for most eyes and readable on white (Okabe & Ito 2008, the yellow left out, then darker relatives).
@@ -70,7 +70,7 @@ def write(answer: Answer, folder: Path) -> list[Path]:
         for number, mask in enumerate(answer.masks):
             put(f"mask_{number}.png", Image.fromarray(mask.pixels).save)
         for number, part in enumerate(answer.images):
-            put(f"image_{number}.png", part.image.save)
+            put(image_name(number), part.image.save)
     return files
 
 

@@ -153,7 +153,7 @@ class Loop:
         self._running += 1
         turn = self._running
         if decoding.settings.beams > 1:
-            yield from self._searched(script, decoding)
+            yield from self._searched(script, decoding, watch)
             return
         model, most = self._model, decoding.settings.max_tokens
         stream = TextStream(decoding.stop, decoding.strip, decoding.late_stop)
@@ -170,6 +170,12 @@ class Loop:
             token = sampler.sample(_ruled(step.logits, ids, decoding.rules))
             group = [token, *decoding.groups.get(token, ())]
             if len(group) > 1 and len(ids) + len(group) > most:
+                warnings.warn(
+                    f"the answer ends before a group of {len(group)} tokens, such as those of a picture: "
+                    f"{most - len(ids)} of {most} tokens are left; give more (max_tokens)",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
                 break  # half a group would mean nothing
             place = len(ids)
             ids += group
@@ -226,12 +232,17 @@ class Loop:
         timings = {"prefill": 1000 * (time.perf_counter() - start), "decode": 0.0}
         return Completion(text.text, ids, ids, "", "", timings, _by_source(states, len(ids)))
 
-    def _searched(self, script: Script, decoding: Decoding) -> Iterator[str | Completion]:
+    def _searched(self, script: Script, decoding: Decoding, watch: Watch) -> Iterator[str | Completion]:
         """The best of several beams; its text comes at the end."""
         model = self._model
         if not isinstance(model, Beams):
             raise BadInput(
                 f"beams is {decoding.settings.beams}, and this bundle's language model holds one sequence; use beams 1"
+            )
+        if decoding.groups or watch.before or watch.at:
+            raise BadInput(
+                f"beams is {decoding.settings.beams}, and a search keeps no hidden states, which this bundle's answers "
+                "are made of; use beams 1"
             )
         start = time.perf_counter()
         step = self._prefill(script, False)

@@ -21,9 +21,10 @@ def never(tokens: Sequence[int]) -> Rule:
     return rule
 
 
-def at_least(count: int, ends: Sequence[int]) -> Rule:
-    """No end before `count` tokens (transformers `MinNewTokensLengthLogitsProcessor`)."""
-    barred = np.array(ends, np.int64)
+def at_least(count: int, tokens: Sequence[int]) -> Rule:
+    """None of `tokens` before there are `count`: no end (transformers `MinNewTokensLengthLogitsProcessor`), and no
+    group (Koh et al. 2023, their `min_word_tokens`)."""
+    barred = np.array(tokens, np.int64)
 
     def rule(ids: Sequence[int], logits: Floats) -> None:
         if len(ids) < count:

@@ -10,6 +10,8 @@ from mllm_edge.bundle.manifest import Generation
 from mllm_edge.errors import BadInput
 from mllm_edge.runtime.engines.interface import Floats
 
+SEEDS = 1 << 64
+MOST_SCALE = 1e6  # of the tokens that groups follow; far more and a logit is infinite
 PENALTY_WINDOW = 64  # generated tokens that the repetition penalty looks back on, llama.cpp's default
 
 
@@ -21,12 +23,12 @@ class Sampler:
 
     Args:
         settings: checked by `check_settings`.
-        seed: any integer, taken modulo 2**64.
+        seed: checked by `check_seed`.
     """
 
     def __init__(self, settings: Generation, seed: int):
         self._settings = settings
-        self._random = np.random.default_rng(seed % 2**64)
+        self._random = np.random.default_rng(seed)
         self._recent: deque[int] = deque(maxlen=PENALTY_WINDOW)
 
     def sample(self, logits: Floats) -> int:
@@ -68,6 +70,12 @@ def likeliest(logits: Floats, top_k: int, top_p: float) -> tuple[np.ndarray, np.
     return kept, shares
 
 
+def check_seed(seed: int) -> None:
+    """Raises BadInput for a seed outside 64 bits."""
+    if not 0 <= seed < SEEDS:
+        raise BadInput(f"the seed {seed} is outside 64 bits; give 0 to {SEEDS - 1}")
+
+
 def check_settings(settings: Generation) -> None:
     """Raises BadInput for a setting outside its range."""
     rules = [
@@ -79,7 +87,7 @@ def check_settings(settings: Generation) -> None:
         ("beams", 1 <= settings.beams <= 64, "1 (no search) to 64"),
         ("length_penalty", abs(settings.length_penalty) < float("inf"), "a number"),
         ("min_tokens", settings.min_tokens >= 0, "0 or more"),
-        ("group_scale", 0 < settings.group_scale < float("inf"), "above 0 (1 is off)"),
+        ("group_scale", 0 < settings.group_scale <= MOST_SCALE, f"above 0 (1 is off) and at most {MOST_SCALE:.0f}"),
     ]
     for name, fits, what in rules:
         if not fits:

@@ -11,8 +11,9 @@ from PIL import Image
 from mllm_edge.bundle.answers import PicturesAnswer
 from mllm_edge.bundle.manifest import TensorSpec
 from mllm_edge.errors import BadInput
+from mllm_edge.runtime.answer import Picture
 from mllm_edge.runtime.answers.pictures import pictures
-from mllm_edge.runtime.turn import Drawing, Turn
+from mllm_edge.runtime.turn import Drawing, Ranking, Turn
 
 SIDE, STEPS = 4, 3
 # Two conditions, as an editor has them, a map that is one for all branches, and a text that an encoder makes of words.
@@ -40,6 +41,7 @@ GIVEN = {
     "seen": np.full((1, 3, SIDE, SIDE), 0.5, np.float32),
     "nothing": np.zeros((1, 3, SIDE, SIDE), np.float32),
     "map": np.full((1, 3, SIDE, SIDE), 0.25, np.float32),
+    "query": np.array([[3.0, 4.0]], np.float32),
 }
 Arrays = Mapping[str, np.ndarray]
 
@@ -60,6 +62,19 @@ def drawn(
     axis: Any, drawing: Drawing, entry: PicturesAnswer = ENTRY, alike: str = "map"
 ) -> tuple[Image.Image, list[int]]:
     """The picture, and how many branches each call of the UNet had; inputs in `alike` are one for all."""
+    (picture,), calls = all_drawn(axis, drawing, entry, alike)
+    assert (picture.origin, picture.span) == ("generated", (0, 0))
+    return picture.image, calls
+
+
+def all_drawn(
+    axis: Any,
+    drawing: Drawing,
+    entry: PicturesAnswer = ENTRY,
+    alike: str = "map",
+    embed: Callable[[Image.Image], np.ndarray] | None = None,
+) -> tuple[list[Picture], list[int]]:
+    """See `drawn`; `embed` is what compares pictures with the query."""
     shapes = {"latent": entry.shape, "timestep": [1], "text": [1, 2]}
     rows = {name: shapes.get(name, [1, 3, SIDE, SIDE]) for name in STAGES["unet"][0]}
     specs = [
@@ -67,6 +82,7 @@ def drawn(
         for name, shape in rows.items()
     ]
     turn, calls = Turn("", None, None, drawing=drawing, inputs={"unet": specs}), []  # type: ignore[arg-type,var-annotated]
+    turn.ranking = Ranking(entry.states, "query", embed) if embed else None
 
     def need(name: str) -> np.ndarray:
         if name in turn.values:
@@ -80,10 +96,9 @@ def drawn(
             assert len(given["text"]) == len(given["seen"]) == calls[-1]
         return run(given)
 
-    (picture,) = pictures(turn, entry, need)
+    found = list(pictures(turn, entry, need))
     assert turn.values == {}
-    assert (picture.origin, picture.span) == ("generated", (0, 0))
-    return picture.image, calls
+    return found, calls
 
 
 def expected(seed: int) -> np.ndarray:
@@ -143,6 +158,8 @@ NOISE = np.array([1.52196932, -1.14410579, 1.15016162, -1.78465319], np.float32)
         ({"guidance": [7.5, float("inf")]}, r"guidance scales \[7.5, inf\] are not all numbers"),
         ({"schedule": "heun"}, "unknown schedule 'heun'"),
         ({"preview": print}, "there is no preview every 0 steps; give 1 or more"),
+        ({"count": 0}, "0 pictures cannot be drawn for one; give 1 to 64"),
+        ({"count": 65}, "65 pictures cannot be drawn for one; give 1 to 64"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_line(wish: dict[str, Any], message: str) -> None:
@@ -164,6 +181,28 @@ def test_progress_and_previews() -> None:
     assert [picture.size for picture in shown] == [(SIDE, SIDE)] * 2  # after steps 2 and 4
     off = [np.abs(np.asarray(picture, int) - np.asarray(image, int)).mean() for picture in shown]
     assert off[1] <= off[0]
+
+
+def test_several_come_in_the_order_of_their_cosines_with_the_query() -> None:
+    """The query is (3, 4); a vector of any length counts by its direction, and one without as 0."""
+    directions = iter([[10.0, 0.0], [0.0, 0.5], [0.0, 0.0], [-1.0, 0.0], [np.inf, 1.0]])
+    seen: list[Image.Image] = []
+
+    def embed(image: Image.Image) -> np.ndarray:
+        seen.append(image)
+        return np.array(next(directions), np.float32)
+
+    found, _ = all_drawn(1, Drawing(seed=5, count=5), embed=embed)
+    assert [part.image for part in found] == [seen[at] for at in (1, 0, 2, 4, 3)]
+    assert [part.score for part in found] == pytest.approx([0.8, 0.6, 0, 0, -0.6])
+    assert np.abs(np.asarray(seen[0], int) - expected(5).astype(int)).max() <= 1  # the first is what one alone would be
+
+
+def test_several_that_cannot_be_compared_stand_as_they_were_drawn() -> None:
+    with pytest.warns(RuntimeWarning, match="cannot compare pictures"):
+        found, _ = all_drawn(1, Drawing(seed=5, count=2))
+    assert [part.score for part in found] == [None, None]
+    assert np.abs(np.asarray(found[0].image, int) - expected(5).astype(int)).max() <= 1
 
 
 def test_a_spacing_goes_with_its_schedule() -> None:

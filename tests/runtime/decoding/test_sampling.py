@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mllm_edge.bundle.manifest import Generation
 from mllm_edge.errors import BadInput
-from mllm_edge.runtime.decoding.sampling import Sampler, check_settings, likeliest
+from mllm_edge.runtime.decoding.sampling import Sampler, check_seed, check_settings, likeliest
 
 LOGITS = np.log(np.array([0.05, 0.5, 0.15, 0.3], np.float32))
 PLAIN = Generation(temperature=1.0, top_k=0, top_p=1.0)
@@ -42,8 +42,15 @@ def test_top_k_and_top_p_cut_the_tail() -> None:
 
 def test_a_seed_reproduces() -> None:
     assert draw(PLAIN, 30, seed=5) == draw(PLAIN, 30, seed=5) != draw(PLAIN, 30, seed=6)
-    for seed in (-1, 2**32 - 1, 2**40):
+    for seed in (2**32 - 1, 2**40, 2**64 - 1):
+        check_seed(seed)
         assert draw(PLAIN, 30, seed=seed) == draw(PLAIN, 30, seed=seed)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_outside_64_bits_is_refused(seed: int) -> None:
+    with pytest.raises(BadInput, match=f"the seed {seed} is outside 64 bits; give 0 to 18446744073709551615"):
+        check_seed(seed)
 
 
 def test_repetition_is_penalized_even_when_greedy() -> None:
