@@ -59,6 +59,15 @@ def check(manifest: Manifest, folder: Path) -> None:
         _answer(entry, manifest, made, where)
 
 
+def is_path(text: str, most: int = 4096) -> bool:
+    """Whether a system could have a file of that path: neither empty nor longer than `most`, without NUL and halves of
+    characters (those that stand for bytes of a name apart)."""
+    try:
+        return 0 < len(text) <= most and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether a file of `folder` lies there, links followed; in a cache of the Hugging Face hub its files are links to
     the blobs of the same repository."""
@@ -73,7 +82,7 @@ def is_inside(path: Path, folder: Path) -> bool:
 def locate(folder: Path, file: str) -> Path:
     """The path of a bundle's file. Raises BadInput when it would lie outside the bundle's folder."""
     path = folder / file
-    if "\0" in file or len(file) > LONGEST_PATH:
+    if file and not is_path(file, LONGEST_PATH):
         raise BadInput(f"{folder / MANIFEST} names a file that no system can have ({file[:40]!r}...); {AGAIN}")
     if not file or Path(file).is_absolute() or ".." in Path(file).parts or not is_inside(path, folder):
         raise BadInput(f"{folder / MANIFEST} points outside its folder ({file!r}); do not use this bundle")

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from mllm_edge.bundle.check import is_inside
+from mllm_edge.bundle.check import is_inside, is_path
 from mllm_edge.bundle.manifest import Prompt
 from mllm_edge.bundle.read import read_text
 from mllm_edge.errors import BadInput
@@ -115,7 +115,7 @@ def _part(item: Any, path: Path, number: int) -> str | Image.Image:
     if kind == "text":
         return value
     file = path.parent / value
-    if not value or "\0" in value or len(value) > 4096 or not is_inside(file, path.parent):
+    if not is_path(value) or not is_inside(file, path.parent):
         raise BadInput(f"{path}: item {number} names {value[:80]!r}, which is not in the file's folder; copy it there")
     try:
         return load_image(file)

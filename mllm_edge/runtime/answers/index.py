@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import re
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mllm_edge.bundle.answers import RetrievedAnswer
-from mllm_edge.bundle.check import is_inside
+from mllm_edge.bundle.check import is_inside, is_path
 from mllm_edge.bundle.manifest import Manifest
 from mllm_edge.bundle.read import graph_of, read_text, sha256
 from mllm_edge.bundle.sources import Constant, Pixels
@@ -44,6 +45,11 @@ MOST_ITEMS = 1 << 31
 LONGEST_LINE = 1 << 16  # bytes of an item; a path has at most 4096
 BLOCK = 4 << 20  # bytes of vectors that are multiplied at once; what stays of a block are its few best
 MOST_GONE = 1000  # pictures whose files are gone or changed, before a search gives up
+# As numpy writes it (numpy.lib.format, version 1.0), not all that it reads: that is Python, with all of its errors.
+_HEADER = re.compile(
+    rb"\{'descr': '([<>=|]?[A-Za-z]\d{0,3})', 'fortran_order': (True|False), "
+    rb"'shape': \(((?:\d{1,12}(?:, \d{1,12})*,?)?)\), \} *\n"
+)
 AGAIN = "make it again with: mllm-edge index build"
 
 
@@ -214,7 +220,7 @@ def read_about(folder: Path) -> About:
         raise BadInput(f"{where} has schema {about.schema}, this version reads {SCHEMA}; {AGAIN}")
     if not 1 <= about.width <= MOST_WIDTH or not 0 <= about.count <= MOST_ITEMS or len(about.roots) > 1000:
         raise BadInput(f"{where} speaks of {about.count} vectors of {about.width} values, which cannot be; {AGAIN}")
-    if any("\0" in root or not 0 < len(root) <= 4096 for root in about.roots):
+    if not all(map(is_path, about.roots)):
         raise BadInput(f"{where} names a folder that no system can have; {AGAIN}")
     return about
 
@@ -235,15 +241,17 @@ def open_vectors(folder: Path, about: About) -> NDArray[np.float32]:
 def npy_header(stream: BinaryIO, path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Shape, whether columns come first, and type of a `.npy` file. Raises BadInput where it has no such header, or
     holds Python objects."""
+    start = stream.read(10)
+    found = _HEADER.fullmatch(stream.read(int.from_bytes(start[8:], "little")))
     try:
-        if np.lib.format.read_magic(stream) != (1, 0):
-            raise ValueError("another version of the format")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    except (ValueError, OSError, EOFError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+        if start[:8] != b"\x93NUMPY\x01\x00" or not found:
+            raise TypeError("it has another header")
+        dtype = np.dtype(found[1].decode("ascii"))
+    except TypeError as error:
         raise BadInput(f"{path} is no array ({error}); {AGAIN}") from None
     if dtype.hasobject:
         raise BadInput(f"{path} holds Python objects, which are programs and not read; {AGAIN}")
-    return shape, fortran, dtype
+    return tuple(map(int, re.findall(rb"\d+", found[3]))), found[2] == b"True", dtype
 
 
 class _Lines:
@@ -277,8 +285,8 @@ class _Lines:
         except (ValueError, TypeError, RecursionError) as error:
             raise BadInput(f"{self._path}: line {number + 1} is no item ({error}); {AGAIN}") from None
         path = roots[root] / file
-        named, possible = Path(file), 0 < len(file) <= 4096 and "\0" not in file
-        if not possible or named.is_absolute() or ".." in named.parts or not is_inside(path, roots[root]):
+        named = Path(file)
+        if not is_path(file) or named.is_absolute() or ".." in named.parts or not is_inside(path, roots[root]):
             raise BadInput(f"{self._path} points outside its folder of pictures ({file[:80]!r}); do not use this index")
         return path, digest
 
