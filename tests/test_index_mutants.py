@@ -81,7 +81,7 @@ def tried(index: Path, query: np.ndarray) -> Index | None:
         assert peak < MOST_MEMORY
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.sampled_from(FILES), mutants())
 @example("vectors.npy", lambda data: data.replace(b"}", b" "))  # a header that does not end
 @example("vectors.npy", lambda data: data.replace(b"(7, ", b"(1e9999, "))
@@ -106,7 +106,7 @@ def test_a_mutant_is_read_or_refused(whole: Path, file: str, mutant: Callable[[b
         assert (found.about.count, found.about.width) == (PICTURES, query.shape[0])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.sampled_from([*FILES, "skipped.jsonl"]), mutants())
 def test_a_mutant_is_added_to_or_refused(
     bundle: Path, whole: Path, file: str, mutant: Callable[[bytes], bytes]
