@@ -318,3 +318,15 @@ def test_export_passes_its_options_and_reports_steps(
     ]
     document, size = call(*words, "--json").document, sum(entry.bytes for entry in read_manifest(folder).files())
     assert (document["bundle"], document["bytes"], document["parity"]) == (str(folder), size, [])
+
+
+def test_a_text_system_takes_parts_and_writes_a_page(folder: Path, picture: Path, tmp_path: Path, call: Call) -> None:
+    (tmp_path / "noise.png").write_bytes(picture.read_bytes())
+    parts, page = tmp_path / "parts.json", tmp_path / "answer.html"
+    parts.write_text('[{"image": "noise.png"}, "the red"]')
+    said = call("run", folder, "--prompt-file", parts, "-o", page, "--json")
+    assert said.document["tokens"] == call("run", folder, "the red", "--image", picture, "--json").document["tokens"]
+    assert page.read_text().count("<img ") == 1
+    parts.write_text('["the", {"image": "none.png"}]')
+    assert "item 2: " in call("run", folder, "--prompt-file", parts).error
+    assert "no tokens that others follow" in call("run", folder, "the", "--picture-scale", 2).error
