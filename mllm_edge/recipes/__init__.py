@@ -50,6 +50,10 @@ class Watched(dict[str, Any]):
 def _task(recipe: Recipe) -> Task:
     from mllm_edge.recipes.tasks.diffusion import DiffusionTask
     from mllm_edge.recipes.tasks.encoder import EncoderTask
+    from mllm_edge.recipes.tasks.gill import GillTask
+    from mllm_edge.recipes.tasks.gill_decision import GillDecisionTask
+    from mllm_edge.recipes.tasks.gill_encoder import GillEncoderTask
+    from mllm_edge.recipes.tasks.gill_language import GillLanguageTask
     from mllm_edge.recipes.tasks.glamm import GlammTask
     from mllm_edge.recipes.tasks.language import LanguageTask
     from mllm_edge.recipes.tasks.lion import LionTask
@@ -65,6 +69,10 @@ def _task(recipe: Recipe) -> Task:
     tasks: dict[str, Callable[[Recipe], Task]] = {
         "diffusion": DiffusionTask,
         "encoder": EncoderTask,
+        "gill": GillTask,
+        "gill-decision": GillDecisionTask,
+        "gill-encoder": GillEncoderTask,
+        "gill-language": GillLanguageTask,
         "glamm": GlammTask,
         "language": LanguageTask,
         "lion-align": LionAlignTask,

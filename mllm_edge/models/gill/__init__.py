@@ -9,7 +9,7 @@ INFO = SystemInfo(
     tasks=["captioning", "dialogue", "picture retrieval", "picture generation"],
     stages=["vision_encoder", "connector", "heads", "unet", "vae_decoder", "language_model"],
     configs={
-        "tiny": "11 M parameters, pictures of 64 px",
+        "tiny": "11 M parameters, reads pictures of 128 px, draws such of 64 px",
         "6.7b": "CLIP-L/14 + OPT-6.7B + Stable Diffusion 1.5, pictures of 512 px",
     },
     base_checkpoints=["facebook/opt-6.7b", "openai/clip-vit-large-patch14", "stable-diffusion-v1-5"],

@@ -104,8 +104,9 @@ class Gill(nn.Module):
 
 CONFIGS: dict[str, GillDims] = {
     "tiny": GillDims(
-        VitDims(image_size=64, patch_size=8, width=160, layers=5, heads=4, mlp_width=640, tap=-1),
-        OptDims(vocabulary=512, width=192, ffn_width=768, layers=4, heads=6, context=256),
+        # That of all tiny systems, whose layers it begins with, and a layer more
+        VitDims(image_size=128, patch_size=16, width=192, layers=6, heads=3, mlp_width=768, tap=-1),
+        OptDims(vocabulary=440, width=192, ffn_width=768, layers=4, heads=6, context=256),
         MapperDims(128, layers=2, mlp_width=256, queries=TINY_TEXT.length, out_width=TINY_TEXT.width),
         TINY_UNET,
         TINY_VAE,

@@ -50,7 +50,7 @@ from mllm_edge.models.parts import filled
 ARGS, TRAINED, DECISION = "model_args.json", "pretrained_ckpt.pth.tar", "decision_model.pth.tar"
 DIFFUSION = "stable-diffusion-v1-5"
 ROWS = "picture_rows"  # of the table
-_ROLES = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>", "add_bos_token": True}
+ROLES = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>", "add_bos_token": True}
 _FIXED: dict[str, tuple[Any, ...]] = {
     "freeze_lm": (True,),
     "freeze_vm": (True,),
@@ -241,7 +241,7 @@ def _config(folder: Path) -> dict[str, Any]:
 def _extended(opt: Path) -> tempfile.TemporaryDirectory[str]:
     """OPT's tokenizer with GILL's tokens, in a folder that lasts as long as this process: a base is not written to."""
     place = tempfile.TemporaryDirectory(prefix="mllm-edge-tokenizer-")
-    extend(opt, Path(place.name), [CLASS_TOKEN], TOKENS, _ROLES)
+    extend(opt, Path(place.name), [CLASS_TOKEN], TOKENS, ROLES)
     return place
 
 

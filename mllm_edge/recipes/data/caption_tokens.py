@@ -49,16 +49,22 @@ def byte_pairs(words: Mapping[str, int], size: int) -> tuple[list[str], list[tup
     """
     letters = sorted({*_LETTERS, *"".join(words)})
     tokens = [START, END, *letters, *(letter + LAST for letter in letters)]
+    return learned_pairs(tokens, {word: [*word[:-1], word[-1] + LAST] for word in words}, words, size)
+
+
+def learned_pairs(
+    tokens: list[str], spelled: dict[str, list[str]], counts: Mapping[str, int], size: int
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Tokens, at most `size`, begun with those given, and merges of words that are `spelled` in pieces."""
     merges: list[tuple[str, str]] = []
-    spelled = {word: [*word[:-1], word[-1] + LAST] for word in words}
     while len(tokens) < size:
-        counts: Counter[tuple[str, str]] = Counter()
+        pairs: Counter[tuple[str, str]] = Counter()
         for word, pieces in spelled.items():
             for pair in pairwise(pieces):
-                counts[pair] += words[word]
-        if not counts:
+                pairs[pair] += counts[word]
+        if not pairs:
             break
-        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         tokens += [] if "".join(best) in tokens else ["".join(best)]
         spelled = {word: _merged(pieces, best) for word, pieces in spelled.items()}

@@ -80,20 +80,22 @@ class DiffusionModel(nn.Module):
         rows: Tensor = self.text_encoder(ids).last_hidden_state
         return rows
 
-    @torch.no_grad()
-    def draw(self, ids: Tensor, empty: Tensor, noise: Tensor, steps: int, guidance: float) -> Tensor:
-        """Latents [n,C,h,w] for texts int64 [n,L] from noise [n,C,h,w] by DPM-Solver++; `empty` [1,L] is no text."""
-        device = self.left.device
-        rows = self.text(torch.cat([ids, empty.expand_as(ids)]).to(device))  # [2n,L,D]
 
-        def predict(latent: np.ndarray[Any, Any], timestep: float) -> np.ndarray[Any, Any]:
-            both = torch.from_numpy(np.concatenate([latent, latent])).to(device)
-            found = self.unet(both, torch.tensor([timestep], device=device), rows).float().cpu().numpy()
-            return guided(np.split(found, 2), [guidance])
+@torch.no_grad()
+def drawn_latents(unet: UNet, text: Tensor, empty: Tensor, noise: Tensor, steps: int, guidance: float) -> Tensor:
+    """Latents [n,C,h,w] for what texts are to the UNet, [n,L,D], from noise [n,C,h,w], by DPM-Solver++; `empty` [1,L,D]
+    is no text."""
+    device = text.device
+    rows = torch.cat([text, empty.expand_as(text)])  # [2n,L,D]
 
-        table = table_of("dpm_solver", BETAS, TRAIN_STEPS, steps)  # which draws no fresh noise
-        *_, (latent, _) = run(table, noise.numpy(), predict, lambda: np.zeros_like(noise))
-        return torch.from_numpy(latent).to(device) / self.scale
+    def predict(latent: np.ndarray[Any, Any], timestep: float) -> np.ndarray[Any, Any]:
+        both = torch.from_numpy(np.concatenate([latent, latent])).to(device)
+        found = unet(both, torch.tensor([timestep], device=device), rows).float().cpu().numpy()
+        return guided(np.split(found, 2), [guidance])
+
+    table = table_of("dpm_solver", BETAS, TRAIN_STEPS, steps)  # which draws no fresh noise
+    *_, (latent, _) = run(table, noise.numpy(), predict, lambda: np.zeros_like(noise))
+    return torch.from_numpy(latent).to(device)
 
 
 class DiffusionTask:
@@ -185,8 +187,10 @@ class DiffusionTask:
         """Pictures drawn for texts, on the CPU: float32 [n,3,S,S], -1..1."""
         noise = np.stack([self._noise(np.random.default_rng([self.recipe.seed, 66, i])) for i in range(len(texts))])
         ids, empty = (torch.from_numpy(caption_ids(self.tokenizer, rows)) for rows in (texts, [""]))
-        latent = self.model.draw(ids, empty, torch.from_numpy(noise), STEPS, GUIDANCE)
-        pixels: Tensor = self.decoder(latent.cpu()).clamp(-1, 1)
+        device = self.model.left.device
+        text, none = self.model.text(ids.to(device)), self.model.text(empty.to(device))
+        latent = drawn_latents(self.model.unet, text, none, torch.from_numpy(noise), STEPS, GUIDANCE)
+        pixels: Tensor = self.decoder(latent.cpu() / self.vae.scale).clamp(-1, 1)
         return pixels
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
