@@ -10,6 +10,7 @@ import numpy as np
 
 from mllm_edge.models.gill.model import GillDims
 from mllm_edge.models.gill.plan import preprocessing
+from mllm_edge.recipes.data.conversation import IGNORE
 from mllm_edge.recipes.data.scene_pixels import drawn
 from mllm_edge.recipes.data.small_scenes import MOST, small_scene
 from mllm_edge.runtime.preprocess import preprocess
@@ -35,6 +36,7 @@ PAIRS: tuple[Pair, ...] = tuple((color, shape) for color in COLORS for shape in 
 CLASSES = {"color": COLORS, "shape": SHAPES, "size": SIZES, "place": tuple(LOCATIONS)}  # of a slot; one more is none
 _FRAMES = ("There is ", "The picture shows ", "A picture of ")
 _NAMED = re.compile(rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b")
+_SIZED, _PLACED = re.compile(rf"\b({'|'.join(SIZES)})\b"), re.compile(r"\b(at|in|on) the\b")
 _FULLER = 3  # of so many fuller scenes one has more than four things
 
 
@@ -87,6 +89,15 @@ def slots(scene: Scene) -> dict[str, np.ndarray[Any, np.dtype[np.int64]]]:
         for name, word in said.items():
             if word is not None:
                 found[name][at] = CLASSES[name].index(word)
+    return found
+
+
+def said_slots(scene: Scene, text: str) -> dict[str, np.ndarray[Any, np.dtype[np.int64]]]:
+    """`slots` that a caption speaks of: -100 for all sizes where it has none, and for all places."""
+    found = slots(scene)
+    for name, said in (("size", _SIZED), ("place", _PLACED)):
+        if not said.search(text):
+            found[name] = np.full(SLOTS, IGNORE, np.int64)
     return found
 
 

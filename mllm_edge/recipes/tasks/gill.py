@@ -81,7 +81,7 @@ class GillTask:
         fill(self.model.text_encoder, read_part(init["diffusion"], "text_encoder"), "diffusion")
         fill(self.model.vision_encoder, read_part(init["vision_encoder"], "vision_encoder"), "vision_encoder")
         fill(self.model.language_model, read_part(init["language"], "language_model"), "language")
-        self.model.rescale()
+        self.model.begin_rows()
         # After the model, whose first weights must not depend on it.
         judge = read_classifier(init["judge"]) if init.get("judge") else None
         shape = (self.dims.unet.out_channels, self.dims.unet.side, self.dims.unet.side)

@@ -32,6 +32,7 @@ from mllm_edge.recipes.data.gill_scenes import CLASSES, PAIRS, SLOTS, pairs_show
 from mllm_edge.recipes.modules import decaying
 from mllm_edge.recipes.parts import read_part, save_part
 from mllm_edge.recipes.recipe import Recipe
+from mllm_edge.recipes.slots import SlotHeads
 from mllm_edge.scenes import Scene, sample_scene
 from mllm_edge.scenes.captions import full_caption
 
@@ -51,8 +52,7 @@ class SeenModel(nn.Module):
         super().__init__()
         self.vision_encoder = PooledEncoder(dims)
         self.visual_fc = nn.Linear(dims.width, width)
-        self.split = {"pairs": len(PAIRS), **{name: SLOTS * (len(words) + 1) for name, words in CLASSES.items()}}
-        self.heads = nn.Linear(dims.width, sum(self.split.values()))
+        self.pairs, self.slots = nn.Linear(dims.width, len(PAIRS)), SlotHeads(dims.width)
         self.text_encoder, self.text_fc = text_encoder(TEXT), nn.Linear(TEXT.width, width)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
 
@@ -67,15 +67,11 @@ class SeenModel(nn.Module):
         pooled = self.vision_encoder(pixel_values)  # [B,D]
         scale = self.logit_scale.clamp(max=float(np.log(MOST_SCALE)))
         contrast = info_nce(self.read(ids), self.visual_fc(pooled), scale)
-        there, *told_of = self.heads(pooled).float().split(list(self.split.values()), dim=-1)
+        there = self.pairs(pooled).float()  # [B,48]
         shown = functional.binary_cross_entropy_with_logits(there, pairs, reduction="none").sum(1).mean() / SLOTS
-        result = {"contrast": contrast, "pairs": ((there > 0) == (pairs > 0.5)).all(1).float().mean()}
-        loss = contrast + shown
-        for name, logits in zip(CLASSES, told_of, strict=True):
-            classes = logits.unflatten(1, (SLOTS, -1)).transpose(1, 2)  # [B,classes,4]
-            loss = loss + functional.cross_entropy(classes, labels[name])
-            result[name] = (classes.argmax(1) == labels[name]).float().mean()
-        return {"loss": loss, **result}
+        told_of, right = self.slots.losses(pooled, labels)
+        exact = ((there > 0) == (pairs > 0.5)).all(1).float().mean()
+        return {"loss": contrast + shown + told_of, "contrast": contrast, "pairs": exact, **right}
 
 
 class GillEncoderTask:

@@ -13,6 +13,7 @@ from mllm_edge.recipes.data.gill_batches import MODES
 from mllm_edge.recipes.tasks.gill_language import at_rows, final_states, headless, said_loss
 
 TOLD = 0.5  # weight of the words in retrieval and generation
+APART = 0.1  # deviation of the picture tokens' first rows from one another
 
 
 def mean_distance(found: Tensor, wanted: Tensor) -> Tensor:
@@ -47,6 +48,13 @@ class GillModel(nn.Module):
     def table(self) -> Tensor:
         """All rows, [V,D]."""
         return torch.cat([self.others, self.rows])
+
+    @torch.no_grad()
+    def begin_rows(self) -> None:
+        """Begin the picture tokens as `<|image|>`, which sums a text up, a little apart from each other."""
+        own = self.others[-1]
+        self.rows.copy_(own + APART * own.std() * self.rows)
+        self.rescale()
 
     @torch.no_grad()
     def rescale(self) -> None:
