@@ -99,9 +99,9 @@ def falls(task: Any, rate: float, steps: int, many: int) -> tuple[float, float]:
 
 
 def test_contrast_by_hand() -> None:
-    texts, images = torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-    half = math.sqrt(0.5)
-    cosines = [[1.0, half], [0.0, half]]  # of texts in rows
+    texts, images = torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([[1.0, 0.0], [1.0, 2.0]])
+    long = math.sqrt(5)
+    cosines = [[1.0, 1 / long], [0.0, 2 / long]]  # of texts in rows
     scale = 2.0
     rows = [math.log(sum(math.exp(scale * x) for x in row)) - scale * row[i] for i, row in enumerate(cosines)]
     columns = [[cosines[0][i], cosines[1][i]] for i in range(2)]
@@ -128,7 +128,7 @@ def test_slots_without_a_word_are_in_no_loss() -> None:
     labels = {name: torch.full((1, 4), -100) for name in ("color", "shape", "size", "place")}
     labels["size"] = torch.tensor([[0, 1, 2, 2]])
     loss, right = heads.losses(torch.ones(1, 3), labels)
-    assert float(loss) == pytest.approx(math.log(3)) and float(right["size"]) == 0.25
+    assert loss.item() == pytest.approx(math.log(3)) and float(right["size"]) == 0.25
 
 
 def test_a_step_moves_the_picture_tokens_and_nothing_frozen(runs: Path) -> None:
