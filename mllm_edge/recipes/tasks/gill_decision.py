@@ -7,7 +7,7 @@ for. The head reads the state at [IMG0] of caption and picture tokens; every ste
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mllm_edge.checkpoints.tensors import Tensors
 from mllm_edge.errors import BadInput
 from mllm_edge.models.gill.layouts import load, save_gill
 from mllm_edge.models.gill.model import LM, GillDims
@@ -113,7 +112,7 @@ class GillDecisionTask:
         save_gill(folder, self.held.config, dims, tensors, self.held.tokenizer, getattr(torch, self.recipe.dtype))
 
 
-def opt_of(tensors: Tensors, dims: GillDims) -> Any:
+def opt_of(tensors: Mapping[str, Tensor], dims: GillDims) -> Any:
     """The OPT of a checkpoint, in fp32, without its head."""
     decoder = headless(dims.language)
     decoder.load_state_dict({name: tensors[LM + name].float() for name in decoder.state_dict()})

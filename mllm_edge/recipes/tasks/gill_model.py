@@ -96,7 +96,7 @@ class GillModel(nn.Module):
 
     def groups(self, states: Tensor, ids: Tensor) -> Tensor:
         """The states at whole groups of picture tokens, [n,T,D] -> [B,8,D]."""
-        return states[ids >= self.dims.start].unflatten(0, (self._many(ids), len(TOKENS)))
+        return states[ids >= self.dims.start].view(self._many(ids), len(TOKENS), -1)
 
     def _many(self, ids: Tensor) -> int:
         return int((ids == self.dims.start).sum())
