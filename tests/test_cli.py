@@ -164,6 +164,10 @@ def test_text_bundles_refuse_boxes_and_folders(option: str, value: str, folder: 
         (["--beams", "2"], "beams is 2, and this bundle's language model holds one sequence; use beams 1"),
         (["--beams", "0"], "beams is 0; it must be 1"),
         (["--index", "nowhere"], "nowhere is no index of pictures"),
+        (["--steps", "9", "--draw", "2"], "draws no pictures; leave out --steps, --draw"),
+        (["--guidance", "2", "--schedule", "ddim"], "draws no pictures; leave out --guidance, --schedule"),
+        (["--draw-seed", "1"], "draws no pictures; leave out --draw-seed"),
+        (["--preview-every", "1", "--out", "nowhere"], "draws no pictures; leave out --preview-every"),
     ],
 )
 def test_what_a_bundle_cannot_do_is_refused(words: list[str], reason: str, folder: Path, call: Call) -> None:

@@ -160,11 +160,13 @@ class Drawing:
         """The runtime's own, with previews in the folder `out`.
 
         Raises:
-            BadInput: previews have no folder, or the index is not of this bundle, which is not loaded then.
+            BadInput: previews have no folder, the index is not of this bundle, or it cannot draw so; it is not loaded
+                then.
         """
         from mllm_edge.bundle.read import read_manifest
         from mllm_edge.runtime.answers.index import Index
         from mllm_edge.runtime.answers.page import is_page
+        from mllm_edge.runtime.asked import check_drawing
         from mllm_edge.runtime.turn import Drawing as Made
 
         if self.preview_every is not None and out is None:
@@ -175,7 +177,10 @@ class Drawing:
         if index:
             index.check(read_manifest(bundle, verify_hash=False))
         made = Made(self.steps, self.guidance, self.draw_seed, index, self.schedule, self.draw)
-        return self.previewed(made, out)
+        made = self.previewed(made, out)
+        if dataclasses.replace(made, index=None) != Made():
+            check_drawing(made, read_manifest(bundle, verify_hash=False))
+        return made
 
     def previewed(self, made: runtime_turn.Drawing, out: Path | None) -> runtime_turn.Drawing:
         """`made` with its previews, if any are wanted, in the folder `out`."""

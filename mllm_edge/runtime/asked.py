@@ -50,7 +50,7 @@ def completed(asked: Asked, manifest: Manifest, picture: InputPicture | None) ->
 
     Raises:
         BadInput: an unknown task, a box that is none of the picture's, tags that cannot stand in the prompt, a question
-            after a thing that does not say which, or pictures that cannot be drawn so.
+            after a thing that does not say which, or pictures that cannot be drawn so (`check_drawing`).
     """
     _check_tags(asked.tags, manifest)
     asked = replace(asked, task=task_of(manifest, asked.text, asked.task))
@@ -59,9 +59,26 @@ def completed(asked: Asked, manifest: Manifest, picture: InputPicture | None) ->
             asked = _spelled(asked, entry, picture)
             if entry.tasks and asked.task in entry.tasks and not asked.raw:
                 _names_something(asked.text, asked.task, manifest)
-        if isinstance(entry, PicturesAnswer):
-            settled(entry, asked.drawing)
+    check_drawing(asked.drawing, manifest)
     return asked
+
+
+def check_drawing(drawing: Drawing, manifest: Manifest) -> None:
+    """Raise BadInput for pictures that cannot be drawn so, and for wishes of them where the bundle draws none."""
+    entries = [entry for entry in manifest.answers if isinstance(entry, PicturesAnswer)]
+    for entry in entries:
+        settled(entry, drawing)
+    plain = Drawing()
+    wishes = {
+        "--steps": drawing.steps != plain.steps,
+        "--guidance": drawing.guidance != plain.guidance,
+        "--schedule": drawing.schedule != plain.schedule,
+        "--draw": drawing.count != plain.count,
+        "--draw-seed": drawing.seed != plain.seed,
+        "--preview-every": drawing.preview is not None,
+    }
+    if not entries and (given := [name for name, wished in wishes.items() if wished]):
+        raise BadInput(f"this bundle ({', '.join(manifest.tasks)}) draws no pictures; leave out {', '.join(given)}")
 
 
 def task_of(manifest: Manifest, text: str, task: str = "") -> str:

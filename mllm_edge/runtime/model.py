@@ -187,6 +187,15 @@ class Model:
         """
         return self._pipeline.query(text)
 
+    def decided(self, text: str) -> dict[str, float]:
+        """How likely these words ask to "retrieve" a picture and to "generate" one, were they the question and its
+        first group of tokens the whole answer; nothing is drawn or looked for.
+
+        Raises:
+            BadInput: the bundle does not decide between them, or the words do not fit its context.
+        """
+        return self._pipeline.decided(text)
+
     def tokenize(self, text: str) -> list[int]:
         """Ids of a piece of text, without BOS; control strings count as text."""
         return self.tokenizer.tokenize(text)

@@ -13,13 +13,14 @@ from typing import NamedTuple, cast
 import numpy as np
 from PIL import Image
 
-from mllm_edge.bundle.answers import AnswerEntry, BoxesAnswer, RetrievedAnswer
+from mllm_edge.bundle.answers import AnswerEntry, BoxesAnswer, PicturesAnswer, RetrievedAnswer
 from mllm_edge.bundle.manifest import Manifest, Prompt, Slot
 from mllm_edge.bundle.sources import Labels, States
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.machine.facts import peak_rss
 from mllm_edge.runtime import prompt as prompt_parts
 from mllm_edge.runtime.answer import Answer, Part, Tokens
+from mllm_edge.runtime.answers.decision import chances
 from mllm_edge.runtime.answers.index import retrieving
 from mllm_edge.runtime.answers.kinds import KINDS
 from mllm_edge.runtime.answers.phrases import groups
@@ -35,7 +36,7 @@ from mllm_edge.runtime.images import ImageSource, load_image, pixel_hash
 from mllm_edge.runtime.prompt import WORDS, Span, answer_parts, ids_of, render, render_raw, tokenized
 from mllm_edge.runtime.sources import Held
 from mllm_edge.runtime.tensors import Tensors
-from mllm_edge.runtime.turn import InputPicture, Ranking, Rows, Turn
+from mllm_edge.runtime.turn import InputPicture, Need, Ranking, Rows, Turn
 from mllm_edge.runtime.wiring import answer_tensors
 
 
@@ -95,7 +96,18 @@ class Pipeline:
     def query(self, text: str) -> Floats:
         """See `Model.query`."""
         entry = retrieving(self.manifest)
-        tokens = next(source.tokens for source in self._states if source.name == entry.states)
+        return np.asarray(self._of_group(text, entry.states)(entry.query), np.float32).reshape(-1)
+
+    def decided(self, text: str) -> dict[str, float]:
+        """See `Model.decided`."""
+        for entry in self.manifest.answers:
+            if isinstance(entry, (RetrievedAnswer, PicturesAnswer)) and entry.decision and entry.states:
+                return chances(self._of_group(text, entry.states), entry.decision)
+        raise BadInput(f"this bundle ({', '.join(self.manifest.tasks)}) does not decide how a picture is got")
+
+    def _of_group(self, text: str, states: str) -> Need:
+        """What makes the tensors of an answer that is one group of tokens of `states`, and nothing else."""
+        tokens = next(source.tokens for source in self._states if source.name == states)
         forced = [self._ids[token] for token in tokens]
         turn, script = self._opening(Asked(text))
         positions = len(script_keys(script)) + len(forced)
@@ -105,9 +117,9 @@ class Pipeline:
                 turn.ids, turn.states = item.kept, item.states
         if not self._alongside:
             self._loop.release()
-        for _ in groups(turn, entry.states):
-            return np.asarray(self._tensors.need(turn, entry.query), np.float32).reshape(-1)
-        raise MllmEdgeError(f"{', '.join(tokens)} are no whole group of {entry.states}; export the bundle again")
+        for _ in groups(turn, states):
+            return self._tensors.bound(turn)
+        raise MllmEdgeError(f"{', '.join(tokens)} are no whole group of {states}; export the bundle again")
 
     def _opening(self, asked: Asked) -> tuple[Turn, Script]:
         """A question that opens a dialogue, and what the language model reads of it."""
