@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mllm_edge.commands.frame import BundleFolder, Loading, verb
+from mllm_edge.bundle.read import read_manifest
+from mllm_edge.commands.frame import BundleFolder, Loading, needs, verb
 from mllm_edge.commands.screen import Screen
 from mllm_edge.errors import BadInput, OutOfTolerance
 from mllm_edge.machine import devices
@@ -122,6 +123,7 @@ def compare(
     "eval my.bundle scenes-referring -n 500",
     "eval my.bundle GranDf_HA_GCG_val.json --images val --out answers.jsonl --resume",
     "eval my.bundle scenes-boxes",
+    "eval my.bundle scenes-drawings -n 100 --judge runs/scene-classifier",
     "eval my.bundle questions.json --instances annotations.json --images val2014",
     "eval my.bundle refs.json --instances instances.json --images train2014 --split val --teacher-forced",
 )
@@ -133,7 +135,8 @@ def eval_(
         str,
         typer.Argument(
             metavar="DATASET",
-            help="scenes-questions, -referring, -grounded, -regions, -boxes or -captions, the same of wide- scenes, or "
+            help="scenes-questions, -referring, -grounded, -regions, -boxes or -captions, the same of wide- scenes, "
+            "scenes-drawings, scenes-retrieval or scenes-decisions of bundles that draw or retrieve, or "
             "a JSON file like GranD-f's, RefCOCO's, COCO's captions or VQA's questions.",
             show_default=False,
         ),
@@ -151,18 +154,35 @@ def eval_(
     teacher_forced: Annotated[
         bool, typer.Option("--teacher-forced", help="References: give the answer, judge the mask alone.")
     ] = False,
+    judge: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Drawings: a run of scene-classifier, instead of the one that is shipped."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE.jsonl", help="Keep the answers.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the answers that --out has.")] = False,
 ) -> None:
-    """Measure quality on a data set. Mask and text scores; those of a file beside the paper's."""
-    from mllm_edge.evaluate import cases
-    from mllm_edge.evaluate.run import evaluate
-    from mllm_edge.evaluate.show import score_table
+    """Measure quality on a data set. Scores of texts, masks and pictures; those of a file beside the paper's."""
+    with needs("train"):
+        from mllm_edge.evaluate import cases, drawings, lookups
+        from mllm_edge.evaluate.run import evaluate
+        from mllm_edge.evaluate.show import score_table
 
     if resume and not out:
         raise BadInput("--resume goes with --out, the file that holds the answers; add it")
-    if dataset in cases.SCENES:
-        data = cases.scenes(dataset, 500 if number is None else number, split or "test")
+    if judge and dataset != "scenes-drawings":
+        raise BadInput("--judge goes with scenes-drawings; leave it out")
+    scenes = 500 if number is None else number
+    if dataset in lookups.KINDS:
+        if out or teacher_forced:
+            raise BadInput(f"{dataset} generates no answers; leave out {'--out' if out else '--teacher-forced'}")
+        result = _looked_up(screen, loading, bundle, dataset, scenes, split or "test")
+        screen.result({"bundle": str(bundle), **result}, score_table(str(bundle), result))
+        return
+    if dataset == "scenes-drawings":
+        drawings.check_draws(read_manifest(bundle, verify_hash=False))
+        data = drawings.drawings(scenes, split or "test", drawings.read_judge(judge))
+    elif dataset in cases.SCENES:
+        data = cases.scenes(dataset, scenes, split or "test")
     else:
         data = cases.files(Path(dataset), images, instances, split or "val", regions, as_boxes)
     if number is not None:
@@ -181,6 +201,28 @@ def eval_(
         )
         report(data.name, 1, 1, time.monotonic() - started)
     screen.result({"bundle": str(bundle), **result}, score_table(str(bundle), result))
+
+
+def _looked_up(screen: Screen, loading: Loading, bundle: Path, dataset: str, number: int, split: str) -> dict[str, Any]:
+    """The scores of a data set that needs no answers, only vectors or decisions."""
+    from mllm_edge.evaluate import lookups
+
+    kind, started = lookups.KINDS[dataset], time.monotonic()
+    lookups.check_looks(read_manifest(bundle, verify_hash=False), kind)
+    with screen.steps() as report:
+
+        def progress(done: int, total: int) -> None:
+            report(dataset, 1, 1, None, done / total)
+
+        if kind == "retrieval":
+            result = lookups.retrieval(
+                lambda: loading.embedder(bundle), lambda: loading.open(bundle), number, split, progress
+            )
+        else:
+            with loading.open(bundle) as model:
+                result = lookups.decisions(model, number, split, progress)
+        report(dataset, 1, 1, time.monotonic() - started)
+    return result
 
 
 @verb(

@@ -29,6 +29,7 @@ from mllm_edge.recipes.data.readers import (
     read_refcoco,
 )
 from mllm_edge.recipes.data.segmentation import decode_segmentation
+from mllm_edge.runtime import Model
 from mllm_edge.runtime.images import load_image
 from mllm_edge.scenes import (
     Scene,
@@ -47,24 +48,28 @@ from mllm_edge.scenes.captions import full_caption
 Mask = NDArray[np.bool_]
 KINDS = ("questions", "referring", "grounded", "regions", "boxes", "captions")
 SCENES = {f"{series}-{kind}": kind for series in ("scenes", "wide") for kind in KINDS}
+PICTURES = ("scenes-drawings", "scenes-retrieval", "scenes-decisions")  # of bundles that answer with pictures
 SIZE = 320  # pixels per side of a scene; wide ones have their own size
 REFERRING_QUESTION = SEGMENT_TURNS[0][0]
 
 
 @dataclass(frozen=True)
 class Truth:
-    """The right answer: accepted texts, masks with their phrases, and boxes x1,y1,x2,y2 in pixels."""
+    """The right answer: accepted texts, masks with their phrases, boxes x1,y1,x2,y2 in pixels, or a scene that is to be
+    drawn, with what the judge of drawings sees in its own picture."""
 
     texts: list[str] = field(default_factory=list)
     masks: list[Mask] = field(default_factory=list)
     phrases: list[str] = field(default_factory=list)
     boxes: list[tuple[float, ...]] = field(default_factory=list)
+    seen: list[str] = field(default_factory=list)
+    scene: Scene | None = None
 
 
 @dataclass(frozen=True)
 class Case:
     """One question: its words, or the name of one of the bundle's own ("locate") and what it is about. The picture and
-    the truth are loaded lazily."""
+    the truth are loaded lazily. `ask` gives what is kept of an answer, where it is not asked about its picture."""
 
     name: str
     question: str
@@ -72,14 +77,16 @@ class Case:
     truth: Callable[[Image.Image], Truth]
     boxes: list[tuple[float, ...]] = field(default_factory=list)
     own: tuple[str, str] | None = None
+    ask: Callable[[Model], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
 class DataSet:
     """Cases of one kind: "questions" (a word or phrase), "referring" (a mask), "grounded" (a text with masks),
-    "regions" (a text about a box), "boxes" (a box), "captions" (a text) or "vqa" (an answer that several people gave).
+    "regions" (a text about a box), "boxes" (a box), "captions" (a text), "vqa" (an answer that several people gave) or
+    "drawings" (a picture).
 
-    `digest` is the SHA-256 of their source file, "" for scenes.
+    `digest` is the SHA-256 of their source file, "" for scenes; of drawings, that of their judge.
     """
 
     name: str
@@ -94,8 +101,7 @@ def scenes(name: str, number: int, split: str) -> DataSet:
     Raises:
         BadInput: an unknown name or split.
     """
-    if split not in ("test", "validation", "held_out"):
-        raise BadInput(f"there is no split {split!r} to evaluate on; use test, validation or held_out")
+    check_split(split)
     kind = SCENES[name]
     sample = sample_wide if name.startswith("wide") else sample_scene
     if kind == "questions":
@@ -110,6 +116,12 @@ def scenes(name: str, number: int, split: str) -> DataSet:
     }[kind]
     cases = [make(sample(split, index), f"{split} {index}", index) for index in range(number)]
     return DataSet(f"{name} ({split})", kind, cases)
+
+
+def check_split(split: str) -> None:
+    """Raise BadInput for a split that recipes train on, or that is none."""
+    if split not in ("test", "validation", "held_out"):
+        raise BadInput(f"there is no split {split!r} to evaluate on; use test, validation or held_out")
 
 
 def _side(scene: Scene) -> int:
@@ -216,7 +228,9 @@ def files(
 
 def _contents(path: Path) -> Any:
     if not path.is_file():
-        raise BadInput(f"{path} is neither a set of ours ({', '.join(SCENES)}) nor a file; check the path")
+        raise BadInput(
+            f"{path} is neither a set of ours ({', '.join((*SCENES, *PICTURES))}) nor a file; check the path"
+        )
     try:
         return json.loads(read_text(path, LARGEST))
     except (ValueError, RecursionError) as error:

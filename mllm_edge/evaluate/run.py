@@ -66,7 +66,7 @@ def evaluate(
         picture = case.open()
         answer = done.get(case.name)
         if answer is None:
-            answer = _ask(model, case, picture, teacher_forced)
+            answer = case.ask(model) if case.ask else _ask(model, case, picture, teacher_forced)
             if out:
                 with writing(out), out.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps({"case": case.name, **answer}) + "\n")
@@ -112,6 +112,8 @@ def _ask(model: Model, case: Case, picture: Any, teacher_forced: bool) -> dict[s
 
 
 def _prediction(entry: dict[str, Any]) -> Prediction:
+    if "found" in entry:
+        return Prediction("", [], entry["found"], free=entry["free"])
     masks = [decode_segmentation(mask["rle"], *mask["rle"]["size"]) for mask in entry["masks"]]
     return Prediction(entry["text"], masks, [mask["phrase"] for mask in entry["masks"]], entry["boxes"])
 
@@ -131,9 +133,16 @@ def _started(out: Path, title: dict[str, Any], resume: bool) -> dict[str, dict[s
         if not lines or json.loads(lines[0]) != title:
             raise BadInput(f"{out} holds the answers of another bundle or data set; give another --out")
         entries = [json.loads(line) for line in lines[1:]]
-        done = {entry["case"]: {key: entry[key] for key in ("text", "masks", "boxes")} for entry in entries}
+        done = {entry["case"]: _kept(entry, title["kind"]) for entry in entries}
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{out} is damaged ({error}); give another --out") from None
     with out.open("r+b") as stream:
         stream.truncate(len(whole.encode()))
     return done
+
+
+def _kept(entry: dict[str, Any], kind: str) -> dict[str, Any]:
+    """What the file has of an answer. Raises KeyError or TypeError where it is something else."""
+    if kind == "drawings":
+        return {"found": [str(name) for name in entry["found"]], "free": bool(entry["free"])}
+    return {key: entry[key] for key in ("text", "masks", "boxes")}

@@ -33,12 +33,14 @@ PAPER: dict[str, tuple[str, dict[str, float]]] = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """A bundle's answer: the text, masks with their phrases, and boxes in pixels."""
+    """A bundle's answer: the text, masks with their phrases, and boxes in pixels; of a drawing, the phrases that the
+    judge finds, and whether it came freely."""
 
     text: str
     masks: list[Mask]
     phrases: list[str]
     boxes: Sequence[Sequence[float]] = ()
+    free: bool = True
 
 
 def score(kind: str, answers: Iterable[tuple[Truth, Prediction]]) -> dict[str, float]:
@@ -124,6 +126,23 @@ def _vqa(answers: Iterable[tuple[Truth, Prediction]]) -> dict[str, float]:
     return {"vqa": float(np.mean([vqa(prediction.text, truth.texts) for truth, prediction in answers]))}
 
 
+def _drawings(answers: Iterable[tuple[Truth, Prediction]]) -> dict[str, float]:
+    """What the judge finds in the drawn pictures, and in the scenes' own, which says how far it can be believed."""
+    from mllm_edge.recipes.tasks.scene_classifier import judged
+
+    pairs = list(answers)
+    scenes = [truth.scene for truth, _ in pairs if truth.scene]
+    drawn = [{_pair(name) for name in prediction.phrases} for _, prediction in pairs]
+    own = [{_pair(name) for name in truth.seen} for truth, _ in pairs]
+    free = {"drawn_freely": float(np.mean([prediction.free for _, prediction in pairs]))}
+    return {**judged(drawn, scenes, "drawn"), **free, **judged(own, scenes, "judge")}
+
+
+def _pair(name: str) -> tuple[str, str]:
+    color, _, shape = name.partition(" ")
+    return color, shape
+
+
 _KINDS = {
     "questions": _questions,
     "referring": _referring,
@@ -132,6 +151,7 @@ _KINDS = {
     "boxes": _boxes,
     "captions": _captions,
     "vqa": _vqa,
+    "drawings": _drawings,
 }
 
 

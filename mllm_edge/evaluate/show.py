@@ -28,6 +28,15 @@ NAMES = {
     "box_iou": "mean IoU of boxes",
     "box_answered": "answers with a box",
     "vqa": "VQA accuracy",
+    "drawn_objects": "objects with the asked color and shape",
+    "drawn_pictures": "pictures with exactly these",
+    "drawn_freely": "answers with a picture, not forced",
+    "judge_objects": "the same objects in the scenes' own pictures",
+    "judge_pictures": "pictures with exactly these, of the scenes' own",
+    **{f"text_to_image_{most}": f"R@{most}, pictures by words" for most in (1, 5, 10)},
+    **{f"image_to_text_{most}": f"R@{most}, words by pictures" for most in (1, 5, 10)},
+    "decided": "decisions",
+    "decided_f1": "decisions, macro F1",
 }
 
 
