@@ -40,6 +40,17 @@ def decaying(parameters: Iterable[nn.Parameter], rate: float = 0.0) -> list[dict
     return [group for group in groups if group["params"]]
 
 
+def t5_groups(parameters: Iterable[tuple[str, nn.Parameter]], rate: float, head_width: int) -> list[dict[str, Any]]:
+    """The groups of a model with a T5, from its named parameters. A T5 does not scale its attention, so its queries
+    begin smaller, by the root of `head_width`, and must move slower by as much: at the others' rate they grow sixfold,
+    the softmax saturates, and nothing more is learned."""
+    named = list(parameters)
+    queries = [p for name, p in named if name.endswith(".q.weight") and p.requires_grad]
+    others = [p for name, p in named if not name.endswith(".q.weight")]
+    slow = [{"params": queries, "lr": rate * head_width**-0.5}] if queries else []
+    return [*decaying(others), *slow]
+
+
 def plain_attention(decoder: Any) -> Any:
     """Select the attention for training: on a CPU the eager one, whose bf16 gradients take half the time of torch's
     fused kernel there."""

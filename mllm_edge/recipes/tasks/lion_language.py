@@ -1,8 +1,9 @@
 """Recipe task `lion-language`: pretrains the small T5 and both of LION's tokenizers on the language of scenes.
 
 As in `language`, a scene is mostly given as bags of words, one row per object, as a picture's rows will be; the T5
-learns to look things up in single rows before it sees any picture: first in telegrams, then in terse questions
-(`scenes/brief.py`), without which it guesses among the things that are there for a thousand steps and more. In most
+learns to repeat what it reads, and to look things up in single rows, before it sees any picture: first in telegrams,
+then in terse questions (`scenes/brief.py`), without which it guesses among the things that are there for a thousand
+steps and more. In most
 scenes after these a row also says where its object is, as a code that the T5 learns to read and write as a box
 (`place_code.py`).
 """
@@ -38,6 +39,7 @@ from mllm_edge.recipes.data.lion_words import (
 from mllm_edge.recipes.data.mixture import wide_share
 from mllm_edge.recipes.data.place_code import place_codes
 from mllm_edge.recipes.data.scene_pixels import box_shares
+from mllm_edge.recipes.modules import t5_groups
 from mllm_edge.recipes.parts import part_folder, read_part, save_part
 from mllm_edge.recipes.recipe import Recipe
 from mllm_edge.recipes.tasks.language import COUNTED
@@ -180,13 +182,15 @@ class LionLanguageTask:
             self.model.t5.load_state_dict(read_part(recipe.init["t5"], "t5"))
 
     def parameters(self) -> list[dict[str, Any]]:
-        return [{"params": list(self.model.parameters())}]
+        return t5_groups(self.model.named_parameters(), self.recipe.lr, self.dims.language.head_width)
 
     def sample(self, index: int) -> list[Told]:
         rng = np.random.default_rng([self.recipe.seed, 93, index])
+        if index < self.opening // 3:
+            return self._copied(index, rng)
         if index < self.opening:
             told = told_scene(index, self.recipe.seed, other_names=True, wide=self.wide)
-            return self._brief(told, rng, 1.0 if index < self.opening // 2 else TELEGRAMS)
+            return self._brief(told, rng, 1.0 if index < 2 * self.opening // 3 else TELEGRAMS)
         if rng.random() < self.lone:
             return self._lone(index, rng)
         if rng.random() < PLACED:
@@ -202,6 +206,13 @@ class LionLanguageTask:
             text = prompted(text, []) if rng.random() < TAGGED else text
             made.append(Told(self.words.prompt(text), self.words.answer(answer), bags))
         return made
+
+    def _copied(self, index: int, rng: np.random.Generator) -> list[Told]:
+        """Turns to be repeated word by word: boxes and whole sentences of an answer stand in order after it."""
+        scene = mixed_scene("train", index, self.recipe.seed, self.wide)
+        asked = [turn for task in TASKS for turn in turns(scene, task, rng, 1)]
+        texts = [f"{turn.question} {turn.answer}" for turn in asked]
+        return [Told(self.words.prompt(text), self.words.answer(text)) for text in texts]
 
     def _brief(self, told: ToldScene, rng: np.random.Generator, telegrams: float) -> list[Told]:
         """Telegrams in this share, else terse questions."""
