@@ -1,6 +1,6 @@
-"""Sixteen pictures that GILL tiny draws of captions that no recipe saw: how docs/images/gill.png was made.
+"""Sixteen pictures that GILL tiny draws of captions that no recipe of it saw, as one sheet.
 
-    python examples/gill_sheet.py GILL.bundle docs/images/gill.png runs/scene-classifier
+    python examples/gill_sheet.py GILL.bundle sheet.png runs/scene-classifier
 
 The upper half are captions of the test split, the lower half of held-out pairs of color and shape, the first of each
 without selection. With a judge (a run of `scene-classifier`) a title is green where it finds exactly what was asked
@@ -27,7 +27,7 @@ LINE = 34  # letters
 
 def main(bundle: str, png: str, judge: str = "") -> None:
     reads = read_judge(Path(judge)) if judge else None
-    figure, axes = pyplot.subplots(4, 4, figsize=(14, 16))
+    figure, axes = pyplot.subplots(4, 4, figsize=(14, 18))
     with mllm_edge.load(bundle) as model:
         for number, axis in enumerate(axes.flat):
             split, index = ("test", "held_out")[number // 8], number % 8
