@@ -58,7 +58,7 @@ def test_parts_that_take_turns_are_offered_last() -> None:
     assert "--kv-type q8_0" in made.advice
 
 
-@pytest.mark.parametrize("name", ["llava tiny", "llava 13b", "glamm tiny", "glamm 7b"])
+@pytest.mark.parametrize("name", ["llava tiny", "llava 13b", "lion tiny", "lion 4b", "glamm tiny", "glamm 7b"])
 def test_shipped_counts_are_those_of_the_modules(name: str) -> None:
     system, config = name.split()
     assert counts(system, config) == count(system, config)
@@ -164,3 +164,17 @@ def test_of_an_encoder_decoder_a_prompt_and_a_token_cost_other_weights() -> None
     dims = CONFIGS["4b"].language
     assert dims.prompt_weights == layers * (4 * width**2 + 3 * width * ffn + adapters + 2 * width**2)
     assert dims.product_weights == layers * (6 * width**2 + 3 * width * ffn + adapters) + 32128 * width
+
+
+def test_lion_4b_on_an_orin_nano_is_what_hand_computation_says() -> None:
+    made = plan("lion", "4b", Settings("fp16", "int4", 0, ""), ORIN)
+    parts = {part.name: part for part in made.parts}
+    # 986 M weights of EVA ViT-g of 2 bytes; 2.88 G of the T5 at 0.65 bytes
+    assert made.files_gb["vision_encoder"] == pytest.approx(1.97, abs=0.01)
+    assert made.files_gb["language_model"] == pytest.approx(0.65 * counts("lion", "4b").language_model.weights / 1e9)
+    # 32 queries and 257 regions with 64 words
+    assert made.prompt_tokens == 289 + 64
+    prefill = 2 * made.prompt_tokens * CONFIGS["4b"].language.prompt_weights
+    assert parts["prefill"].gflop == pytest.approx(prefill / 1e9, rel=0.02)
+    assert not any(part.lazy for part in made.parts)  # the tagger's words are in every prompt
+    assert not made.fits and "--precision int8" in made.advice

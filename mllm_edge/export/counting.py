@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from mllm_edge import models
+from mllm_edge.bundle.sources import Labels
 from mllm_edge.export.cost import stage_flops, without_weights
 from mllm_edge.models.counts import FILE, Counts, LanguageModelCounts, StageCounts
 from mllm_edge.models.resolve import resolve
@@ -18,7 +19,9 @@ from mllm_edge.runtime.wiring import needed_for
 def count(system: str, config: str) -> Counts:
     """What a config weighs and costs."""
     lowered = models.get(system).load_module().plan(without_weights(resolve(system, "random", config)))
-    early = needed_for([spec.name for stage in lowered.pictured for spec in stage.outputs], lowered.stages)
+    asked = [name for slot in lowered.prompt.slots if slot.of != "boxes" for name in slot.tensors]
+    words = [source.tensor for source in lowered.sources if isinstance(source, Labels)]
+    early = needed_for([*asked, *words], lowered.stages)
     stages = []
     for stage in lowered.stages:
         with torch.device("meta"):

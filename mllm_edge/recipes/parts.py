@@ -2,7 +2,7 @@
 
 Instead of a folder a recipe may give `packages`: the part is then read from an ordinary package (see `llava_packaged`).
 `shipped` stands for the vision encoder that comes with mllm-edge, which recipes of all tiny systems may start from,
-`shipped/lion` for the parts of that system that come with it.
+`shipped/gill` for the parts of that system that come with it.
 """
 
 from __future__ import annotations

@@ -142,7 +142,8 @@ class Pipeline:
         check_seed(seed)
         template, known = self.manifest.prompt, named(self.tokenizer)
         before, _ = answer_parts(template)
-        strip = not raw and before != "" and before.isspace()
+        alone = self.manifest.language_model.kind == "seq2seq"  # the answer is a text of its own
+        strip = alone or (not raw and before != "" and before.isspace())
         added = frozenset(known[text] for text in self._entry.added if text in known)
         members = group_members(self._groups)
         rules = [never(members)] if members else []

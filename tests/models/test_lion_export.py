@@ -12,7 +12,6 @@ from PIL import Image
 from toys import letters, noise_picture
 
 import mllm_edge
-from mllm_edge import models
 from mllm_edge.bundle.read import read_manifest
 from mllm_edge.errors import BadInput, MllmEdgeError
 from mllm_edge.export.export import export
@@ -71,9 +70,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "SYSTEMS", (*models.SYSTEMS, "lion"))
-        return export("lion", str(checkpoint), quant="fp32", out=tmp_path_factory.mktemp("bundle") / "lion.bundle")
+    return export("lion", str(checkpoint), quant="fp32", out=tmp_path_factory.mktemp("bundle") / "lion.bundle")
 
 
 def ids(text: str) -> list[int]:
@@ -164,7 +161,6 @@ def test_engines_of_the_t5_give_what_its_graphs_give(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Greedy and with beams, over a cache that grows, with all that passes between engines on the (played) GPU."""
-    monkeypatch.setattr(models, "SYSTEMS", (*models.SYSTEMS, "lion"))
     gpu = Device()
     install(monkeypatch, gpu)
     folder = tmp_path / "lion.bundle"

@@ -257,7 +257,6 @@ def test_a_summary_is_read_but_never_said(runs: Path) -> None:
         ("gill", ["config=6.7b"], "unknown config '6.7b'"),
         ("gill", ["init.vision_encoder=shipped"], "init.vision_encoder is of another size"),
         ("gill-decision", ["init.gill="], "names no gill"),
-        ("gill-encoder", ["init.vision_encoder=shipped/lion"], "init.vision_encoder has another"),
     ],
 )
 def test_what_cannot_be_trained_is_named(
@@ -266,3 +265,9 @@ def test_what_cannot_be_trained_is_named(
     named = [*parts(runs), "batch=4"] if recipe == "gill" else []
     with pytest.raises(BadInput, match=message):
         train(recipe, [*SMALL, *named, *overrides, f"out={tmp_path / 'run'}"], False, quiet)
+
+
+def test_an_encoder_of_another_size_is_named(tmp_path: Path) -> None:
+    save_part(tmp_path, "vision_encoder", {}, {"class_embedding": torch.zeros(3)}, "", "float32")
+    with pytest.raises(BadInput, match=r"init\.vision_encoder has another"):
+        train("gill-encoder", [*SMALL, f"init.vision_encoder={tmp_path}", f"out={tmp_path / 'run'}"], False, quiet)

@@ -14,8 +14,9 @@ from mllm_edge.models.lion.layouts import QUESTION, load
 from mllm_edge.models.lion.model import CONFIGS
 from mllm_edge.models.lion.plan import READER
 from mllm_edge.models.lion.prompts import TASKS, prompt
+from mllm_edge.models.resolve import shipped
 from mllm_edge.recipes import train
-from mllm_edge.recipes.data.lion_words import Words, prompted, tags_of, turns
+from mllm_edge.recipes.data.lion_words import LionTurn, Words, packed, prompted, tags_of, turns
 from mllm_edge.recipes.data.place_code import place_codes
 from mllm_edge.recipes.data.scene_pixels import squashed_masks
 from mllm_edge.recipes.parts import part_folder, read_part
@@ -28,7 +29,7 @@ from mllm_edge.runtime.boxes import spelled
 from mllm_edge.runtime.decoding.tokenizers import JsonTokenizer
 from mllm_edge.runtime.prompt import render, tokenized
 from mllm_edge.runtime.sources import question_ids
-from mllm_edge.scenes import COLORS, boxes, masks, sample_scene, sample_wide
+from mllm_edge.scenes import boxes, masks, sample_scene, sample_wide
 
 QUIET = ["batch=2", "steps=1", "evaluate=1", "precision=fp32", "workers=0", "save_every=5"]
 
@@ -195,6 +196,38 @@ def test_each_stage_has_its_tasks_and_trains_its_parts(parts: list[str], tmp_pat
     assert not thawed.vision_encoder.patch_embedding.weight.requires_grad
 
 
+def test_queries_of_the_t5_learn_slower_by_the_root_of_a_heads_width(parts: list[str]) -> None:
+    task = LionTask(recipe("lion-stage3", [*parts, "init.lion=", "lr=0.002"]), 3)
+    groups = task.parameters()
+    rate = {id(p): group.get("lr", 0.002) for group in groups for p in group["params"]}
+    trained = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
+    assert len(rate) == len(trained)
+    for name, p in trained.items():
+        slow = ".language_model." in name and name.endswith(".q.weight")
+        assert rate[id(p)] == pytest.approx(0.002 * (40**-0.5 if slow else 1)), name
+
+
+def test_the_opening_repeats_before_it_asks(parts: list[str], tmp_path: Path) -> None:
+    task = LionLanguageTask(recipe("lion-language", [*parts[1:2], "batch=2", "data.opening=3", f"out={tmp_path}"]))
+    assert all(told.prompt == told.answer and not told.bags for told in task.sample(1))
+    assert all(told.prompt != told.answer and told.bags for told in task.sample(2))
+
+
+def test_questions_about_a_picture_stand_in_one_prompt(parts: list[str]) -> None:
+    """Most of them, in training alone."""
+    turn = packed([LionTurn("vqa", "What color is it?", "red"), LionTurn("vqa", "Is it a ring?", "yes")])
+    assert (turn.task, turn.question) == ("vqa", "A: What color is it? B: Is it a ring?")
+    assert turn.answer == "A: red B: yes"
+    all_packed = LionTask(recipe("lion-stage3", [*parts, "init.lion=", "data.packed=1"]), 3)
+    samples = [all_packed.sample(index, task="vqa") for index in range(5)]
+    answers = [all_packed.words.text(sample.answers[0]) for sample in samples]
+    assert all(len(sample.prompts) == len(sample.heard) == len(sample.answers) == 1 for sample in samples)
+    assert all(answer.startswith("A: ") and " F: " in answer for answer in answers)
+    assert "A:" not in all_packed.words.text(all_packed.sample(0, "validation", "vqa").answers[0])
+    alone = LionTask(recipe("lion-stage3", [*parts, "init.lion=", "data.packed=0"]), 3)
+    assert "A:" not in alone.words.text(alone.sample(0, task="rec").answers[0])
+
+
 def test_what_a_stage_leaves_loads_and_ablations_have_fewer_parts(parts: list[str], tmp_path: Path) -> None:
     train("lion-stage1", [*QUIET, *parts, f"out={tmp_path / 'run'}"], False, lambda *_: None)
     held = load(tmp_path / "run" / "checkpoint")
@@ -207,25 +240,12 @@ def test_what_a_stage_leaves_loads_and_ablations_have_fewer_parts(parts: list[st
     assert task.words.soft not in task.sample(0, task="vqa").prompts[0]
 
 
-def test_stages_start_from_parts_that_ship(parts: list[str]) -> None:
-    """All but the tagger; the words of a scene are where lion-align put them, in the T5's own embeddings."""
-    lion = LionTask(recipe("lion-stage1", [parts[2]]), 1).model.lion.eval()
-    for part, prefix in (("vision_encoder", "vision_encoder."), ("t5", "language_model."), ("connectors", "")):
-        held, state = read_part("shipped/lion", part), lion.state_dict()
-        assert held and all(torch.equal(state[prefix + name], tensor) for name, tensor in held.items())
-    known = Words(part_folder("shipped/lion"))
-    task = LionAlignTask(recipe("lion-align", ["init.vision_encoder=shipped/lion", "init.t5=shipped/lion"]))
-    hits = []
-    for index in range(8):
-        sample = task.sample(index, "validation", 0.0)
-        with torch.no_grad():
-            rows = lion.aggregator(*lion.vision_encoder(torch.from_numpy(sample["pixel_values"])[None]))[0, 1:]
-        table = lion.language_model.shared.weight
-        colors = [known.answer(color)[0] for color in COLORS]
-        for row, ids in zip(rows, sample["patches"], strict=True):
-            if said := set(colors) & set(ids.tolist()):
-                hits.append(colors[int((table[colors] @ row).argmax())] in said)
-    assert np.mean(hits) > 0.8
+def test_a_stage_goes_on_from_what_ships() -> None:
+    held = load(shipped("lion") / "tiny")
+    begun = LionTask(recipe("lion-stage3", ["init.lion=tiny"]), 3)
+    state = begun.model.lion.state_dict()
+    assert all(torch.equal(held.tensors[name].float(), tensor) for name, tensor in state.items())
+    assert set(begun.tagger) == {name for name in held.tensors if name.startswith("tagger.")}
 
 
 @pytest.mark.parametrize("name", ["shipped/nothing", "shipped/../lion", "shipped/lion/parts"])

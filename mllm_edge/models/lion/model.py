@@ -210,7 +210,7 @@ CONFIGS: dict[str, LionDims] = {
 }
 
 
-SHIPPED: tuple[str, ...] = ()  # configs whose weights ship with the package
+SHIPPED = ("tiny",)  # configs whose weights ship with the package
 
 
 def tensor_shapes(dims: LionDims) -> dict[str, tuple[int, ...]]:

@@ -142,6 +142,13 @@ def turns(scene: Scene, task: str, rng: np.random.Generator, number: int) -> lis
     ]
 
 
+def packed(asked: Sequence[LionTurn]) -> LionTurn:
+    """Turns of one task as a single one, "A: ... B: ...", so that a picture's rows are encoded once for all."""
+    lettered = list(zip(string.ascii_uppercase, asked))
+    question = " ".join(f"{letter}: {turn.question}" for letter, turn in lettered)
+    return LionTurn(asked[0].task, question, " ".join(f"{letter}: {turn.answer}" for letter, turn in lettered))
+
+
 def located(scene: Scene, rng: np.random.Generator) -> list[tuple[LionTurn, int]]:
     """Questions where things are, with the number of the object; none where nothing can be told apart."""
     places = _places(scene)

@@ -21,16 +21,17 @@ from torch import Tensor, nn
 from mllm_edge.errors import BadInput
 from mllm_edge.models.language.t5_parts import TASKS as TYPES
 from mllm_edge.models.language.t5_parts import T5Reference, task_rows
-from mllm_edge.models.lion.layouts import TAGS, load, save_lion
+from mllm_edge.models.lion.layouts import TAGS, save_lion
 from mllm_edge.models.lion.model import CONFIGS, Lion, LionDims
 from mllm_edge.models.lion.plan import preprocessing
 from mllm_edge.models.lion.prompts import BOX, TASKS
+from mllm_edge.models.resolve import resolve
 from mllm_edge.recipes.data.conversation import IGNORE
 from mllm_edge.recipes.data.lion_words import TAGS as TAG_WORDS
-from mllm_edge.recipes.data.lion_words import LionTurn, Words, prompted, tags_of, turns
+from mllm_edge.recipes.data.lion_words import LionTurn, Words, packed, prompted, tags_of, turns
 from mllm_edge.recipes.data.mixture import wide_share
 from mllm_edge.recipes.data.scene_pixels import drawn
-from mllm_edge.recipes.modules import decaying
+from mllm_edge.recipes.modules import t5_groups
 from mllm_edge.recipes.parts import part_folder, read_part
 from mllm_edge.recipes.recipe import Recipe
 from mllm_edge.recipes.tasks.lion_language import alike, answer_losses, answer_tensors, mean_losses, padded
@@ -39,7 +40,9 @@ from mllm_edge.runtime.preprocess import preprocess
 from mllm_edge.scenes import mixed_scene
 
 STAGES = {1: ("caption", "vqa"), 2: ("rec", "reg"), 3: tuple(TASKS)}
-QUESTIONS = 6  # of one picture
+QUESTIONS = 8  # of one picture, in one prompt
+PACKED = 0.8  # share of pictures that are asked so: a question then costs a third
+OFTEN = {"caption": 1, "vqa": 4, "rec": 3, "reg": 1}  # the hardest takes the most questions
 ALWAYS = {"vqa": "caption", "rec": "reg"}  # a task of the same type for scenes that allow no question of the first
 UNTAGGED, MISTAGGED = 0.1, 0.04  # shares of right tags that a prompt in training lacks, of wrong ones that it has
 
@@ -93,15 +96,15 @@ class LionModel(nn.Module):
 
 
 class LionTask:
-    """One stage; `init.lion` is an earlier stage's run, else `init.vision_encoder` and `init.t5` begin anew, with the
-    `init.connectors` of lion-align. `init.tagger` is not trained here."""
+    """One stage; `init.lion` is a LION checkpoint or the name of a shipped one. Without it `init.vision_encoder` and
+    `init.t5` begin anew, with the `init.connectors` of lion-align. `init.tagger` is not trained here."""
 
     def __init__(self, recipe: Recipe, stage: int):
         torch.manual_seed(recipe.seed)
         self.recipe, self.stage = recipe, stage
         self.wide = wide_share(recipe.data)
         self.tagged = bool(recipe.data.get("tags", True))
-        self.questions = int(recipe.data.get("questions", QUESTIONS))
+        self.packed = float(recipe.data.get("packed", PACKED))
         lion, self.texts, self.tagger = self._start()
         self.dims = lion.dims
         self.words = Words(self.texts)
@@ -112,7 +115,7 @@ class LionTask:
         """The model, the folder of its tokenizers, and the tagger, which is not trained here."""
         init = self.recipe.init
         if init.get("lion"):
-            held = load(Path(init["lion"]))
+            held = resolve("lion", init["lion"])
             lion = Lion(held.dims)
             lion.load_state_dict({name: held.tensors[name].float() for name in lion.state_dict()})
             if init.get("tagger"):
@@ -161,22 +164,29 @@ class LionTask:
                 parameter.requires_grad_(chosen)
 
     def parameters(self) -> list[dict[str, Any]]:
-        return decaying(self.model.parameters())
+        return t5_groups(self.model.named_parameters(), self.recipe.lr, self.dims.language.head_width)
 
     def task(self, index: int) -> str:
         """The task of sample `index`; those of one optimizer step have one type."""
-        rng = np.random.default_rng([self.recipe.seed, 97, index // self.recipe.batch])
-        possible = STAGES[self.stage]
-        chosen = TASKS[str(rng.choice(possible))]
-        own = [task for task in possible if TASKS[task] == chosen]
-        return str(np.random.default_rng([self.recipe.seed, 98, index]).choice(own))
+        chosen = self._one_of(STAGES[self.stage], [self.recipe.seed, 97, index // self.recipe.batch])
+        own = [task for task in STAGES[self.stage] if TASKS[task] == TASKS[chosen]]
+        return self._one_of(own, [self.recipe.seed, 98, index])
+
+    @staticmethod
+    def _one_of(tasks: Sequence[str], seed: list[int]) -> str:
+        often = np.array([OFTEN[task] for task in tasks])
+        return str(np.random.default_rng(seed).choice(tasks, p=often / often.sum()))
 
     def sample(self, index: int, split: str = "train", task: str = "", wide: float | None = None) -> Asked:
         rng = np.random.default_rng([self.recipe.seed, 99, index])
         scene = mixed_scene(split, index, self.recipe.seed, self.wide if wide is None else wide)
         task = task or self.task(index)
         tags = tags_of(scene) if split != "train" else self._mistaken(tags_of(scene), rng)
-        asked = turns(scene, task, rng, self.questions) or turns(scene, ALWAYS[task], rng, self.questions)
+        pack = split == "train" and task != "caption" and rng.random() < self.packed
+        many = QUESTIONS if pack else 1
+        asked = turns(scene, task, rng, many) or turns(scene, ALWAYS[task], rng, many)
+        if pack and len(asked) > 1:
+            asked = [packed([asked[i] for i in rng.permutation(len(asked))])]
         pixels = preprocess(drawn(scene, self.dims.vision.image_size), preprocessing(self.dims)[0])[0]
         return self._asked(pixels, asked, tags if self.tagged else None)
 
