@@ -252,7 +252,7 @@ def test_run_asks_in_the_bundles_own_words(glamm: Path, scene: Path, call: Call,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["What?", "--describe"], "there are several questions; give one of PROMPT, --describe,"),
+        (["What?", "--describe"], "there are several questions; give one of PROMPT, --prompt-file, --describe,"),
         (["--describe", "--segment", "it"], "there are several questions"),
         (["--segment", " "], "the question segment needs what it is about"),
         (["--region", "1,1,9,9", "--box", "1,1,9,9"], "leave out --box"),
