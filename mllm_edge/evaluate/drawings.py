@@ -50,15 +50,7 @@ def read_judge(folder: Path | None) -> Judge:
     Raises:
         BadInput: there is none, or its file is damaged.
     """
-    try:
-        place = part_folder(SHIPPED if folder is None else str(folder))
-    except BadInput:
-        if folder is not None:
-            raise
-        raise BadInput(
-            "no classifier that could judge pictures comes with the package; train one (mllm-edge train "
-            "scene-classifier) and give its folder (--judge)"
-        ) from None
+    place = part_folder(SHIPPED if folder is None else str(folder))
     model = read_classifier(str(place))
     return Judge(model, sha256(place / "scene_classifier.safetensors"))
 

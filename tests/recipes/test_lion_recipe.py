@@ -1,5 +1,6 @@
 """What LION is fed: words as the runtime tokenizes them, batches of one type of task, and what each stage trains."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from mllm_edge.models.lion.plan import READER
 from mllm_edge.models.lion.prompts import TASKS, prompt
 from mllm_edge.models.resolve import shipped
 from mllm_edge.recipes import train
+from mllm_edge.recipes.data.conversation import IGNORE
 from mllm_edge.recipes.data.lion_words import LionTurn, Words, packed, prompted, tags_of, turns
 from mllm_edge.recipes.data.place_code import place_codes
 from mllm_edge.recipes.data.scene_pixels import squashed_masks
@@ -24,7 +26,7 @@ from mllm_edge.recipes.recipe import load as recipe
 from mllm_edge.recipes.tasks.encoder import as_eva, dense_labels
 from mllm_edge.recipes.tasks.lion import LionTask, spoken_iou
 from mllm_edge.recipes.tasks.lion_align import LionAlignTask
-from mllm_edge.recipes.tasks.lion_language import LionLanguageTask
+from mllm_edge.recipes.tasks.lion_language import LionLanguageTask, answer_sums, mean_losses
 from mllm_edge.runtime.boxes import spelled
 from mllm_edge.runtime.decoding.tokenizers import JsonTokenizer
 from mllm_edge.runtime.prompt import render, tokenized
@@ -134,7 +136,7 @@ def test_digits_of_a_place_are_linear_in_its_code() -> None:
 def test_a_lone_thing_is_asked_for_its_box(parts: list[str]) -> None:
     """Its rows have the words and the place of one object alone, which is the right answer."""
     folder = parts[1].partition("=")[2]
-    settings = [f"out={folder}", "data.lone=1", "data.wide=0"]
+    settings = [f"out={folder}", "data.lone=1", "data.wide=0", "data.packed=0"]
     first = LionLanguageTask(recipe("lion-language", [*settings, "data.opening=1"])).sample(3)
     for one in first:  # a telegram: a thing's first attribute, then its others
         assert any(set(one.prompt[:-1] + one.answer[:-1]) <= set(bag) for bag in one.bags)
@@ -213,9 +215,29 @@ def test_the_opening_repeats_before_it_asks(parts: list[str], tmp_path: Path) ->
     assert all(told.prompt != told.answer and told.bags for told in task.sample(2))
 
 
+def test_an_answer_counts_as_much_as_it_says(parts: list[str]) -> None:
+    """Of a box two decimals of each side count, and the rest hardly; each batch's loss is the mean by these weights."""
+    known = Words(Path(parts[1].partition("=")[2]))
+    ids = known.answer("[0.123,0.456,0.789,0.012]")
+    weights = known.weights(ids, 3)
+    assert sum(weights) == pytest.approx(3)
+    most = max(weights)
+    counted = [known.text([one]) for one, weight in zip(ids, weights) if weight == most]
+    assert [one for one in counted if one.isdigit()] == ["1", "2", "4", "5", "7", "8", "0", "1"]
+    assert {round(weight / most, 6) for weight in weights} == {0.1, 1.0}
+    assert known.weights(known.answer("0.5 red"), 1)[0] == pytest.approx(1 / len(known.answer("0.5 red")))
+    logits = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [0.25, 0.25, 0.5]]]))
+    sums = answer_sums(logits, torch.tensor([[0, IGNORE]]), torch.tensor([[2.0, 0.0]]))
+    more = answer_sums(logits, torch.tensor([[1, 1]]), torch.tensor([[1.0, 1.0]]))
+    means = mean_losses([sums, more])
+    assert float(means["loss"]) == pytest.approx((2 * math.log(2) + 2 * math.log(4)) / 4)
+    assert float(means["token_accuracy"]) == pytest.approx(1 / 3)
+
+
 def test_questions_about_a_picture_stand_in_one_prompt(parts: list[str]) -> None:
     """Most of them, in training alone."""
-    turn = packed([LionTurn("vqa", "What color is it?", "red"), LionTurn("vqa", "Is it a ring?", "yes")])
+    turn = packed([LionTurn("vqa", "What color is it?", "red"), LionTurn("vqa", "Is it a ring?", "yes", 2)])
+    assert turn.count == 3
     assert (turn.task, turn.question) == ("vqa", "A: What color is it? B: Is it a ring?")
     assert turn.answer == "A: red B: yes"
     all_packed = LionTask(recipe("lion-stage3", [*parts, "init.lion=", "data.packed=1"]), 3)
@@ -224,6 +246,8 @@ def test_questions_about_a_picture_stand_in_one_prompt(parts: list[str]) -> None
     assert all(len(sample.prompts) == len(sample.heard) == len(sample.answers) == 1 for sample in samples)
     assert all(answer.startswith("A: ") and " F: " in answer for answer in answers)
     assert "A:" not in all_packed.words.text(all_packed.sample(0, "validation", "vqa").answers[0])
+    told = LionLanguageTask(recipe("lion-language", [*parts[1:2], "data.opening=0", "data.packed=1", "data.lone=0"]))
+    assert all(len(told.sample(index)) == 1 for index in range(8))
     alone = LionTask(recipe("lion-stage3", [*parts, "init.lion=", "data.packed=0"]), 3)
     assert "A:" not in alone.words.text(alone.sample(0, task="rec").answers[0])
 

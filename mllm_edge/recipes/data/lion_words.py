@@ -21,6 +21,10 @@ from mllm_edge.scenes.model import COLORS, SHAPES
 from mllm_edge.scenes.questions import draw_questions
 
 TOKENIZER = "tokenizer.json"
+QUESTIONS = 8  # of one picture, in one prompt
+FAINT = 0.1  # weight of an id that teaches nothing
+PACKED = 0.8  # share of pictures that are asked so: a question then costs a third
+OFTEN = {"caption": 1, "vqa": 4, "rec": 3, "reg": 1}  # of tasks: the hardest takes the most questions
 TAGS = (*COLORS, *SHAPES, "small", "large")
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -81,6 +85,8 @@ class Words:
         self._pieces = Tokenizer.from_file(str(folder / TOKENIZER))
         self._words = Tokenizer.from_file(str(folder / QUESTION / TOKENIZER))
         self.soft = int(self._pieces.token_to_id(SOFT) or 0)
+        self._point = self._pieces.token_to_id(".")
+        self._digits = frozenset(self._pieces.token_to_id(digit) for digit in string.digits)
 
     def prompt(self, text: str) -> list[int]:
         """A whole prompt's ids: the pieces around the soft token are tokenized apart, and an end closes it."""
@@ -91,6 +97,16 @@ class Words:
     def answer(self, text: str) -> list[int]:
         """An answer's ids with its end."""
         return [*self._ids(text), 1]
+
+    def weights(self, ids: Sequence[int], count: int) -> list[float]:
+        """How much each of an answer's ids counts in the loss: as much as `count` answers in all, and of a box hardly
+        what is always there, and its third decimals, which nobody can see."""
+        made = np.ones(len(ids))
+        for at in range(2, len(ids) - 3):
+            if ids[at] == self._point and self._digits.issuperset(ids[at + 1 : at + 4]):
+                made[[at - 2, at - 1, at, at + 3]] = FAINT
+        weights: list[float] = (made * count / made.sum()).tolist()
+        return weights
 
     def question(self, text: str, length: int) -> list[int]:
         """What the Q-Former reads: [CLS], the last words that have room, [SEP], padded to `length`."""
@@ -109,11 +125,12 @@ class Words:
 
 @dataclass(frozen=True)
 class LionTurn:
-    """A question with its answer, and its task; boxes are text in both."""
+    """A question with its answer, and its task; boxes are text in both. The answer says `count` things."""
 
     task: str
     question: str
     answer: str
+    count: int = 1
 
 
 def tags_of(scene: Scene) -> list[str]:
@@ -130,7 +147,8 @@ def prompted(question: str, tags: Sequence[str] | None) -> str:
 def turns(scene: Scene, task: str, rng: np.random.Generator, number: int) -> list[LionTurn]:
     """Up to `number` turns of one task about a scene."""
     if task == "caption":
-        return [LionTurn(task, question, full_caption(scene, rng)) for question in CAPTION_QUESTIONS[:number]]
+        things = len(scene.objects)
+        return [LionTurn(task, asked, full_caption(scene, rng), things) for asked in CAPTION_QUESTIONS[:number]]
     if task == "vqa":
         drawn = draw_questions(questions(scene, rng), rng, number)
         return [LionTurn(task, *question.asked(short=rng.random() < 0.75)) for question in drawn]
@@ -146,7 +164,21 @@ def packed(asked: Sequence[LionTurn]) -> LionTurn:
     """Turns of one task as a single one, "A: ... B: ...", so that a picture's rows are encoded once for all."""
     lettered = list(zip(string.ascii_uppercase, asked))
     question = " ".join(f"{letter}: {turn.question}" for letter, turn in lettered)
-    return LionTurn(asked[0].task, question, " ".join(f"{letter}: {turn.answer}" for letter, turn in lettered))
+    answer = " ".join(f"{letter}: {turn.answer}" for letter, turn in lettered)
+    return LionTurn(asked[0].task, question, answer, sum(turn.count for turn in asked))
+
+
+def one_of(tasks: Sequence[str], rng: np.random.Generator) -> str:
+    """One of these tasks, each as `OFTEN` as it is to be."""
+    often = np.array([OFTEN[task] for task in tasks])
+    return str(rng.choice(list(tasks), p=often / often.sum()))
+
+
+def together(asked: Sequence[LionTurn], rng: np.random.Generator) -> list[LionTurn]:
+    """Turns about one picture `packed` into one, in any order; of captions the first alone."""
+    if len(asked) < 2 or asked[0].task == "caption":
+        return list(asked[:1])
+    return [packed([asked[i] for i in rng.permutation(len(asked))])]
 
 
 def located(scene: Scene, rng: np.random.Generator) -> list[tuple[LionTurn, int]]:

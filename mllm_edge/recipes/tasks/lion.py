@@ -27,22 +27,29 @@ from mllm_edge.models.lion.plan import preprocessing
 from mllm_edge.models.lion.prompts import BOX, TASKS
 from mllm_edge.models.resolve import resolve
 from mllm_edge.recipes.data.conversation import IGNORE
+from mllm_edge.recipes.data.lion_words import (
+    PACKED,
+    QUESTIONS,
+    LionTurn,
+    Words,
+    one_of,
+    prompted,
+    tags_of,
+    together,
+    turns,
+)
 from mllm_edge.recipes.data.lion_words import TAGS as TAG_WORDS
-from mllm_edge.recipes.data.lion_words import LionTurn, Words, packed, prompted, tags_of, turns
 from mllm_edge.recipes.data.mixture import wide_share
 from mllm_edge.recipes.data.scene_pixels import drawn
 from mllm_edge.recipes.modules import t5_groups
 from mllm_edge.recipes.parts import part_folder, read_part
 from mllm_edge.recipes.recipe import Recipe
-from mllm_edge.recipes.tasks.lion_language import alike, answer_losses, answer_tensors, mean_losses, padded
+from mllm_edge.recipes.tasks.lion_language import alike, answer_sums, answer_tensors, mean_losses, padded
 from mllm_edge.runtime.boxes import box_iou
 from mllm_edge.runtime.preprocess import preprocess
 from mllm_edge.scenes import mixed_scene
 
 STAGES = {1: ("caption", "vqa"), 2: ("rec", "reg"), 3: tuple(TASKS)}
-QUESTIONS = 8  # of one picture, in one prompt
-PACKED = 0.8  # share of pictures that are asked so: a question then costs a third
-OFTEN = {"caption": 1, "vqa": 4, "rec": 3, "reg": 1}  # the hardest takes the most questions
 ALWAYS = {"vqa": "caption", "rec": "reg"}  # a task of the same type for scenes that allow no question of the first
 UNTAGGED, MISTAGGED = 0.1, 0.04  # shares of right tags that a prompt in training lacks, of wrong ones that it has
 
@@ -55,6 +62,7 @@ class Asked:
     heard: list[list[int]]  # what the Q-Former reads
     prompts: list[list[int]]
     answers: list[list[int]]
+    weights: list[list[float]]
     kind: int
 
 
@@ -73,10 +81,11 @@ class LionModel(nn.Module):
         prompt: Tensor,
         answer: Tensor,
         labels: Tensor,
+        weights: Tensor,
         task: Tensor,
     ) -> dict[str, Tensor]:
         """`pixel_values` [P,3,S,S]; n questions: `owners` int64 [n] (their pictures), `heard` [n,L'], `prompt` [n,L]
-        padded with 0, `answer` and `labels` [n,T]; `task` float [2]."""
+        padded with 0, and `answer_tensors`; `task` float [2]."""
         with torch.no_grad():
             taps = self.lion.vision_encoder(pixel_values)
         rows = []
@@ -86,13 +95,13 @@ class LionModel(nn.Module):
             rows.append(self.lion.aggregator(*taps)[owners])
         visual, text = torch.cat(rows, dim=1).float(), self.lion.embed(prompt, self.soft)
         asked, said = (prompt != 0).sum(dim=1), (labels != IGNORE).sum(dim=1)
-        losses = []
+        sums = []
         for part in alike(asked, said):
             length, end = int(asked[part].max()), int(said[part].max())
             mask = (prompt[part, :length] != 0).float()
             logits = self.lion(visual[part], text[part, :length], mask, answer[part, :end], task)
-            losses.append(answer_losses(logits, labels[part, :end]))
-        return mean_losses(losses)
+            sums.append(answer_sums(logits, labels[part, :end], weights[part, :end]))
+        return mean_losses(sums)
 
 
 class LionTask:
@@ -168,14 +177,9 @@ class LionTask:
 
     def task(self, index: int) -> str:
         """The task of sample `index`; those of one optimizer step have one type."""
-        chosen = self._one_of(STAGES[self.stage], [self.recipe.seed, 97, index // self.recipe.batch])
+        chosen = one_of(STAGES[self.stage], np.random.default_rng([self.recipe.seed, 97, index // self.recipe.batch]))
         own = [task for task in STAGES[self.stage] if TASKS[task] == TASKS[chosen]]
-        return self._one_of(own, [self.recipe.seed, 98, index])
-
-    @staticmethod
-    def _one_of(tasks: Sequence[str], seed: list[int]) -> str:
-        often = np.array([OFTEN[task] for task in tasks])
-        return str(np.random.default_rng(seed).choice(tasks, p=often / often.sum()))
+        return one_of(own, np.random.default_rng([self.recipe.seed, 98, index]))
 
     def sample(self, index: int, split: str = "train", task: str = "", wide: float | None = None) -> Asked:
         rng = np.random.default_rng([self.recipe.seed, 99, index])
@@ -185,8 +189,7 @@ class LionTask:
         pack = split == "train" and task != "caption" and rng.random() < self.packed
         many = QUESTIONS if pack else 1
         asked = turns(scene, task, rng, many) or turns(scene, ALWAYS[task], rng, many)
-        if pack and len(asked) > 1:
-            asked = [packed([asked[i] for i in rng.permutation(len(asked))])]
+        asked = together(asked, rng) if pack else asked
         pixels = preprocess(drawn(scene, self.dims.vision.image_size), preprocessing(self.dims)[0])[0]
         return self._asked(pixels, asked, tags if self.tagged else None)
 
@@ -196,11 +199,13 @@ class LionTask:
         return [tag for tag in TAG_WORDS if rng.random() < kept[tag in tags]]
 
     def _asked(self, pixels: Any, asked: Sequence[LionTurn], tags: list[str] | None) -> Asked:
+        answers = [self.words.answer(turn.answer) for turn in asked]
         return Asked(
             pixels,
             [self.words.question(turn.question, self.dims.question_length) for turn in asked],
             [self.words.prompt(prompted(turn.question, tags)) for turn in asked],
-            [self.words.answer(turn.answer) for turn in asked],
+            answers,
+            [self.words.weights(ids, turn.count) for ids, turn in zip(answers, asked, strict=True)],
             TASKS[asked[0].task],
         )
 
@@ -210,7 +215,9 @@ class LionTask:
             "owners": torch.tensor([number for number, one in enumerate(samples) for _ in one.prompts]),
             "heard": torch.tensor([ids for one in samples for ids in one.heard]),
             "prompt": padded([ids for one in samples for ids in one.prompts], 0),
-            **answer_tensors([ids for one in samples for ids in one.answers]),
+            **answer_tensors(
+                [ids for one in samples for ids in one.answers], [row for one in samples for row in one.weights]
+            ),
             "task": torch.eye(TYPES)[samples[0].kind],
         }
 

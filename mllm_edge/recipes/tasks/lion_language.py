@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,17 @@ from mllm_edge.models.lion.model import CONFIGS, LionDims
 from mllm_edge.models.lion.prompts import TASKS
 from mllm_edge.recipes.data.conversation import IGNORE
 from mllm_edge.recipes.data.lion_words import (
+    PACKED,
+    QUESTIONS,
     TOKENIZER,
+    LionTurn,
     Words,
     corpus,
     located,
+    one_of,
     prompted,
     tags_of,
+    together,
     train_tokenizers,
     turns,
 )
@@ -52,21 +57,23 @@ TAGGED = 0.5  # share of prompts with tags
 BRIEF = (0.15, 0.25)  # shares of the scenes without places that get telegrams, and terse questions
 TELEGRAMS = 0.3  # share of telegrams in the opening's second half
 PLACED = 0.6  # share of scenes whose rows have places, for all tasks
-QUESTIONS = 4  # of one scene
+ALONE = 4  # questions of a scene that each have a prompt
 NEAR = 4.0  # how much more a head looks at its own distance than at others
 PARTS = 4  # of a batch, by length
 COPIES, BLANKS = 8, 24  # most rows of one object, most empty ones
+Places = Sequence[np.ndarray[Any, Any] | None]
 
 
 @dataclass(frozen=True)
 class Told:
-    """A prompt and its answer; `bags` are rows of word ids in front of the prompt, `places` the box of each, None where
-    it says none."""
+    """A prompt and its answer with what its ids count; `bags` are rows of word ids in front of the prompt, `places` the
+    box of each, None where it says none."""
 
     prompt: list[int]
     answer: list[int]
-    bags: list[list[int]] = field(default_factory=list)
-    places: list[np.ndarray[Any, Any] | None] = field(default_factory=list)
+    weights: list[float]
+    bags: list[list[int]]
+    places: list[np.ndarray[Any, Any] | None]
 
 
 def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
@@ -75,11 +82,13 @@ def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
 
-def answer_tensors(answers: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """What the decoder reads, the start token first, and what it is to say: int64 [n,T] each."""
+def answer_tensors(answers: Sequence[Sequence[int]], weights: Sequence[Sequence[float]]) -> dict[str, Tensor]:
+    """What the decoder reads, the start token first, what it is to say, int64 [n,T] each, and how much each id counts,
+    float32 [n,T]."""
     return {
         "answer": padded([[0, *ids[:-1]] for ids in answers], 0),
         "labels": padded(answers, IGNORE),
+        "weights": nn.utils.rnn.pad_sequence([torch.tensor(row) for row in weights], batch_first=True),
     }
 
 
@@ -97,22 +106,19 @@ def packed(rows: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     return kept, seen.gather(1, order).float()
 
 
-def answer_losses(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Of each answer, from logits [n,T,V] and labels [n,T]: the mean cross-entropy of its tokens, how many of them are
-    the likeliest, and how many there are, [n] each."""
+def answer_sums(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Float [4] from logits [n,T,V], labels [n,T] and weights [n,T]: the weighted sum of cross-entropies, the weights'
+    sum, how many ids are the likeliest, and how many there are."""
     each = functional.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
     said = labels != IGNORE  # [n,T]
     right = (logits.argmax(-1) == labels) & said
-    return {"loss": each.sum(dim=1) / said.sum(dim=1), "right": right.sum(dim=1), "tokens": said.sum(dim=1)}
+    return torch.stack([(each * weights).sum(), weights.sum(), right.sum(), said.sum()])
 
 
-def mean_losses(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean loss of all parts' answers, and the share of their tokens that are right.
-
-    Answers count alike, short or long: else digits of boxes, the last of which nobody can see, are most of the loss.
-    """
-    loss, right, tokens = (torch.cat([part[name] for part in parts]) for name in ("loss", "right", "tokens"))
-    return {"loss": loss.mean(), "token_accuracy": right.sum() / tokens.sum()}
+def mean_losses(parts: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The weighted mean loss of all parts' answers (see `answer_sums`), and the share of their ids that are right."""
+    loss, weight, right, said = torch.stack(list(parts)).sum(dim=0)
+    return {"loss": loss / weight, "token_accuracy": right / said}
 
 
 class ToldModel(nn.Module):
@@ -141,22 +147,24 @@ class ToldModel(nn.Module):
             # Words must stand out of what the layers add to them, because nothing norms the stream between.
             self.t5.shared.weight.normal_()
 
-    def forward(self, bags: Tensor, codes: Tensor, prompt: Tensor, answer: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, bags: Tensor, codes: Tensor, prompt: Tensor, answer: Tensor, labels: Tensor, weights: Tensor
+    ) -> dict[str, Tensor]:
         """`bags` int64 [n,R,W] padded with -1 (an empty row) or -2 (no row), `codes` [n,R,D] of places, `prompt` [n,L]
-        padded with -1."""
+        padded with -1, and `answer_tensors`."""
         table = self.t5.shared.weight
         words = functional.embedding(bags.clamp(min=0), table) * (bags >= 0).unsqueeze(-1)  # [n,R,W,D]
         rows = words.sum(dim=2) + codes  # [n,R,D]
         rows = torch.cat([rows, functional.embedding(prompt.clamp(min=0), table)], dim=1)  # [n,R+L,D]
         seen = torch.cat([bags[..., 0] > -2, prompt >= 0], dim=1)
-        losses = []
+        sums = []
         for part in alike(seen.sum(dim=1), (labels != IGNORE).sum(dim=1)):
             kept, mask = packed(rows[part], seen[part])
             said = int((labels[part] != IGNORE).sum(dim=1).max())
             cross = self.t5.decoder.cross(self.t5.encoder(kept, mask=mask))
             states, _ = self.t5.decoder(self.t5.shared(answer[part, :said]), cross, mask=mask)
-            losses.append(answer_losses(self.t5.logits(states), labels[part, :said]))
-        return mean_losses(losses)
+            sums.append(answer_sums(self.t5.logits(states), labels[part, :said], weights[part, :said]))
+        return mean_losses(sums)
 
 
 class LionLanguageTask:
@@ -167,8 +175,10 @@ class LionLanguageTask:
         self.recipe = recipe
         self.dims = CONFIGS[recipe.config]
         self.wide = wide_share(recipe.data)
+        self.packed = float(recipe.data.get("packed", PACKED))
         self.lone = float(recipe.data.get("lone", 0.0))
         self.opening = int(recipe.data.get("opening", 0)) * recipe.batch
+        self.places = self.opening + int(recipe.data.get("places", 0)) * recipe.batch
         self.folder = Path(recipe.out)
         if recipe.init.get("t5") and not (self.folder / TOKENIZER).is_file():
             _copy_tokenizers(part_folder(recipe.init["t5"]), self.folder)
@@ -191,7 +201,7 @@ class LionLanguageTask:
         if index < self.opening:
             told = told_scene(index, self.recipe.seed, other_names=True, wide=self.wide)
             return self._brief(told, rng, 1.0 if index < 2 * self.opening // 3 else TELEGRAMS)
-        if rng.random() < self.lone:
+        if index < self.places or rng.random() < self.lone:
             return self._lone(index, rng)
         if rng.random() < PLACED:
             return self._placed(index, rng)
@@ -199,20 +209,24 @@ class LionLanguageTask:
         if rng.random() < sum(BRIEF):
             return self._brief(told, rng, BRIEF[0] / sum(BRIEF))
         bags, _ = self._bags(told.things, rng) if rng.random() < IN_BAGS else ([], [])
+        drawn = [LionTurn("vqa", *one.asked(short=rng.random() < 0.75)) for one in told.questions[:QUESTIONS]]
         made = []
-        for question in told.questions[:QUESTIONS]:
-            asked, answer = question.asked(short=rng.random() < 0.75)
-            text = asked if bags else f"{told.text} {asked}"
+        for turn in self._some(drawn, rng):
+            text = turn.question if bags else f"{told.text} {turn.question}"
             text = prompted(text, []) if rng.random() < TAGGED else text
-            made.append(Told(self.words.prompt(text), self.words.answer(answer), bags))
+            made.append(self._told(replace(turn, question=text), bags))
         return made
+
+    def _some(self, asked: list[LionTurn], rng: np.random.Generator) -> list[LionTurn]:
+        """All of them in one prompt, or the first ones in a prompt each."""
+        return together(asked, rng) if rng.random() < self.packed else asked[:ALONE]
 
     def _copied(self, index: int, rng: np.random.Generator) -> list[Told]:
         """Turns to be repeated word by word: boxes and whole sentences of an answer stand in order after it."""
         scene = mixed_scene("train", index, self.recipe.seed, self.wide)
         asked = [turn for task in TASKS for turn in turns(scene, task, rng, 1)]
         texts = [f"{turn.question} {turn.answer}" for turn in asked]
-        return [Told(self.words.prompt(text), self.words.answer(text)) for text in texts]
+        return [self._told(LionTurn("", text, text)) for text in texts]
 
     def _brief(self, told: ToldScene, rng: np.random.Generator, telegrams: float) -> list[Told]:
         """Telegrams in this share, else terse questions."""
@@ -220,32 +234,35 @@ class LionLanguageTask:
         pairs = [terse(question) for question in told.questions[:QUESTIONS]]
         if rng.random() < telegrams:
             pairs = [telegram(told.things, rng) for _ in range(QUESTIONS)]
-        return [Told(self.words.prompt(first), self.words.answer(rest), bags) for first, rest in pairs]
+        asked = self._some([LionTurn("vqa", *pair) for pair in pairs], rng)
+        return [self._told(turn, bags) for turn in asked]
 
     def _lone(self, index: int, rng: np.random.Generator) -> list[Told]:
         """Single things and the questions where they are: reading a code is learned apart from finding its row."""
         scene = mixed_scene("train", index, self.recipe.seed, self.wide)
         things, shares = scene.objects, box_shares(scene)
         made = []
-        for turn, target in located(scene, rng)[:QUESTIONS]:
+        for turn, target in located(scene, rng)[:ALONE]:
             bags, owners = self._bags([attributes(things[target])], rng)
             places = [None if owner is None else shares[target] for owner in owners]
-            made.append(Told(self.words.prompt(turn.question), self.words.answer(turn.answer), bags, places))
+            made.append(self._told(turn, bags, places))
         return made or self._placed(index, rng)
 
     def _placed(self, index: int, rng: np.random.Generator) -> list[Told]:
         """Turns of one task about a scene whose rows have places."""
         scene = mixed_scene("train", index, self.recipe.seed, self.wide)
-        task = str(rng.choice(list(TASKS)))
-        asked = turns(scene, task, rng, QUESTIONS) or turns(scene, "caption", rng, QUESTIONS)
+        task = one_of(list(TASKS), rng)
+        asked = self._some(turns(scene, task, rng, QUESTIONS) or turns(scene, "caption", rng, 1), rng)
         bags, owners = self._bags([attributes(item) for item in scene.objects], rng)
         shares = box_shares(scene)
         places = [None if owner is None else shares[owner] for owner in owners]
         tags = tags_of(scene) if rng.random() < TAGGED else None
-        return [
-            Told(self.words.prompt(prompted(turn.question, tags)), self.words.answer(turn.answer), bags, places)
-            for turn in asked
-        ]
+        return [self._told(replace(turn, question=prompted(turn.question, tags)), bags, places) for turn in asked]
+
+    def _told(self, turn: LionTurn, bags: Sequence[list[int]] = (), places: Places = ()) -> Told:
+        answer = self.words.answer(turn.answer)
+        weights = self.words.weights(answer, turn.count)
+        return Told(self.words.prompt(turn.question), answer, weights, list(bags), list(places))
 
     def _bags(
         self, things: Sequence[Sequence[str]], rng: np.random.Generator
@@ -276,7 +293,7 @@ class LionLanguageTask:
             "bags": bags,
             "codes": codes,
             "prompt": padded([one.prompt for one in told], -1),
-            **answer_tensors([one.answer for one in told]),
+            **answer_tensors([one.answer for one in told], [one.weights for one in told]),
         }
 
     @torch.no_grad()
@@ -289,7 +306,7 @@ class LionLanguageTask:
             bags, _ = self._bags(told.things, np.random.default_rng([self.recipe.seed, 95, index]))
             for question in told.questions[:QUESTIONS]:
                 asked, answer = question.asked(short=True)
-                one = Told(self.words.prompt(asked), self.words.answer(answer), bags)
+                one = self._told(LionTurn("vqa", asked, answer), bags)
                 batch = {key: value.to(device) for key, value in self.collate([[one]]).items()}
                 right = float(self.model(**batch)["token_accuracy"]) == 1.0
                 for name in ("exact", question.kind):
