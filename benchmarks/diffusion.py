@@ -1,6 +1,6 @@
 """A step of Stable Diffusion 1.5's UNet with guidance, and its picture's decoding: our stages beside diffusers.
 
-    python benchmarks/diffusion.py prepare build/sd15
+    python benchmarks/diffusion.py prepare build/sd15 [--only "ours fp32"]
     python benchmarks/diffusion.py run build/sd15 [--threads 2] [--rounds 3] [--only "ours fp32"] [--json FILE]
 
 The weights are random and the same for all, saved once by diffusers. A step is a batch of two, with the text and
@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,8 @@ def entry(folder: Path, stage: str, form: str) -> StageEntry:
     )
 
 
-def prepare(folder: Path) -> None:
-    """Write diffusers' checkpoint and our stages of it."""
+def prepare(folder: Path, forms: Sequence[str]) -> None:
+    """Write diffusers' checkpoint and our stages of it in these forms; int8 of the UNet takes more than 11 GB of memory."""
     import torch
 
     from mllm_edge.export.onnx.lower import export_stage
@@ -118,7 +118,7 @@ def prepare(folder: Path) -> None:
 
     for stage, make in (("unet", unet), ("vae_decoder", decoder)):
         lowered = StageExport(stage, make, INPUTS[stage], OUTPUTS[stage], float32=FLOAT32)
-        for form in OURS:
+        for form in forms:
             path = folder / entry(folder, stage, form).file
             if not path.is_file():
                 print(f"lowering {stage} to {form} ...", flush=True)
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.what == "prepare":
-        prepare(options.folder)
+        prepare(options.folder, [form for form in OURS if not options.only or f"ours {form}" in options.only])
         return
     if options.what == "worker":
         worker(options.folder, options.only[0], options.threads, options.rounds)

@@ -96,7 +96,7 @@ def test_no_file_is_long() -> None:
 
 @pytest.mark.parametrize("place", SHARED)
 def test_no_system_is_named_where_all_are_served(place: str) -> None:
-    named = re.compile(r"\b(" + "|".join([*SYSTEMS, "gill", "smartedit"]) + r")\b", re.IGNORECASE)
+    named = re.compile(r"\b(" + "|".join([*SYSTEMS, "smartedit"]) + r")\b", re.IGNORECASE)
     home = ROOT / place
     found = [
         f"{path.relative_to(ROOT)}: {line.strip()}"

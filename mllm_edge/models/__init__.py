@@ -7,7 +7,7 @@ import importlib
 from mllm_edge.errors import no_such
 from mllm_edge.models.info import SystemInfo
 
-SYSTEMS = ("llava", "lion", "glamm")
+SYSTEMS = ("llava", "lion", "gill", "glamm")
 
 
 def get(name: str) -> SystemInfo:

@@ -14,7 +14,6 @@ from toys import noise_picture
 
 import mllm_edge
 from mllm_edge import index as indexing
-from mllm_edge import models
 from mllm_edge.bundle.read import read_manifest
 from mllm_edge.checkpoints.tokenizer import checkpoint_tokenizer
 from mllm_edge.export.export import export
@@ -35,10 +34,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "SYSTEMS", (*models.SYSTEMS, "gill"))
-        out = tmp_path_factory.mktemp("bundle") / "gill.bundle"
-        return export("gill", str(checkpoint), quant="f32", out=out, drawing=Drawing(steps=2))
+    out = tmp_path_factory.mktemp("bundle") / "gill.bundle"
+    return export("gill", str(checkpoint), quant="f32", out=out, drawing=Drawing(steps=2))
 
 
 @pytest.fixture(scope="module")

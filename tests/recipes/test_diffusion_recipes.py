@@ -179,6 +179,11 @@ def test_parts_are_saved_under_public_names(runs: Path) -> None:
         DiffusionTask(on).model.unet.conv_in.weight, read_part(str(runs / "drawn"), "unet")["conv_in.weight"]
     )
     assert not Path(on.out).exists()  # the earlier run's tokenizer was taken
+    on.data["text"] = False
+    trained = {id(p) for group in DiffusionTask(on).parameters() for p in group["params"]}
+    frozen = DiffusionTask(on).model
+    assert not any(p.requires_grad for p in frozen.text_encoder.parameters())
+    assert len(trained) == len(list(frozen.unet.parameters()))
     again = VaeTask(load("vae-pretrain", [f"init.vae={runs / 'vae'}"]))
     torch.testing.assert_close(again.model.up.state_dict()["post_quant_conv.bias"], held["post_quant_conv.bias"])
 

@@ -1,6 +1,7 @@
 """The recipes of GILL: its language model, its encoder, what joins them, and its decision."""
 
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -215,6 +216,24 @@ def test_the_decision_is_added_in_the_published_order(runs: Path) -> None:
         heads.decision.weight.zero_()
         heads.decision.bias.copy_(torch.tensor([1.0, 2.0]))  # draw, look
         assert heads(torch.zeros(1, 8, 192), torch.zeros(1, 8, 192))[2].tolist() == [[2.0, 1.0]]
+
+
+def test_a_unet_that_went_on_takes_its_place_behind_the_same_text_encoder(runs: Path, tmp_path: Path) -> None:
+    for name in ("text_encoder.safetensors", TOKENIZER):
+        shutil.copy(runs / "drawn" / name, tmp_path / name)
+    unet = UNet(TINY_UNET).state_dict()
+    save_part(tmp_path, "unet", asdict(TINY_UNET), unet, "", "float16")
+    settings = [f"init.gill={runs / 'gill'}", "data.captions=8"]
+    task = GillDecisionTask(load("gill-decision", [*settings, f"init.diffusion={tmp_path}"]))
+    task.save(tmp_path / "made", task.model.state_dict())
+    tensors, before = (load_gill(folder).tensors for folder in (tmp_path / "made", runs / "gill"))
+    for name, tensor in unet.items():
+        torch.testing.assert_close(tensors[f"unet.{name}"].float(), tensor, atol=1e-3, rtol=1e-3)
+    assert all(tensors[name].equal(before[name]) for name in before if not name.startswith("unet."))
+    torch.manual_seed(5)
+    save_part(tmp_path, "text_encoder", asdict(TINY_TEXT), text_encoder(TINY_TEXT).state_dict(), "", "float16")
+    with pytest.raises(BadInput, match="has another text encoder or size than the GILL; train gill again"):
+        GillDecisionTask(load("gill-decision", [*settings, f"init.diffusion={tmp_path}"]))
 
 
 def test_decisions_are_balanced_and_scored(runs: Path) -> None:

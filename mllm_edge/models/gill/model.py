@@ -121,7 +121,7 @@ CONFIGS: dict[str, GillDims] = {
     ),
 }
 
-SHIPPED: tuple[str, ...] = ()  # configs whose weights ship with the package
+SHIPPED = ("tiny",)  # configs whose weights ship with the package
 
 
 def tensor_shapes(dims: GillDims) -> dict[str, tuple[int, ...]]:

@@ -57,9 +57,11 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
     """
     dims: GillDims = checkpoint.dims
     tokens = read_tokenizer(checkpoint.tokenizer).tokens
-    if tuple(tokens[dims.start :]) != TOKENS:
+    # Random weights go with the small tokenizer that ships, whose picture tokens lie before rows that it does not use.
+    start = len(tokens) - len(TOKENS) if checkpoint.source["kind"] == "random" else dims.start
+    if tuple(tokens[start:]) != TOKENS:
         raise BadInput(
-            f"{checkpoint.tokenizer} has {tokens[dims.start :][:9]} from {dims.start} on, not {TOKENS[0]} to "
+            f"{checkpoint.tokenizer} has {tokens[start:][:9]} from {start} on, not {TOKENS[0]} to "
             f"{TOKENS[-1]}; give the model's own tokenizer"
         )
     names = list(tensor_shapes(dims))
@@ -75,7 +77,7 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
     return ExportPlan(
         tasks=["captioning", "dialogue", "picture retrieval", "picture generation"],
         sources=[preprocessing(dims), States(STATES, list(TOKENS), at="token")],
-        stages=_stages(checkpoint, part),
+        stages=_stages(checkpoint, part, start),
         tokenizers=[Tokenizer("language_model", "gguf", "language_model.gguf", added=list(TOKENS))],
         language_model=LanguageModelExport(
             dims.language,
@@ -127,7 +129,7 @@ def plan(checkpoint: Checkpoint) -> ExportPlan:
     )
 
 
-def _stages(checkpoint: Checkpoint, part: Filled) -> list[StageExport]:
+def _stages(checkpoint: Checkpoint, part: Filled, start: int) -> list[StageExport]:
     dims: GillDims = checkpoint.dims
     side, width, text_rows = dims.vision.image_size, dims.language.width, dims.mapper.queries
     pooled = TensorSpec("pooled", "float32", ["pictures", dims.vision.width])
@@ -156,7 +158,7 @@ def _stages(checkpoint: Checkpoint, part: Filled) -> list[StageExport]:
         ),
         StageExport(
             "heads",
-            lambda: HeadsOfTokens(heads(), checkpoint.tensors[f"{LM}{TABLE}"][dims.start :].float()),
+            lambda: HeadsOfTokens(heads(), checkpoint.tensors[f"{LM}{TABLE}"][start : start + len(TOKENS)].float()),
             [TensorSpec(STATES, "float32", [len(TOKENS), width])],
             found,
             precisions=("fp32", "fp16"),

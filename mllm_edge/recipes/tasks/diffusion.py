@@ -100,7 +100,8 @@ def drawn_latents(unet: UNet, text: Tensor, empty: Tensor, noise: Tensor, steps:
 
 class DiffusionTask:
     """Train the model of `recipe.config`; `init` names the runs of the autoencoder (`vae`), of the classifier that
-    judges (`judge`, where `evaluate` is not 0), and of a diffusion model to go on from (`diffusion`)."""
+    judges (`judge`, where `evaluate` is not 0), and of a diffusion model to go on from (`diffusion`), whose text
+    encoder `data.text=false` leaves alone: what was trained to speak for it, a GILL's mapper, stays right."""
 
     def __init__(self, recipe: Recipe):
         torch.manual_seed(recipe.seed)
@@ -121,6 +122,7 @@ class DiffusionTask:
         tokenizer = Path(recipe.out) / TOKENIZER
         if earlier := recipe.init.get("diffusion"):
             self._go_on(earlier)
+            self.model.text_encoder.requires_grad_(bool(recipe.data.get("text", True)))
             tokenizer = part_folder(earlier) / TOKENIZER
         elif not tokenizer.is_file():
             tokenizer.parent.mkdir(parents=True, exist_ok=True)

@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mllm_edge.errors import BadInput
-from mllm_edge.models.gill.layouts import load, save_gill
+from mllm_edge.models.gill.layouts import save_gill
 from mllm_edge.models.gill.model import LM, GillDims
+from mllm_edge.models.resolve import resolve
+from mllm_edge.models.text_to_image import TextDims, text_encoder
+from mllm_edge.recipes.data.caption_tokens import TOKENIZER, caption_ids, read_caption_tokenizer
 from mllm_edge.recipes.data.gill_scenes import few_things, fuller_scene, told
 from mllm_edge.recipes.data.gill_words import Words, shortened, stacked, telling
+from mllm_edge.recipes.parts import part_dims, part_folder, read_part
 from mllm_edge.recipes.recipe import Recipe
 from mllm_edge.recipes.tasks.gill_language import at_rows, final_states, headless
 
@@ -28,6 +32,7 @@ DRAW, LOOK = 0, 1  # in the weights' order; the heads give them the other way ro
 DROPPED = 0.5
 AT_ONCE = 50
 HEAD = "heads.decision."
+ALIKE = 0.02  # rows of no text from one text encoder, kept in fp16
 
 
 class DecisionModel(nn.Module):
@@ -50,22 +55,38 @@ class DecisionModel(nn.Module):
 
 
 class GillDecisionTask:
-    """Train the head of the GILL in `init.gill` on `data.captions` captions of the train split, half of each kind."""
+    """Train the head of the GILL in `init.gill`, a folder or the name of a shipped one, on `data.captions` captions of
+    the train split, half of each kind. With `init.diffusion` it draws with that run's UNet from now on, which must have
+    been trained with the text encoder that the GILL's mapper speaks for."""
 
     def __init__(self, recipe: Recipe):
         torch.manual_seed(recipe.seed)
         self.recipe = recipe
         if not recipe.init.get("gill"):
             raise BadInput("the recipe's init names no gill; add init.gill=FOLDER, a run of gill")
-        self.folder = Path(recipe.init["gill"])
-        self.held = load(self.folder)
+        self.held = resolve("gill", recipe.init["gill"])
         self.dims: GillDims = self.held.dims
+        self.drawing = self._unet(recipe.init["diffusion"]) if recipe.init.get("diffusion") else {}
         self.words = Words(self.held.tokenizer)
         self.length = int(recipe.data.get("length", 64))
         many = int(recipe.data.get("captions", 600))
         if many < 2 or many % 2:
             raise BadInput(f"data.captions is {many}; give an even number")
         self.model = DecisionModel(*self.features("train", many))
+
+    def _unet(self, folder: str) -> dict[str, Tensor]:
+        """That run's UNet, under our names. Raises BadInput where its text encoder or its size is another."""
+        text = text_encoder(TextDims(**part_dims(folder, "text_encoder")))
+        text.load_state_dict(read_part(folder, "text_encoder"))
+        ids = torch.from_numpy(caption_ids(read_caption_tokenizer(part_folder(folder) / TOKENIZER), [""]))
+        with torch.no_grad():
+            empty, own = text(ids).last_hidden_state, self.held.tensors["empty_text"].float()
+        tensors = {f"unet.{name}": tensor for name, tensor in read_part(folder, "unet").items()}
+        held = {name: self.held.tensors[name].shape for name in self.held.tensors if name.startswith("unet.")}
+        alike = empty.shape == own.shape and torch.allclose(empty, own, atol=ALIKE)
+        if not alike or {name: tensor.shape for name, tensor in tensors.items()} != held:
+            raise BadInput(f"init.diffusion={folder} has another text encoder or size than the GILL; train gill again")
+        return tensors
 
     def features(self, split: str, many: int) -> tuple[Tensor, Tensor]:
         """States at [IMG0] of captions and picture tokens, float32 [n,D], and labels, int64 [n], by turns."""
@@ -106,7 +127,7 @@ class GillDecisionTask:
 
     def save(self, folder: Path, state: dict[str, Tensor]) -> None:
         """The whole GILL with its new head."""
-        tensors = {name: self.held.tensors[name] for name in self.held.tensors}
+        tensors = {name: self.held.tensors[name] for name in self.held.tensors} | self.drawing
         tensors |= {HEAD + name: state[f"decision.{name}"] for name in ("weight", "bias")}
         dims = replace(self.dims, decides=True)
         save_gill(folder, self.held.config, dims, tensors, self.held.tokenizer, getattr(torch, self.recipe.dtype))
