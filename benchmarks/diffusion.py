@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mllm_edge.bundle.manifest import StageEntry, TensorSpec
+from mllm_edge.bundle.manifest import FileEntry, StageEntry, TensorSpec
 from mllm_edge.machine.facts import cpu_name
 
 OURS = ("fp32", "int8")
@@ -78,11 +78,12 @@ def entry(folder: Path, stage: str, form: str) -> StageEntry:
         precision=form,
         inputs=INPUTS[stage],
         outputs=OUTPUTS[stage],
+        data_files=[FileEntry(path.name, path.stat().st_size, "") for path in folder.glob(f"{file}.data")],
     )
 
 
 def prepare(folder: Path, forms: Sequence[str]) -> None:
-    """Write diffusers' checkpoint and our stages of it in these forms; int8 of the UNet takes more than 11 GB of memory."""
+    """Write diffusers' checkpoint and our stages of it in these forms (int8 of the UNet: more than 11 GB of memory)."""
     import torch
 
     from mllm_edge.export.onnx.lower import export_stage

@@ -159,6 +159,9 @@ def main() -> None:
         table.add_column(column, justify="left" if column == "runtime" else "right")
     rows = []
     for name in (*OURS, *THEIRS):
+        if name in OURS and not (options.folder / f"{name}.bundle").exists():
+            print(f"{name}.bundle is not there, so it is left out; prepare makes it", file=sys.stderr)
+            continue
         command = [sys.executable, __file__, "worker", str(options.folder), "--runtime", name]
         command += ["--threads", str(options.threads), "--rounds", str(options.rounds)]
         row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])

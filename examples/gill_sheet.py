@@ -1,10 +1,10 @@
 """Sixteen pictures that GILL tiny draws of captions that no recipe of it saw, as one sheet.
 
-    python examples/gill_sheet.py GILL.bundle sheet.png runs/scene-classifier
+    python examples/gill_sheet.py GILL.bundle sheet.png shipped/gill
 
 The upper half are captions of the test split, the lower half of held-out pairs of color and shape, the first of each
-without selection. With a judge (a run of `scene-classifier`) a title is green where it finds exactly what was asked
-for, as `mllm-edge eval GILL.bundle scenes-drawings` counts it, and red elsewhere.
+without selection. With a judge (`shipped/gill`, or a run of `scene-classifier`) a title is green where it finds exactly
+what was asked for, as `mllm-edge eval GILL.bundle scenes-drawings` counts it, and red elsewhere.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 As in `language`, a scene is mostly given as bags of words, one row per object, as a picture's rows will be; the T5
 learns to repeat what it reads, and to look things up in single rows, before it sees any picture: first in telegrams,
 then in terse questions (`scenes/brief.py`), without which it guesses among the things that are there for a thousand
-steps and more. In most
-scenes after these a row also says where its object is, as a code that the T5 learns to read and write as a box
-(`place_code.py`).
+steps and more. In most scenes after these a row also says where its object is, as a code that the T5 learns to read and
+write as a box (`place_code.py`): first of single things, `data.places` steps long, because that takes ten thousand
+boxes.
 """
 
 from __future__ import annotations
