@@ -137,7 +137,7 @@ def test_a_lone_thing_is_asked_for_its_box(parts: list[str]) -> None:
     """Its rows have the words and the place of one object alone, which is the right answer."""
     folder = parts[1].partition("=")[2]
     settings = [f"out={folder}", "data.lone=1", "data.wide=0", "data.packed=0"]
-    first = LionLanguageTask(recipe("lion-language", [*settings, "data.opening=1"])).sample(3)
+    first = LionLanguageTask(recipe("lion-language", [*settings, "data.opening=1", "batch=12"])).sample(5)
     for one in first:  # a telegram: a thing's first attribute, then its others
         assert any(set(one.prompt[:-1] + one.answer[:-1]) <= set(bag) for bag in one.bags)
     task = LionLanguageTask(recipe("lion-language", [*settings, "data.opening=0"]))
@@ -246,7 +246,9 @@ def test_questions_about_a_picture_stand_in_one_prompt(parts: list[str]) -> None
     assert all(len(sample.prompts) == len(sample.heard) == len(sample.answers) == 1 for sample in samples)
     assert all(answer.startswith("A: ") and " F: " in answer for answer in answers)
     assert "A:" not in all_packed.words.text(all_packed.sample(0, "validation", "vqa").answers[0])
-    told = LionLanguageTask(recipe("lion-language", [*parts[1:2], "data.opening=0", "data.packed=1", "data.lone=0"]))
+    told = LionLanguageTask(
+        recipe("lion-language", [*parts[1:2], "data.opening=0", "data.places=0", "data.packed=1", "data.lone=0"])
+    )
     assert all(len(told.sample(index)) == 1 for index in range(8))
     alone = LionTask(recipe("lion-stage3", [*parts, "init.lion=", "data.packed=0"]), 3)
     assert "A:" not in alone.words.text(alone.sample(0, task="rec").answers[0])
