@@ -25,7 +25,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mllm_edge.bundle.manifest import FileEntry, StageEntry, TensorSpec
+from mllm_edge.bundle.manifest import StageEntry, TensorSpec
+from mllm_edge.bundle.sources import FileEntry
 from mllm_edge.machine.facts import cpu_name
 
 OURS = ("fp32", "int8")
